@@ -1,0 +1,162 @@
+"""The operator graph of one training step: operators, tensors, storages.
+
+Every dimension and every storage size is an affine function of the batch size, so that one traced
+graph answers for every micro-batch: `OpGraph.at_batch(n)` is exact, not scaled.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from math import prod
+from typing import Any, Literal
+
+Phase = Literal["forward", "backward", "recompute", "optimizer"]
+Role = Literal["parameter", "buffer", "input", "activation", "gradient", "optimizer_state"]
+PHASES: tuple[Phase, ...] = ("forward", "backward", "recompute", "optimizer")
+
+DTYPE_BYTES = {
+    "float64": 8, "float32": 4, "float16": 2, "bfloat16": 2, "float8_e4m3fn": 1, "float8_e5m2": 1,
+    "int64": 8, "int32": 4, "int16": 2, "int8": 1, "uint8": 1, "bool": 1, "complex64": 8, "complex128": 16,
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Ref:
+    """Stands for a tensor among an op's recorded arguments."""
+
+    tensor: int
+
+
+@dataclass(frozen=True, slots=True)
+class Storage:
+    """A block of memory that one or more tensors (views) share.
+
+    `birth` is the op that allocated it (-1: it was there before the step), `death` the op after which it was
+    freed (`len(ops)`: it outlives the step). `bytes_per_batch` is d(bytes)/d(batch).
+    """
+
+    id: int
+    bytes: int
+    bytes_per_batch: int
+    role: Role
+    birth: int
+    death: int
+
+
+@dataclass(frozen=True, slots=True)
+class Tensor:
+    """A view of a storage as an op saw it; `name` is set for parameters, buffers and inputs.
+
+    dim i at batch n is `shape[i] + per_batch[i] * (n - graph.batch)`.
+    """
+
+    id: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    dtype: str
+    storage: int
+    role: Role
+    per_batch: tuple[int, ...]
+    name: str = ""
+
+    @property
+    def numel(self) -> int:
+        return prod(self.shape)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes that reading this tensor touches: expanded (stride 0) dims count once."""
+        return prod(n for n, s in zip(self.shape, self.strides) if s != 0) * DTYPE_BYTES[self.dtype]
+
+
+@dataclass(frozen=True, slots=True)
+class Op:
+    """One aten call. `args` are its arguments with `Ref` in place of tensors; `forward` is the forward op
+    that a backward op differentiates (-1 where autograd does not say); `flops` at the graph's batch size."""
+
+    id: int
+    name: str
+    phase: Phase
+    module: str
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    mutates: tuple[int, ...]
+    args: tuple[Any, ...]
+    kwargs: tuple[tuple[str, Any], ...]
+    flops: int
+    is_view: bool
+    forward: int = -1
+
+
+@dataclass(frozen=True)
+class OpGraph:
+    """One training step of one model, in execution order.
+
+    `precision` is the autocast dtype name or "fp32"; `traced_on` is "fake" or "real"; `notes` are sentences
+    that every report about this graph must show.
+    """
+
+    name: str
+    batch: int
+    ops: tuple[Op, ...]
+    tensors: tuple[Tensor, ...]
+    storages: tuple[Storage, ...]
+    precision: str = "fp32"
+    traced_on: Literal["fake", "real"] = "fake"
+    notes: tuple[str, ...] = field(default=())
+
+    @cached_property
+    def parameters(self) -> dict[str, Tensor]:
+        """Parameters by their first module path (tied parameters appear once)."""
+        return {t.name: t for t in self.tensors if t.role == "parameter" and t.name}
+
+    @property
+    def param_count(self) -> int:
+        return sum(t.numel for t in self.parameters.values())
+
+    def flops(self, phase: Phase | None = None) -> int:
+        """FLOP of one step (one FMA is two), of one phase or of all."""
+        return sum(op.flops for op in self.ops if phase is None or op.phase == phase)
+
+    def bytes_read(self, op: Op) -> int:
+        """Bytes an op reads; a view reads nothing."""
+        return 0 if op.is_view else sum(self.tensors[t].bytes for t in dict.fromkeys(op.inputs))
+
+    def bytes_written(self, op: Op) -> int:
+        """Bytes an op writes: its outputs, and what it changes in place, once each."""
+        if op.is_view:
+            return 0
+        return sum(self.tensors[t].bytes for t in dict.fromkeys((*op.outputs, *op.mutates)))
+
+    def at_batch(self, batch: int) -> OpGraph:
+        """The same step at another batch size; exact for every dim that is affine in the batch."""
+        from opgraph.flops import flops_of
+
+        if batch == self.batch:
+            return self
+        step = batch - self.batch
+        tensors = tuple(_rescaled(t, step) for t in self.tensors)
+        storages = tuple(replace(s, bytes=s.bytes + step * s.bytes_per_batch) for s in self.storages)
+        ops = tuple(
+            replace(op, flops=flops_of(op.name, [tensors[i] for i in op.inputs], [tensors[i] for i in op.outputs], op))
+            if op.flops
+            else op
+            for op in self.ops
+        )
+        return replace(self, batch=batch, tensors=tensors, storages=storages, ops=ops)
+
+
+def _rescaled(t: Tensor, step: int) -> Tensor:
+    """`t` with `step` more rows of batch; contiguous-like strides are rebuilt in the same dim order."""
+    if not any(t.per_batch):
+        return t
+    shape = tuple(n + k * step for n, k in zip(t.shape, t.per_batch))
+    order = sorted(range(len(shape)), key=lambda d: (t.strides[d], -d))
+    strides, running = [0] * len(shape), 1
+    for d in order:
+        if t.strides[d] == 0:
+            continue
+        strides[d] = running
+        running *= shape[d]
+    return replace(t, shape=shape, strides=tuple(strides))

@@ -1,0 +1,56 @@
+"""A workload: what one training step of a model needs, buildable on any device, at any batch size."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+Batch = tuple[tuple["torch.Tensor", ...], tuple["torch.Tensor", ...]]
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """One model and one training step of it.
+
+    `build()` makes the module on torch's current default device: under `torch.device("meta")` it allocates
+    nothing, after `torch.manual_seed(s)` it makes the same weights on every rank.
+    `batch(n)` makes real CPU tensors `(inputs, targets)` whose dim 0 is n, random under the current seed.
+    `loss(output, *targets)` is a scalar that is a mean over the batch, so that the mean of the losses of equal
+    parts is the loss of the whole. `optimizer(params)` makes the optimizer.
+    `blocks` are the module paths of the repeated blocks in execution order ("" where there are none): the
+    default units of FSDP, recomputation and pipeline cuts.
+    """
+
+    name: str
+    build: Callable[[], nn.Module]
+    batch: Callable[[int], Batch]
+    loss: Callable[..., torch.Tensor]
+    optimizer: Callable[[Iterable[Any]], torch.optim.Optimizer]
+    batch_size: int
+    blocks: tuple[str, ...] = ()
+
+
+def adamw(params: Iterable[Any]) -> torch.optim.Optimizer:
+    """The default optimizer: AdamW in torch's fused form (one op per step, no temporaries)."""
+    import torch
+
+    return torch.optim.AdamW(params, lr=1e-3, fused=True)
+
+
+def mean_square(output: Any, *targets: Any) -> torch.Tensor:
+    """The loss where the user gives none: the mean square of every floating output (a scalar output is the loss)."""
+    import torch
+    from torch.utils._pytree import tree_leaves
+
+    del targets
+    tensors = [t for t in tree_leaves(output) if isinstance(t, torch.Tensor) and t.is_floating_point()]
+    if not tensors:
+        raise ValueError("the model returns no floating-point tensor, so there is nothing to train: give a loss")
+    if len(tensors) == 1 and tensors[0].dim() == 0:
+        return tensors[0]
+    return torch.stack([t.float().square().mean() for t in tensors]).sum()

@@ -1,0 +1,143 @@
+"""`ParallelPlan`: how one training step is split. The same object is estimated, simulated, dry-run and executed."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, fields
+from math import prod
+from pathlib import Path
+from typing import Any, Literal
+
+SCHEMA_VERSION = 1
+DataParallel = Literal["ddp", "zero1", "fsdp"]
+Schedule = Literal["gpipe", "1f1b"]
+Precision = Literal["fp32", "bf16"]
+Sharding = Literal["colwise", "rowwise"]
+AXES = ("pp", "dp", "tp")
+
+
+@dataclass(frozen=True, slots=True)
+class ParallelPlan:
+    """A plan for one model on `pp * dp * tp` devices.
+
+    Rank r sits at row-major coordinates of the mesh (pp, dp, tp), tp innermost.
+
+    global_batch: samples per optimizer step, over all data-parallel ranks.
+    micro_batches: micro-batches per step and data-parallel rank.
+    data_parallel: how dp ranks keep the model; without effect where dp == 1.
+    schedule: order of micro-batches; without effect where pp == 1.
+    cuts: module paths at which pipeline stage 1, 2, ... begins (pp - 1 of them, in execution order).
+    shardings: (module path, style) of the tensor-parallel Linear modules: "colwise" splits the output
+        features, "rowwise" the input features and all-reduces its output. A colwise output stays sharded,
+        a rowwise input is expected sharded (Megatron pairs).
+    fsdp_units: module paths wrapped by `fully_shard`, besides the root (or the stage's root).
+    recompute: module paths whose activations are recomputed in backward.
+    precision: "fp32", or "bf16" (autocast, fp32 parameters and gradients).
+    bucket_bytes: DDP's bucket size; the first bucket is at most 1 MiB, as torch does it.
+    """
+
+    global_batch: int
+    pp: int = 1
+    dp: int = 1
+    tp: int = 1
+    micro_batches: int = 1
+    data_parallel: DataParallel = "ddp"
+    schedule: Schedule = "1f1b"
+    cuts: tuple[str, ...] = ()
+    shardings: tuple[tuple[str, Sharding], ...] = ()
+    fsdp_units: tuple[str, ...] = ()
+    recompute: tuple[str, ...] = ()
+    precision: Precision = "fp32"
+    bucket_bytes: int = 25 * 2**20
+
+    def __post_init__(self) -> None:
+        for axis in AXES:
+            if getattr(self, axis) < 1:
+                raise ValueError(f"{axis} is {getattr(self, axis)}; every mesh axis needs a size of 1 or more")
+        if self.global_batch % (self.dp * self.micro_batches):
+            raise ValueError(
+                f"global batch {self.global_batch} is not divisible by dp x micro-batches = "
+                f"{self.dp} x {self.micro_batches}; use a multiple of {self.dp * self.micro_batches}"
+            )
+        if len(self.cuts) != self.pp - 1:
+            raise ValueError(f"pp = {self.pp} needs {self.pp - 1} cuts (module paths), but {len(self.cuts)} are given")
+        if self.tp > 1 and not self.shardings:
+            raise ValueError(f"tp = {self.tp} needs shardings (module path and style), but none are given")
+
+    @property
+    def world_size(self) -> int:
+        return self.pp * self.dp * self.tp
+
+    @property
+    def micro_batch(self) -> int:
+        """Samples per micro-batch on one data-parallel rank."""
+        return self.global_batch // (self.dp * self.micro_batches)
+
+    @property
+    def style(self) -> dict[str, Sharding]:
+        return dict(self.shardings)
+
+    def coordinates(self, rank: int) -> dict[str, int]:
+        """Mesh coordinates of a rank, by axis."""
+        return {"pp": rank // (self.dp * self.tp), "dp": rank // self.tp % self.dp, "tp": rank % self.tp}
+
+    def group(self, rank: int, axis: str) -> tuple[int, ...]:
+        """Ranks that differ from `rank` in `axis` only, in order, `rank` among them."""
+        sizes = [getattr(self, a) for a in AXES]
+        stride = prod(sizes[AXES.index(axis) + 1 :])
+        first = rank - self.coordinates(rank)[axis] * stride
+        return tuple(first + i * stride for i in range(getattr(self, axis)))
+
+    @property
+    def label(self) -> str:
+        """A short name, as tables print it: `dp2 fsdp x tp2`, `pp2 1f1b mb4`."""
+        parts = []
+        if self.dp > 1:
+            parts.append(f"dp{self.dp} {self.data_parallel}")
+        if self.tp > 1:
+            parts.append(f"tp{self.tp}")
+        if self.pp > 1:
+            parts.append(f"pp{self.pp} {self.schedule}")
+        name = " x ".join(parts) or "single"
+        if self.micro_batches > 1:
+            name += f" mb{self.micro_batches}"
+        if self.recompute:
+            name += " recompute"
+        return name if self.precision == "fp32" else f"{name} {self.precision}"
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"schema": SCHEMA_VERSION, **asdict(self)}
+
+    def save(self, path: str | Path) -> None:
+        Path(path).write_text(json.dumps(self.to_dict(), indent=2) + "\n")
+
+
+def plan_from_dict(data: dict[str, Any]) -> ParallelPlan:
+    """The plan that `to_dict` wrote. ValueError for an unknown schema version or field."""
+    data = dict(data)
+    version = data.pop("schema", None)
+    if version != SCHEMA_VERSION:
+        raise ValueError(f"plan schema is {version!r}; this version of parplan reads schema {SCHEMA_VERSION}")
+    known = {f.name for f in fields(ParallelPlan)}
+    unknown = sorted(set(data) - known)
+    if unknown:
+        raise ValueError(f"unknown plan field(s) {', '.join(unknown)}; known fields are {', '.join(sorted(known))}")
+    if "global_batch" not in data:
+        raise ValueError("the plan has no global_batch; give the samples per optimizer step")
+    for name in ("cuts", "fsdp_units", "recompute"):
+        data[name] = tuple(data.get(name, ()))
+    data["shardings"] = tuple((str(path), style) for path, style in data.get("shardings", ()))
+    return ParallelPlan(**data)
+
+
+def load_plan(path: str | Path) -> ParallelPlan:
+    """Reads a plan file. ValueError with one sentence if it is not one."""
+    try:
+        data = json.loads(Path(path).read_text())
+    except OSError as error:
+        raise ValueError(f"plan file {path} cannot be read: {error.strerror}") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"plan file {path} is not JSON: {error}") from None
+    if not isinstance(data, dict):
+        raise ValueError(f"plan file {path} holds no JSON object; write one with ParallelPlan.save")
+    return plan_from_dict(data)
