@@ -1,0 +1,188 @@
+"""A device: what its data sheet says, and the laws that were measured on it. TOML in, TOML out."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal, cast
+
+from costmodels import tomlfile as toml
+
+Kind = Literal["cpu", "gpu", "tpu"]
+CATALOGUE = Path(__file__).parent / "catalogue"
+
+
+@dataclass(frozen=True, slots=True)
+class Law:
+    """Seconds of one op, `sum(coefficients * features)`; `form` names the features (`costmodels.features`).
+
+    key: "op/dtype" ("mm/float32") or "family:dtype" of a law that pools all ops of a family.
+    low, high: range of each raw dim (see `features.extent`) seen in calibration; outside is extrapolation.
+    error: mean absolute relative error on the held-out half of the samples. samples: how many there were.
+    """
+
+    key: str
+    form: str
+    coefficients: tuple[float, ...]
+    low: tuple[float, ...] = ()
+    high: tuple[float, ...] = ()
+    error: float = 0.0
+    samples: int = 0
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Device:
+    """One device that runs ops, one at a time.
+
+    peak_flops: FLOP/s by dtype (an FMA is two). memory_bytes: capacity. memory_bandwidth: bytes/s.
+    units: SMs of a GPU, cores of a CPU device. floor_seconds: least time of a kernel where no law says more.
+    efficiency: share of the peak (FLOP/s for compute families, bandwidth for the others) by op family,
+        used by the roofline only.
+    laws: measured laws by key. samples: measured ops, "signature" -> seconds (see `ops.signature`).
+    host: seconds of Python and runtime overhead by kind. anchor_seconds: time of the anchor benchmark
+        (`validation.anchor`) at calibration, 0 where there is none.
+    """
+
+    name: str
+    kind: Kind
+    peak_flops: dict[str, float]
+    memory_bytes: int
+    memory_bandwidth: float
+    units: int = 1
+    floor_seconds: float = 0.0
+    efficiency: dict[str, float] = field(default_factory=dict)
+    laws: dict[str, Law] = field(default_factory=dict)
+    samples: dict[str, float] = field(default_factory=dict)
+    host: dict[str, float] = field(default_factory=dict)
+    anchor_seconds: float = 0.0
+    sources: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    cache: dict[Any, Any] = field(default_factory=dict, repr=False)
+
+    @property
+    def calibrated(self) -> bool:
+        return bool(self.laws)
+
+
+def rescale(device: Device, ratio: float) -> Device:
+    """The same device when everything on it takes `ratio` times as long (anchor now / anchor at calibration)."""
+    if not ratio > 0:
+        raise ValueError(f"the ratio of anchor times is {ratio}; it must be more than 0")
+    laws = {k: replace(v, coefficients=tuple(c * ratio for c in v.coefficients)) for k, v in device.laws.items()}
+    ratios = {"oversubscription", "loaded"}
+    return replace(
+        device,
+        laws=laws,
+        samples={k: v * ratio for k, v in device.samples.items()},
+        host={k: v if k in ratios else v * ratio for k, v in device.host.items()},
+        anchor_seconds=device.anchor_seconds * ratio,
+        notes=(*device.notes, f"op times rescaled by {ratio:.3f}, the ratio of anchor times"),
+        cache={},
+    )
+
+
+def local_path() -> Path:
+    """Where `parplan calibrate` keeps this machine's device file."""
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(base).expanduser() / "parplan" / "local.toml"
+
+
+def list_devices() -> list[str]:
+    """Catalogue names, sorted."""
+    return sorted(p.stem for p in (CATALOGUE / "devices").glob("*.toml"))
+
+
+def load_device(path_or_name: str | Path) -> Device:
+    """A device from a TOML file, or from the catalogue by name ("h100-sxm")."""
+    path = Path(path_or_name)
+    if path.suffix != ".toml":
+        path = CATALOGUE / "devices" / f"{str(path_or_name).lower()}.toml"
+        if not path.is_file():
+            known = ", ".join(list_devices())
+            raise ValueError(f"'{path_or_name}' is no known device; give a path that ends in .toml, or one of: {known}")
+    return device_from(toml.read_toml(path), str(path))
+
+
+def device_from(data: dict[str, Any], where: str) -> Device:
+    """A device from the content of its TOML file; `where` is the file's name for error sentences."""
+    kind = toml.text(data, "kind", where)
+    if kind not in ("cpu", "gpu", "tpu"):
+        raise ValueError(f"{where}: field 'kind' is '{kind}'; it must be one of cpu, gpu, tpu")
+    peaks = toml.numbers(data, "peak_flops", where, required=True)
+    if not peaks or min(peaks.values()) <= 0:
+        raise ValueError(
+            f"{where}: table [peak_flops] needs at least one dtype with more than 0 FLOP/s (float32 = 1e13)"
+        )
+    bandwidth = toml.number(data, "memory_bandwidth", where)
+    if bandwidth <= 0:
+        raise ValueError(f"{where}: field 'memory_bandwidth' is 0; it must be the bytes per second of the memory")
+    laws = [_law_from(row, f"{where}: law {i + 1}") for i, row in enumerate(toml.tables(data, "laws", where))]
+    return Device(
+        name=toml.text(data, "name", where),
+        kind=cast(Kind, kind),
+        peak_flops=peaks,
+        memory_bytes=whole_bytes(data, where),
+        memory_bandwidth=bandwidth,
+        units=toml.whole(data, "units", where, 1, least=1),
+        floor_seconds=toml.number(data, "floor_seconds", where, 0.0),
+        efficiency=toml.numbers(data, "efficiency", where),
+        laws={law.key: law for law in laws},
+        samples=_samples_from(toml.strings(data, "samples", where), where),
+        host=toml.numbers(data, "host", where),
+        anchor_seconds=toml.number(data, "anchor_seconds", where, 0.0),
+        sources=toml.strings(data, "sources", where),
+        notes=toml.strings(data, "notes", where),
+    )
+
+
+def whole_bytes(data: dict[str, Any], where: str) -> int:
+    return toml.whole(data, "memory_bytes", where, least=1)
+
+
+def _law_from(row: dict[str, Any], where: str) -> Law:
+    from costmodels.features import FORMS
+
+    form = toml.text(row, "form", where)
+    if form not in FORMS:
+        raise ValueError(f"{where}: field 'form' is '{form}'; it must be one of {', '.join(sorted(FORMS))}")
+    coefficients = toml.array(row, "coefficients", where)
+    if len(coefficients) != len(FORMS[form]):
+        raise ValueError(
+            f"{where}: field 'coefficients' has {len(coefficients)} numbers; form '{form}' needs {len(FORMS[form])}"
+        )
+    return Law(
+        key=toml.text(row, "key", where),
+        form=form,
+        coefficients=coefficients,
+        low=toml.array(row, "low", where),
+        high=toml.array(row, "high", where),
+        error=toml.number(row, "error", where, 0.0),
+        samples=toml.whole(row, "samples", where, 0),
+    )
+
+
+def _samples_from(rows: Iterable[str], where: str) -> dict[str, float]:
+    samples = {}
+    for row in rows:
+        signature, _, seconds = row.rpartition("=")
+        try:
+            samples[signature] = float(seconds)
+        except ValueError:
+            raise ValueError(f"{where}: sample '{row}' is broken; it must read 'signature=seconds'") from None
+    return samples
+
+
+def device_data(device: Device) -> dict[str, Any]:
+    """The content of the device's TOML file."""
+    data: dict[str, Any] = asdict(replace(device, laws={}, cache={}))
+    del data["cache"]
+    data["samples"] = [f"{signature}={seconds:.4g}" for signature, seconds in device.samples.items()]
+    data["laws"] = [asdict(law) for law in device.laws.values()]
+    return {k: v for k, v in data.items() if v or k in ("memory_bytes", "peak_flops")}
+
+
+def save_device(device: Device, path: Path) -> None:
+    """Write the device's TOML file, at once or not at all."""
+    toml.write_toml(Path(path), device_data(device))

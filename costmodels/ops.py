@@ -1,0 +1,150 @@
+"""The time of one op on one device: measured, interpolated, extrapolated, or a roofline where nothing was measured."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+
+from costmodels.device import Device, Law
+from costmodels.families import COMPUTE, FREE, base_name, family
+from costmodels.features import extent, features, form_of, touched
+
+if TYPE_CHECKING:
+    from opgraph.graph import Op, OpGraph
+
+Source = Literal["measured", "interpolated", "extrapolated", "roofline"]
+
+# Shares of the data-sheet peak where nothing was measured: ASSUMPTIONS.
+# gemm, conv: plateau of NeuSight's fp32 linears (A100 .84-.93, H100 .77) and best measured bf16 (stas00, .80-.87).
+# attention: FlashAttention-2 on A100 50-73 %; backward at .75-.85 of the forward's share.
+# the others: share of the data-sheet bandwidth in NeuSight (elementwise A100 .87, softmax .42-.79, layer norm .5-.64).
+# All from shared/facts/compute.md B1-B4.
+ASSUMED_EFFICIENCY = {
+    "gemm": 0.80, "conv": 0.60, "conv_backward": 0.55, "attention": 0.60, "attention_backward": 0.48, "rnn": 0.30,
+    "rnn_backward": 0.30, "norm": 0.57, "norm_backward": 0.50, "softmax": 0.60, "pointwise": 0.85, "copy": 0.85,
+    "optimizer": 0.80, "reduction": 0.70,
+}  # fmt: skip
+ASSUMED_OTHER = 0.60
+ROOFLINE_ERROR = 0.30  # mean error of a roofline with assumed shares: shared/facts/compute.md B1 (28-35 % on linears)
+EXTRAPOLATION_FACTOR = 2.0  # an extrapolated law is taken to be twice as wrong as on its held-out half
+
+
+@dataclass(frozen=True, slots=True)
+class OpShape:
+    """What a price depends on: an op's name, its phase, the shapes of its tensor arguments and results, dtype, FLOP
+    (an FMA is two), bytes read and bytes written (outputs and mutated inputs)."""
+
+    name: str
+    phase: str
+    in_shapes: tuple[tuple[int, ...], ...]
+    out_shapes: tuple[tuple[int, ...], ...]
+    dtype: str
+    flops: int
+    bytes_read: int
+    bytes_written: int
+
+
+@dataclass(frozen=True, slots=True)
+class Price:
+    """Device seconds of one op, where they come from, and the expected relative error (0.1 is 10 %)."""
+
+    seconds: float
+    source: Source
+    error: float
+
+
+def shape_of(graph: OpGraph, op: Op) -> OpShape:
+    """The OpShape of an op of a graph."""
+    ins = tuple(graph.tensors[i].shape for i in op.inputs)
+    outs = tuple(graph.tensors[i].shape for i in op.outputs)
+    # Integer inputs (indices, targets) do not name the dtype that an op computes in.
+    dtypes = [graph.tensors[i].dtype for i in (*op.outputs, *op.inputs, *op.mutates)]
+    dtype = next((d for d in dtypes if "float" in d), dtypes[0] if dtypes else "float32")
+    return OpShape(op.name, op.phase, ins, outs, dtype, op.flops, graph.bytes_read(op), graph.bytes_written(op))
+
+
+def signature(shape: OpShape) -> str:
+    """A short text that equal ops share: base name, dtype, input shapes, output shapes."""
+    ins, outs = (";".join(",".join(map(str, s)) for s in shapes) for shapes in (shape.in_shapes, shape.out_shapes))
+    return f"{base_name(shape.name)}/{shape.dtype}|{ins}|{outs}"
+
+
+def price(device: Device, shape: OpShape) -> Price:
+    """The time of one op; cached on the device."""
+    known = device.cache.get(shape)
+    if known is None:
+        known = device.cache[shape] = _price(device, shape)
+    return known
+
+
+def price_many(device: Device, shapes: Sequence[OpShape]) -> list[Price]:
+    """`[price(device, s) for s in shapes]`, with the laws of all ops of one kind evaluated at once."""
+    groups: dict[str, list[OpShape]] = {}
+    for shape in dict.fromkeys(shapes):
+        if shape not in device.cache:
+            law = None if family(shape.name) in FREE else law_of(device, shape)
+            if law is None or device.samples:
+                device.cache[shape] = _price(device, shape)
+            else:
+                groups.setdefault(law.key, []).append(shape)
+    for key, members in groups.items():
+        law = device.laws[key]
+        seconds = np.array([features(s, law.form) for s in members]) @ np.array(law.coefficients)
+        for shape, value in zip(members, seconds.tolist()):
+            device.cache[shape] = _from_law(law, shape, value)
+    return [device.cache[shape] for shape in shapes]
+
+
+def law_of(device: Device, shape: OpShape) -> Law | None:
+    """The law of this op and dtype, else the pooled law of its family and dtype, else none."""
+    own = device.laws.get(f"{base_name(shape.name)}/{shape.dtype}")
+    return own or device.laws.get(f"{family(shape.name)}:{shape.dtype}")
+
+
+def _price(device: Device, shape: OpShape) -> Price:
+    if family(shape.name) in FREE:
+        return Price(0.0, "measured" if device.calibrated else "roofline", 0.0)
+    law = law_of(device, shape)
+    if device.samples and (seen := device.samples.get(signature(shape))) is not None:
+        return Price(seen, "measured", min(0.05, law.error) if law else 0.05)
+    if law is None:
+        return Price(roofline_seconds(device, shape), "roofline", ROOFLINE_ERROR)
+    seconds = sum(c * f for c, f in zip(law.coefficients, features(shape, law.form)))
+    return _from_law(law, shape, seconds)
+
+
+def _from_law(law: Law, shape: OpShape, seconds: float) -> Price:
+    pooled = ":" in law.key
+    inside = all(lo <= x <= hi for lo, x, hi in zip(law.low, extent(shape, law.form), law.high))
+    if inside and not pooled:
+        return Price(seconds, "interpolated", law.error)
+    return Price(seconds, "extrapolated", EXTRAPOLATION_FACTOR * law.error)
+
+
+def roofline_seconds(device: Device, shape: OpShape) -> float:
+    """floor + max(FLOP / reachable FLOP/s, bytes / reachable bytes/s) (Williams et al. 2009)."""
+    kind = family(shape.name)
+    share = device.efficiency.get(kind, ASSUMED_EFFICIENCY.get(kind, ASSUMED_OTHER))
+    streaming = device.efficiency.get("pointwise", ASSUMED_EFFICIENCY["pointwise"])
+    compute = shape.flops / (peak_of(device, shape.dtype) * (share if kind in COMPUTE else 1.0))
+    memory = touched(shape) / (device.memory_bandwidth * (streaming if kind in COMPUTE else share))
+    return device.floor_seconds + max(compute, memory)
+
+
+def peak_of(device: Device, dtype: str) -> float:
+    """FLOP/s of a dtype; of float32 where the data sheet does not list it (integers, bool), else the least listed."""
+    return device.peak_flops.get(dtype) or device.peak_flops.get("float32") or min(device.peak_flops.values())
+
+
+def total(prices: Iterable[Price]) -> float:
+    """Seconds of ops that run one after the other."""
+    return sum(p.seconds for p in prices)
+
+
+__all__ = [
+    "OpShape", "Price", "form_of", "law_of", "peak_of", "price", "price_many", "roofline_seconds", "shape_of",
+    "signature", "total",
+]  # fmt: skip
