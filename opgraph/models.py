@@ -1,0 +1,67 @@
+"""Workloads by name: the model zoo, Hugging Face configurations, and Python files. Importing this needs no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from difflib import get_close_matches
+from importlib import import_module
+from pathlib import Path
+
+from opgraph.workload import Workload
+from opgraph.zoo.huggingface import read_config
+from opgraph.zoo.sizes import ZOO, Sizes, with_overrides
+
+
+def zoo_names() -> list[str]:
+    """The names of the models that Parplan builds itself."""
+    return list(ZOO)
+
+
+def load_workload(spec: str) -> Workload:
+    """The workload that `spec` names.
+
+    `gpt2`, `gpt2:layers=4,hidden=256` (a zoo name with overrides), `path/config.json` or its directory (GPT-2 and
+    Llama families, same overrides), `file.py:factory` (see `opgraph.zoo.factory`; `file.py:factory:batch=8`).
+    """
+    head, _, rest = spec.strip().partition(":")
+    if head in ZOO:
+        return zoo_workload(spec, ZOO[head], parse_overrides(rest, spec))
+    if head.endswith(".py"):
+        from opgraph.zoo.factory import factory_workload
+
+        name, _, overrides = rest.partition(":")
+        return factory_workload(Path(head), name, parse_overrides(overrides, spec))
+    path = Path(head)
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise ValueError(f"{head} is a directory without a config.json: give a zoo name, a config.json or file.py:name")
+    if path.is_dir():
+        path = path / "config.json"
+    if path.suffix == ".json" or path.is_file():
+        return zoo_workload(spec, read_config(path), parse_overrides(rest, spec))
+    if "/" in head:
+        raise ValueError(f"there is no file {head}: give a zoo name, a config.json or file.py:factory")
+    close = get_close_matches(head, ZOO, n=3, cutoff=0.4)
+    hint = f"did you mean {' or '.join(close)}?" if close else f"known are {', '.join(ZOO)}"
+    raise ValueError(f"there is no model {head!r} in the zoo: {hint}")
+
+
+def zoo_workload(name: str, sizes: Sizes, overrides: Mapping[str, str]) -> Workload:
+    """The workload of a family at the given sizes."""
+    changed = with_overrides(sizes, overrides, name.partition(":")[0])
+    family = import_module(f"opgraph.zoo.{changed.family}")
+    return family.workload(name, changed)
+
+
+def parse_overrides(text: str, spec: str) -> dict[str, str]:
+    """`layers=4,hidden=256` as a dict of texts."""
+    values: dict[str, str] = {}
+    for part in text.split(","):
+        if not part.strip():
+            continue
+        key, equals, value = (p.strip() for p in part.partition("="))
+        if not (key and equals and value):
+            raise ValueError(f"{part.strip()!r} in {spec} is no override: write name=value, separated by commas")
+        if key in values:
+            raise ValueError(f"{spec} gives {key} twice: give it once")
+        values[key] = value
+    return values

@@ -1,0 +1,212 @@
+"""Workloads from a Python file: `file.py:factory`.
+
+`factory()` returns a Workload, or (module, example_inputs), or (module, example_inputs, loss), or a dict with the keys
+module, inputs and, where wanted, targets, loss, optimizer, batch. Dim 0 of every example is the batch. The loss is
+called as loss(output, *targets) and defaults to the mean square of the outputs; the optimizer, called with the
+parameters, defaults to AdamW; batch defaults to that of the examples.
+
+The factory is first called under torch.device("meta"), so that a huge module costs nothing; where it cannot be, it is
+called for real. `build()` calls it again on the current default device.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+import traceback
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import nn
+
+from opgraph.workload import Batch, Workload, adamw, mean_square
+
+KEYS = ("module", "inputs", "targets", "loss", "optimizer", "batch")
+Tensors = tuple[torch.Tensor, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Made:
+    """What one call of a factory gave."""
+
+    module: nn.Module
+    inputs: Tensors
+    targets: Tensors
+    loss: Callable[..., torch.Tensor]
+    optimizer: Callable[..., torch.optim.Optimizer]
+    batch: int
+
+
+def factory_workload(path: Path, name: str, overrides: Mapping[str, str]) -> Workload:
+    """The workload that the function `name` in the file `path` makes; `overrides` may hold batch."""
+    spec = f"{path}:{name}"
+    batch_size = _batch_override(overrides, spec)
+    factory = load_function(path, name)
+    made = _first_call(factory, path, spec)
+    if isinstance(made, Workload):
+        return made if batch_size is None else replace(made, batch_size=batch_size)
+
+    def build() -> nn.Module:
+        again = read_result(call(factory, path), spec)
+        assert isinstance(again, Made), "the factory returned a Workload only the second time"
+        return again.module
+
+    @cache
+    def examples() -> tuple[Tensors, Tensors]:
+        """The examples with values where values are needed: the range of integers."""
+        if not any(t.is_meta and not t.is_floating_point() for t in (*made.inputs, *made.targets)):
+            return made.inputs, made.targets
+        with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+            real = read_result(call(factory, path), spec)
+        assert isinstance(real, Made)
+        return real.inputs, real.targets
+
+    def batch(n: int) -> Batch:
+        inputs, targets = examples()
+        return tuple(rows_like(t, n, spec) for t in inputs), tuple(rows_like(t, n, spec) for t in targets)
+
+    return Workload(spec, build, batch, made.loss, made.optimizer, batch_size or made.batch, find_blocks(made.module))
+
+
+def load_function(path: Path, name: str) -> Callable[[], Any]:
+    """The function `name` of the Python file `path`, which may import its neighbours."""
+    if not path.is_file():
+        raise ValueError(f"there is no file {path}: give file.py:factory")
+    if not name:
+        raise ValueError(f"{path} is a file without the name of a function in it: give {path}:factory")
+    module_name = f"_parplan_{path.stem}_{abs(hash(path.resolve()))}"
+    description = importlib.util.spec_from_file_location(module_name, path)
+    assert description is not None and description.loader is not None
+    module = importlib.util.module_from_spec(description)
+    sys.modules[module_name] = module
+    if str(path.resolve().parent) not in sys.path:
+        sys.path.append(str(path.resolve().parent))
+    try:
+        description.loader.exec_module(module)
+    except Exception as error:
+        del sys.modules[module_name]
+        raise ValueError(f"{_place(error, path)} while {path} was imported: mend the file") from error
+    function = getattr(module, name, None)
+    if not callable(function):
+        raise ValueError(f"{path} has no function {name!r}: it has {', '.join(_functions(module)) or 'none'}")
+    return function
+
+
+def call(factory: Callable[[], Any], path: Path) -> Any:
+    try:
+        return factory()
+    except Exception as error:
+        raise ValueError(f"{_place(error, path)} in the factory: it must work without arguments") from error
+
+
+def read_result(result: Any, spec: str) -> Made | Workload:
+    """What a factory returned, in one form."""
+    if isinstance(result, Workload):
+        return result
+    if isinstance(result, tuple) and len(result) in (2, 3):
+        result = dict(zip(("module", "inputs", "loss"), result))
+    if not isinstance(result, dict):
+        raise ValueError(
+            f"{spec} returned a {type(result).__name__}: return a Workload, (module, inputs), (module, inputs, loss) "
+            "or a dict with module and inputs"
+        )
+    unknown = [str(key) for key in result if key not in KEYS]
+    if unknown:
+        raise ValueError(f"{spec} returned a dict with {', '.join(unknown)}: its keys can be {', '.join(KEYS)}")
+    if not isinstance(result.get("module"), nn.Module):
+        raise ValueError(f"{spec} returned a {type(result.get('module')).__name__} as module: return an nn.Module")
+    inputs = _tensors(result.get("inputs"), "inputs", spec)
+    targets = _tensors(result.get("targets", ()), "targets", spec)
+    if not inputs:
+        raise ValueError(f"{spec} returned no example inputs: return at least one tensor with the batch in dim 0")
+    rows = {t.shape[0] for t in (*inputs, *targets)}
+    if len(rows) > 1 or 0 in rows:
+        raise ValueError(f"{spec} returned examples with {sorted(rows)} rows: dim 0 must be one batch size above 0")
+    batch = result.get("batch") or rows.pop()
+    if not isinstance(batch, int) or batch < 1:
+        raise ValueError(f"{spec} returned batch={batch!r}: return a whole number above 0")
+    loss, optimizer = result.get("loss") or mean_square, result.get("optimizer") or adamw
+    for what, value in (("loss", loss), ("optimizer", optimizer)):
+        if not callable(value):
+            raise ValueError(f"{spec} returned a {type(value).__name__} as {what}: return a function")
+    return Made(result["module"], inputs, targets, loss, optimizer, batch)
+
+
+def find_blocks(module: nn.Module) -> tuple[str, ...]:
+    """The module paths in the longest ModuleList or Sequential of one class of children that have parameters.
+
+    Lists inside of such a list are parts of its blocks, however long they are.
+    """
+    best: tuple[str, ...] = ()
+    found: list[str] = []
+    for path, child in module.named_modules():
+        if not isinstance(child, (nn.ModuleList, nn.Sequential)) or any(path.startswith(f) for f in found):
+            continue
+        parts = list(child.named_children())
+        same = len({type(part) for _, part in parts}) == 1
+        if len(parts) < 2 or not same or not all(any(True for _ in part.parameters()) for _, part in parts):
+            continue
+        prefix = f"{path}." if path else ""
+        found.append(prefix)
+        if len(parts) > len(best):
+            best = tuple(prefix + name for name, _ in parts)
+    return best
+
+
+def rows_like(example: torch.Tensor, rows: int, spec: str) -> torch.Tensor:
+    """`rows` random rows on the CPU: normal where `example` is floating, else uniform between its extremes."""
+    shape = (rows, *example.shape[1:])
+    if example.is_floating_point() or example.is_complex():
+        return torch.randn(shape, dtype=example.dtype, device="cpu")
+    if example.is_meta:
+        raise ValueError(f"{spec} returned integer examples without values: make them on the CPU, not on meta")
+    if example.dtype == torch.bool:
+        return torch.randint(2, shape, device="cpu").bool()
+    low, high = int(example.min()), int(example.max())
+    return torch.randint(low, high + 1, shape, device="cpu").to(example.dtype)
+
+
+def _first_call(factory: Callable[[], Any], path: Path, spec: str) -> Made | Workload:
+    with torch.random.fork_rng(devices=[]):
+        try:
+            with torch.device("meta"):
+                result = factory()
+        except Exception:  # no factory needs to work on meta; what is wrong with it shows in the real call
+            return read_result(call(factory, path), spec)
+        made = read_result(result, spec)
+        # A Workload may hold tensors of its own, which meta would have emptied.
+        return read_result(call(factory, path), spec) if isinstance(made, Workload) else made
+
+
+def _tensors(value: Any, what: str, spec: str) -> Tensors:
+    values = (value,) if isinstance(value, torch.Tensor) else value
+    if not isinstance(values, (tuple, list)) or not all(isinstance(v, torch.Tensor) and v.dim() for v in values):
+        raise ValueError(f"{spec} returned {what} that are not tensors with a batch dim: return a tensor or a tuple")
+    return tuple(values)
+
+
+def _batch_override(overrides: Mapping[str, str], spec: str) -> int | None:
+    for key in overrides:
+        if key != "batch":
+            raise ValueError(f"{spec} has no dimension {key!r}: a model from a file has only batch")
+    text = overrides.get("batch")
+    if text is not None and (not text.isdecimal() or int(text) < 1):
+        raise ValueError(f"batch={text} is not a whole number above 0")
+    return None if text is None else int(text)
+
+
+def _place(error: Exception, path: Path) -> str:
+    """Where in `path` an error came from, and what it says."""
+    said = " ".join(str(error).split()) or "no message"
+    lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if Path(f.filename).name == path.name]
+    line = error.lineno if isinstance(error, SyntaxError) else lines[-1] if lines else None
+    return f"{path}, line {line or '?'}: {type(error).__name__}: {said}"
+
+
+def _functions(module: ModuleType) -> list[str]:
+    return [n for n, v in vars(module).items() if getattr(v, "__module__", "") == module.__name__ and callable(v)]
