@@ -32,8 +32,8 @@ FORMS: dict[str, tuple[str, ...]] = {
 
 _FORM_OF_FAMILY = {
     "gemm": "gemm", "conv": "conv", "conv_backward": "conv", "attention": "attention",
-    "attention_backward": "attention", "rnn": "rnn", "rnn_backward": "rnn", "optimizer": "optimizer", "pool": "sides", "embedding": "sides",
-    "reduction": "sides",
+    "attention_backward": "attention", "rnn": "rnn", "rnn_backward": "rnn", "optimizer": "optimizer",
+    "pool": "sides", "embedding": "sides", "reduction": "sides",
 }  # fmt: skip
 
 

@@ -1,0 +1,322 @@
+"""Small training steps whose ops calibration measures. They are never used for validation.
+
+Every entry is a function without arguments that returns (module, inputs, targets, loss). Together they spread over
+widths 64-1024, 64-4096 tokens, vocabularies 1k-24k, 3-512 channels on maps of 7-160, matrices with few rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Case = tuple[nn.Module, tuple[Any, ...], tuple[Any, ...], Callable[..., Tensor]]
+
+
+def token_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(logits.flatten(0, -2), targets.flatten())
+
+
+class Attention(nn.Module):
+    def __init__(self, width: int, heads: int, kv_heads: int, causal: bool, packed: bool, bias: bool) -> None:
+        super().__init__()
+        self.heads, self.kv_heads, self.size, self.causal = heads, kv_heads, width // heads, causal
+        self.packed = nn.Linear(width, 3 * width, bias=bias) if packed else None
+        if not packed:
+            self.q = nn.Linear(width, width, bias=bias)
+            self.k = nn.Linear(width, kv_heads * self.size, bias=bias)
+            self.v = nn.Linear(width, kv_heads * self.size, bias=bias)
+        self.out = nn.Linear(width, width, bias=bias)
+
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor] | None) -> Tensor:
+        batch, length, width = x.shape
+        if self.packed is not None:
+            q, k, v = self.packed(x).split(width, dim=2)
+        else:
+            q, k, v = self.q(x), self.k(x), self.v(x)
+        q = q.view(batch, length, self.heads, self.size).transpose(1, 2)
+        k, v = (t.view(batch, length, self.kv_heads, self.size).transpose(1, 2) for t in (k, v))
+        if rope is not None:
+            q, k = rotated(q, *rope), rotated(k, *rope)
+        if self.kv_heads < self.heads:
+            k, v = (t.repeat_interleave(self.heads // self.kv_heads, dim=1) for t in (k, v))
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
+        return self.out(y.transpose(1, 2).reshape(batch, length, width))
+
+
+def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6))
+
+
+class Block(nn.Module):
+    def __init__(
+        self, width: int, heads: int, kv_heads: int, inner: int, causal: bool, llama: bool, packed: bool, dropout: float
+    ) -> None:
+        super().__init__()
+        norm: Callable[[int], nn.Module] = RMSNorm if llama else nn.LayerNorm
+        self.norm1, self.norm2 = norm(width), norm(width)
+        self.attention = Attention(width, heads, kv_heads, causal, packed, bias=not llama)
+        self.up = nn.Linear(width, inner, bias=not llama)
+        self.gate = nn.Linear(width, inner, bias=False) if llama else None
+        self.down = nn.Linear(inner, width, bias=not llama)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor] | None) -> Tensor:
+        x = x + self.dropout(self.attention(self.norm1(x), rope))
+        y = self.norm2(x)
+        y = F.silu(self.gate(y)) * self.up(y) if self.gate is not None else F.gelu(self.up(y))
+        return x + self.dropout(self.down(y))
+
+
+class Transformer(nn.Module):
+    def __init__(
+        self, width: int, heads: int, length: int, vocab: int, *, layers: int = 1, kv_heads: int = 0, inner: int = 0,
+        causal: bool = True, llama: bool = False, packed: bool = True, dropout: float = 0.0,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.tokens = nn.Embedding(vocab, width)
+        self.positions = None if llama else nn.Embedding(length, width)
+        self.blocks = nn.ModuleList(
+            Block(width, heads, kv_heads or heads, inner or 4 * width, causal, llama, packed and not llama, dropout)
+            for _ in range(layers)
+        )
+        self.norm = RMSNorm(width) if llama else nn.LayerNorm(width)
+        self.head = nn.Linear(width, vocab, bias=False)
+        angles = torch.outer(torch.arange(length), 1e4 ** -(torch.arange(0, width // heads, 2) / (width // heads)))
+        angles = torch.cat((angles, angles), dim=-1)
+        self.register_buffer("cos", angles.cos())
+        self.register_buffer("sin", angles.sin())
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.tokens(ids)
+        rope = None
+        if self.positions is not None:
+            x = x + self.positions(torch.arange(ids.shape[1]))
+        else:
+            rope = (self.cos, self.sin)
+        for block in self.blocks:
+            x = block(x, rope)
+        return self.head(self.norm(x))
+
+
+def transformer(width: int, heads: int, batch: int, length: int, vocab: int, **options: Any) -> Case:
+    ids = torch.randint(0, vocab, (batch, length))
+    return Transformer(width, heads, length, vocab, **options), (ids,), (ids.clone(),), token_loss
+
+
+class Patches(nn.Module):
+    """A vision transformer of one block: patches by a convolution, a class token, attention without mask."""
+
+    def __init__(self, width: int, heads: int, image: int, patch: int) -> None:
+        super().__init__()
+        self.patch = nn.Conv2d(3, width, patch, patch)
+        self.token = nn.Parameter(torch.zeros(1, 1, width))
+        self.position = nn.Parameter(torch.zeros(1, (image // patch) ** 2 + 1, width))
+        self.block = Block(width, heads, heads, 4 * width, False, False, False, 0.0)
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, 100)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.patch(x).flatten(2).transpose(1, 2)
+        x = torch.cat((self.token.expand(x.shape[0], -1, -1), x), dim=1) + self.position
+        return self.head(self.norm(self.block(x, None))[:, 0])
+
+
+def pictures(module: nn.Module, batch: int, channels: int, size: int, classes: int = 100) -> Case:
+    return module, (torch.randn(batch, channels, size, size),), (torch.randint(0, classes, (batch,)),), F.cross_entropy
+
+
+def conv(inp: int, out: int, kernel: int, stride: int = 1, groups: int = 1, norm: bool = True) -> nn.Sequential:
+    layers: list[nn.Module] = [nn.Conv2d(inp, out, kernel, stride, kernel // 2, groups=groups, bias=not norm)]
+    return nn.Sequential(*layers, *([nn.BatchNorm2d(out)] if norm else []), nn.ReLU(inplace=True))
+
+
+class Residual(nn.Module):
+    def __init__(self, body: nn.Module, inp: int, out: int, stride: int = 1) -> None:
+        super().__init__()
+        self.body = body
+        plain = inp == out and stride == 1
+        self.short = (
+            nn.Identity() if plain else nn.Sequential(nn.Conv2d(inp, out, 1, stride, bias=False), nn.BatchNorm2d(out))
+        )
+        self.relu = nn.ReLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.relu(self.body(x) + self.short(x))
+
+
+def basic(inp: int, out: int, stride: int = 1) -> nn.Module:
+    second = nn.Sequential(nn.Conv2d(out, out, 3, padding=1, bias=False), nn.BatchNorm2d(out))
+    return Residual(nn.Sequential(conv(inp, out, 3, stride), second), inp, out, stride)
+
+
+def bottleneck(inp: int, inner: int, out: int, stride: int = 1, groups: int = 1) -> nn.Module:
+    last = nn.Sequential(nn.Conv2d(inner, out, 1, bias=False), nn.BatchNorm2d(out))
+    return Residual(nn.Sequential(conv(inp, inner, 1), conv(inner, inner, 3, stride, groups), last), inp, out, stride)
+
+
+class Branches(nn.Module):
+    def __init__(self, inp: int, one: int, three: int, five: int) -> None:
+        super().__init__()
+        self.paths = nn.ModuleList([
+            conv(inp, one, 1), nn.Sequential(conv(inp, three // 2, 1), conv(three // 2, three, 3)),
+            nn.Sequential(conv(inp, five // 2, 1), conv(five // 2, five, 5)),
+            nn.Sequential(nn.AvgPool2d(3, 1, 1), conv(inp, one, 1)),
+        ])  # fmt: skip
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([path(x) for path in self.paths], dim=1)
+
+
+def tail(channels: int, classes: int = 100) -> list[nn.Module]:
+    return [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, classes)]
+
+
+def large_kernels(batch: int, size: int, width: int, hidden: int) -> Case:
+    """Large strided first kernel, unpadded pools, three wide fully connected layers with dropout."""
+    body = [
+        nn.Conv2d(3, width, 11, 4, 2), nn.ReLU(inplace=True), nn.MaxPool2d(3, 2),
+        *conv(width, 3 * width, 5, norm=False), nn.MaxPool2d(3, 2),
+        *conv(3 * width, 4 * width, 3, norm=False), *conv(4 * width, 2 * width, 3, norm=False),
+        nn.AdaptiveAvgPool2d(5), nn.Flatten(), nn.Dropout(0.5), nn.Linear(50 * width, hidden), nn.ReLU(inplace=True),
+        nn.Dropout(0.5), nn.Linear(hidden, hidden), nn.ReLU(inplace=True), nn.Linear(hidden, 300),
+    ]  # fmt: skip
+    return pictures(nn.Sequential(*body), batch, 3, size, 300)
+
+
+def residual_net(batch: int, size: int, width: int) -> Case:
+    body = [
+        *conv(3, width, 7, 2), nn.MaxPool2d(3, 2, 1), basic(width, width), basic(width, 2 * width, 2),
+        basic(2 * width, 4 * width, 2), basic(4 * width, 8 * width, 2), *tail(8 * width),
+    ]  # fmt: skip
+    return pictures(nn.Sequential(*body), batch, 3, size)
+
+
+def bottleneck_net(batch: int, size: int, width: int) -> Case:
+    body = [
+        conv(3, width, 3, 2), bottleneck(width, width, 4 * width), bottleneck(4 * width, width, 4 * width),
+        bottleneck(4 * width, 2 * width, 8 * width, 2), bottleneck(8 * width, 2 * width, 8 * width),
+        bottleneck(8 * width, 4 * width, 8 * width, 2), *tail(8 * width),
+    ]  # fmt: skip
+    return pictures(nn.Sequential(*body), batch, 3, size)
+
+
+def plain_net(batch: int, size: int, width: int) -> Case:
+    body: list[nn.Module] = []
+    inp = 3
+    for i, out in enumerate((width, 2 * width, 4 * width, 8 * width)):
+        body += [*conv(inp, out, 3, norm=False), *(conv(out, out, 3, norm=False) if i else []), nn.MaxPool2d(2)]
+        inp = out
+    return pictures(nn.Sequential(*body, *tail(inp)), batch, 3, size)
+
+
+def branch_net(batch: int, size: int) -> Case:
+    body = [conv(3, 24, 3, 2), Branches(24, 16, 32, 16), nn.MaxPool2d(2), Branches(80, 48, 96, 32), *tail(224)]
+    return pictures(nn.Sequential(*body), batch, 3, size)
+
+
+def depthwise_net(batch: int, size: int) -> Case:
+    body = [conv(3, 32, 3, 2), conv(32, 32, 3, groups=32), conv(32, 96, 1), conv(96, 96, 3, 2, groups=96), *tail(96)]
+    return pictures(nn.Sequential(*body), batch, 3, size)
+
+
+def digits_net(batch: int) -> Case:
+    body = [
+        nn.Conv2d(1, 8, 5, padding=2), nn.Tanh(), nn.AvgPool2d(2), nn.Conv2d(8, 20, 5), nn.Tanh(), nn.AvgPool2d(2),
+        nn.Flatten(), nn.Linear(500, 100), nn.Sigmoid(), nn.Linear(100, 10),
+    ]  # fmt: skip
+    return pictures(nn.Sequential(*body), batch, 1, 28, 10)
+
+
+def perceptron(batch: int, *widths: int, activation: type[nn.Module] = nn.ReLU) -> Case:
+    layers: list[nn.Module] = []
+    for inp, out in pairwise(widths):
+        layers += [nn.Linear(inp, out), activation()]
+    module = nn.Sequential(*layers[:-1])
+    return module, (torch.randn(batch, widths[0]),), (torch.randn(batch, widths[-1]),), F.mse_loss
+
+
+class Recurrent(nn.Module):
+    def __init__(self, vocab: int, width: int, hidden: int, layers: int) -> None:
+        super().__init__()
+        self.tokens, self.head = nn.Embedding(vocab, width), nn.Linear(hidden, vocab)
+        self.layers = nn.LSTM(width, hidden, layers, batch_first=True)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(self.layers(self.tokens(ids))[0])
+
+
+def recurrent(batch: int, length: int, vocab: int, width: int, hidden: int, layers: int = 2) -> Case:
+    ids = torch.randint(0, vocab, (batch, length))
+    return Recurrent(vocab, width, hidden, layers), (ids,), (ids.clone(),), token_loss
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """One training step to measure; `bf16` runs its forward under autocast."""
+
+    name: str
+    make: Callable[[], Case]
+    bf16: bool = False
+
+
+def _all() -> tuple[Source, ...]:
+    vit = lambda width, heads, batch, image, patch: pictures(Patches(width, heads, image, patch), batch, 3, image)  # noqa: E731
+    steps: dict[str, Callable[[], Case]] = {
+        "t160": partial(transformer, 160, 5, 1, 256, 8000),
+        "residual24": partial(residual_net, 4, 112, 24),
+        "mlp-skinny": partial(perceptron, 8, 784, 1024, 1536, 640, 10),
+        "t448": partial(transformer, 448, 7, 4, 128, 3000, packed=False),
+        "large-kernels": partial(large_kernels, 4, 160, 40, 1000),
+        "lstm192": partial(recurrent, 8, 32, 5000, 128, 192),
+        "llama192": partial(transformer, 192, 6, 2, 128, 2000, llama=True, inner=512, kv_heads=2),
+        "bottleneck32": partial(bottleneck_net, 4, 72, 32),
+        "t320": partial(transformer, 320, 5, 2, 128, 16000, packed=False),
+        "digits": partial(digits_net, 64),
+        "t1024": partial(transformer, 1024, 8, 2, 48, 1000),
+        "plain24": partial(plain_net, 2, 128, 24),
+        "vit288": partial(vit, 288, 6, 4, 96, 8),
+        "t128": partial(transformer, 128, 4, 16, 128, 1000, dropout=0.1),
+        "mlp-wide": partial(perceptron, 128, 512, 3072, 768, 256, activation=nn.GELU),
+        "branches": partial(branch_net, 4, 80),
+        "t96": partial(transformer, 96, 3, 4, 32, 2000, causal=False, layers=2),
+        "llama448": partial(transformer, 448, 7, 1, 192, 6000, llama=True, inner=1184),
+        "t512-vocab": partial(transformer, 512, 8, 1, 96, 24000, packed=False),
+        "residual48": partial(residual_net, 2, 96, 48),
+        "lstm384": partial(recurrent, 20, 20, 2000, 256, 384),
+        "t256": partial(transformer, 256, 4, 2, 640, 4000),
+        "depthwise": partial(depthwise_net, 4, 112),
+        "t64": partial(transformer, 64, 2, 2, 64, 1000, layers=2),
+        "mlp-one": partial(perceptron, 2, 2048, 1024, 512, activation=nn.Tanh),
+        "bottleneck56": partial(bottleneck_net, 8, 40, 56),
+        "plain64": partial(plain_net, 1, 64, 64),
+        "vit192": partial(vit, 192, 3, 2, 144, 12),
+        "t768": partial(transformer, 768, 12, 1, 160, 1500, packed=False, causal=False),
+        "large-kernels24": partial(large_kernels, 8, 120, 24, 640),
+        "llama128": partial(transformer, 128, 4, 8, 64, 12000, llama=True, inner=336),
+        "mlp-tall": partial(perceptron, 512, 256, 640, 640, 64),
+    }
+    half = {
+        "t192-bf16": partial(transformer, 192, 6, 4, 96, 3000),
+        "t512-bf16": partial(transformer, 512, 8, 2, 128, 6000, packed=False),
+        "residual32-bf16": partial(residual_net, 4, 96, 32),
+    }
+    return (*(Source(n, m) for n, m in steps.items()), *(Source(n, m, True) for n, m in half.items()))
+
+
+SOURCES = _all()
