@@ -1,0 +1,103 @@
+"""What a plan changes inside the module: tensor-parallel Linears and recomputed modules."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.utils.checkpoint import checkpoint
+
+from planner.plan import ParallelPlan
+
+RECOMPUTING: list[str] = []
+"""Paths of the recomputed modules whose forward is running now, innermost last (read by the dry run)."""
+
+
+def shard_tensor_parallel(model: nn.Module, plan: ParallelPlan, tp: DeviceMesh) -> None:
+    """`parallelize_module` with torch's default layouts and local outputs for every sharding that `model` has."""
+    for path, style in plan.shardings:
+        try:
+            module = model.get_submodule(path)
+        except AttributeError:
+            if plan.pp == 1:
+                raise ValueError(f"sharding {path!r} is no module path of the model") from None
+            continue
+        if not isinstance(module, nn.Linear):
+            raise ValueError(f"sharding {path!r} is a {type(module).__name__}; only Linear modules can be sharded")
+        features = module.out_features if style == "colwise" else module.in_features
+        if features % plan.tp:
+            raise ValueError(
+                f"{style} sharding of {path!r} splits {features} features, which tp = {plan.tp} does not divide; "
+                "leave it unsharded or use another tp"
+            )
+        # every rank has the same full weights, so that nothing has to be scattered
+        parallelize_module(
+            module, tp, ColwiseParallel() if style == "colwise" else RowwiseParallel(), src_data_rank=None
+        )
+
+
+def local_module(model: nn.Module, tp: DeviceMesh) -> dict[str, Any]:
+    """Keeps tensor-parallel parameters as plain local tensors, seen as DTensors only inside their module's forward.
+
+    DDP's reducer and fused optimizers cannot mix DTensor and plain parameters; torch's own way for DDP
+    (`_pre_dp_module_transform`) makes new parameters at every forward, which the reducer does not know.
+    Returns parameter name -> placements.
+    """
+    found = {}
+    for path, module in model.named_modules():
+        specs = {n: p.placements for n, p in module._parameters.items() if isinstance(p, DTensor)}
+        if not specs:
+            continue
+        for name in specs:
+            p: Any = module._parameters[name]
+            module._parameters[name] = nn.Parameter(p.to_local().detach(), requires_grad=p.requires_grad)
+            found[f"{path}.{name}" if path else name] = specs[name]
+        module.forward = _seeing_dtensors(module, tp, specs)
+    return found
+
+
+def _seeing_dtensors(module: nn.Module, tp: DeviceMesh, specs: dict[str, Any]) -> Callable[..., Any]:
+    forward = module.forward
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        for name, placements in specs.items():  # an instance attribute hides the parameter of that name
+            local: Any = module._parameters[name]
+            module.__dict__[name] = DTensor.from_local(local, tp, placements, run_check=False)
+        try:
+            return forward(*args, **kwargs)
+        finally:
+            for name in specs:
+                del module.__dict__[name]
+
+    return run
+
+
+def recompute(model: nn.Module, paths: Iterable[str]) -> None:
+    """Wraps the forward of the modules at `paths` in `checkpoint`; names of parameters stay."""
+    for path in paths:
+        try:
+            module = model.get_submodule(path)
+        except AttributeError:
+            continue
+        module.forward = _checkpointed(module.forward, path)
+
+
+def _checkpointed(forward: Callable[..., Any], path: str) -> Callable[..., Any]:
+    def inner(*args: Any, **kwargs: Any) -> Any:
+        RECOMPUTING.append(path)
+        try:
+            return forward(*args, **kwargs)
+        finally:
+            RECOMPUTING.pop()
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return forward(*args, **kwargs)
+        return checkpoint(inner, *args, use_reentrant=False, **kwargs)
+
+    return run

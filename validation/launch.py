@@ -1,0 +1,144 @@
+"""Runs plans on real process groups: one process per rank, kept alive over all plans of one world size."""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from planner.plan import ParallelPlan
+from validation.environment import RANK_ENV
+from validation.measure import Measurement, Options, failed, measurement
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def run_plans(
+    spec: str,
+    plans: Iterable[ParallelPlan],
+    options: Options | None = None,
+    progress: Callable[[Measurement], None] = lambda _: None,
+) -> list[Measurement]:
+    """Proves, then measures every plan with one process per rank; results in the order of `plans`.
+
+    `spec` is a model spec of `opgraph.models.load_workload`, or `module:function` of an importable function that
+    returns a Workload. A plan whose ranks die, raise, hang or disagree with the single-device step is reported as
+    failed, and the next one runs in fresh processes. Under torchrun every rank calls this and the plans of its
+    world size run inside; all ranks get the results.
+    """
+    options = options or Options()
+    plans = list(plans)
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        from validation.worker import run_inside
+
+        return run_inside(spec, plans, options, progress)
+    results: dict[int, Measurement] = {}
+    with tempfile.TemporaryDirectory(prefix="parplan-") as scratch:
+        world: World | None = None
+        try:
+            for i in sorted(range(len(plans)), key=lambda i: plans[i].world_size):
+                if world is not None and world.size != plans[i].world_size:
+                    world.stop()
+                    world = None
+                if world is None:
+                    world = World(plans[i].world_size, spec, options, scratch)
+                results[i] = world.run(plans[i])
+                progress(results[i])
+                if not world.usable:
+                    world.stop()
+                    world = None
+        finally:
+            if world is not None:
+                world.stop()
+    return [results[i] for i in range(len(plans))]
+
+
+@dataclass(slots=True)
+class World:
+    """The processes of one world size. `usable` is False once a rank failed: its peers may hang in a collective."""
+
+    size: int
+    spec: str
+    options: Options
+    scratch: str
+    usable: bool = True
+    _ranks: list[subprocess.Popen[str]] = field(default_factory=list)
+    _replies: queue.Queue[tuple[int, dict[str, Any] | None]] = field(default_factory=queue.Queue)
+    _runs: int = 0
+
+    def __post_init__(self) -> None:
+        environment = {**os.environ, **RANK_ENV}
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), os.getcwd(), os.environ.get("PYTHONPATH"))))
+        for rank in range(self.size):
+            process = subprocess.Popen(
+                [sys.executable, "-m", "validation.worker", str(rank), str(self.size), str(os.getpid())],
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment, start_new_session=True,
+            )  # fmt: skip
+            self._ranks.append(process)
+            threading.Thread(target=self._listen, args=(rank, process), daemon=True).start()
+
+    def run(self, plan: ParallelPlan) -> Measurement:
+        """One plan on all ranks."""
+        self._runs += 1
+        store = os.path.join(self.scratch, f"store-{self.size}-{self._runs}-{time.monotonic_ns()}")
+        task = {"spec": self.spec, "plan": plan.to_dict(), "options": asdict(self.options), "store": store}
+        task["scratch"] = self.scratch
+        for process in self._ranks:
+            try:
+                assert process.stdin is not None
+                process.stdin.write(json.dumps(task) + "\n")
+                process.stdin.flush()
+            except OSError:  # the rank is dead; _collect hears it from the reader thread
+                pass
+        replies, reason = self._collect()
+        if reason:
+            self.usable = False
+            return failed(plan, reason)
+        return measurement(plan, [replies[rank] for rank in range(self.size)])
+
+    def _collect(self) -> tuple[dict[int, dict[str, Any]], str]:
+        deadline = time.monotonic() + self.options.timeout_seconds
+        replies: dict[int, dict[str, Any]] = {}
+        while len(replies) < self.size:
+            try:
+                rank, reply = self._replies.get(timeout=max(0.0, deadline - time.monotonic()))
+            except queue.Empty:
+                silent = ", ".join(str(r) for r in range(self.size) if r not in replies)
+                return {}, f"rank(s) {silent} did not finish within {self.options.timeout_seconds:g} s"
+            if reply is None:
+                code = self._ranks[rank].wait()
+                how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+                return {}, f"rank {rank} died ({how})"
+            if "error" in reply:
+                return {}, f"rank {rank} raised {reply['error']}"
+            replies[rank] = reply
+        return replies, ""
+
+    def _listen(self, rank: int, process: subprocess.Popen[str]) -> None:
+        assert process.stdout is not None
+        for line in process.stdout:
+            self._replies.put((rank, json.loads(line)))
+        self._replies.put((rank, None))
+
+    def stop(self) -> None:
+        """Kills every rank and waits for it."""
+        for process in self._ranks:
+            process.kill()
+        for process in self._ranks:
+            process.wait()
+            for stream in (process.stdin, process.stdout):
+                if stream is not None:
+                    try:
+                        stream.close()
+                    except OSError:
+                        pass

@@ -1,0 +1,180 @@
+"""Times an applied plan and measures its peak memory, inside one rank; what came out as a `Measurement`."""
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from planner.plan import ParallelPlan
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """How plans are executed.
+
+    backend: "gloo" (CPU) or "nccl" (one GPU per rank). max_seconds caps the timed steps of a plan once `min_steps`
+    are done; timeout_seconds is the time after which a plan's ranks are killed. `prove`, `memory` and `measure`
+    switch the three parts; `trace` also returns every collective of one steady step.
+    """
+
+    backend: Literal["gloo", "nccl"] = "gloo"
+    seed: int = 0
+    warmup: int = 3
+    min_steps: int = 20
+    max_seconds: float = 60.0
+    timeout_seconds: float = 900.0
+    prove: bool = True
+    memory: bool = True
+    measure: bool = True
+    trace: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Measurement:
+    """What executing one plan gave. Times in seconds, sizes in bytes, errors relative.
+
+    status: "ok" or "failed" (`reason` says why; a plan that computes something else is failed and never timed).
+    Step times are the maximum over the ranks. `block_medians`: of the first and the second half of the steps.
+    peak_bytes: tensor bytes alive at the worst moment of a steady step, by rank. gradient_error: worst parameter,
+    ||g - reference|| / max(||reference||, 0.001 ||all references||). load: load averages before and after.
+    """
+
+    plan: ParallelPlan
+    status: Literal["ok", "failed"]
+    reason: str = ""
+    median_seconds: float = float("nan")
+    p10_seconds: float = float("nan")
+    p90_seconds: float = float("nan")
+    cv: float = float("nan")
+    steps: int = 0
+    block_medians: tuple[float, ...] = ()
+    load: tuple[float, float] = (float("nan"), float("nan"))
+    peak_bytes: tuple[int, ...] = ()
+    loss_error: float = float("nan")
+    gradient_error: float = float("nan")
+    notes: tuple[str, ...] = ()
+    traces: tuple[Any, ...] = ()
+
+    @property
+    def steady(self) -> bool:
+        """Whether the two halves of the steps agree within 5 %."""
+        return blocks_agree(self.block_medians)
+
+
+def failed(plan: ParallelPlan, reason: str) -> Measurement:
+    return Measurement(plan, "failed", " ".join(reason.split()))
+
+
+def measurement(plan: ParallelPlan, replies: list[dict[str, Any]]) -> Measurement:
+    """Puts the replies of all ranks together."""
+    first = replies[0]
+    notes = tuple(first.get("notes", ()))
+    errors = {
+        "loss_error": first.get("loss_error", float("nan")),
+        "gradient_error": max((r.get("gradient_error", float("nan")) for r in replies), default=float("nan")),
+    }
+    wrong = next((r["wrong"] for r in replies if r.get("wrong")), "")
+    if wrong:
+        return Measurement(plan, "failed", wrong, notes=notes, **errors)
+    peaks = tuple(int(r["peak_bytes"]) for r in replies if "peak_bytes" in r)
+    traces = tuple(r["trace"] for r in replies if "trace" in r)
+    if "seconds" not in first:
+        return Measurement(plan, "ok", peak_bytes=peaks, notes=notes, traces=traces, **errors)
+    times = first["seconds"]
+    return Measurement(
+        plan, "ok",
+        median_seconds=statistics.median(times),
+        p10_seconds=float(np.percentile(times, 10)),
+        p90_seconds=float(np.percentile(times, 90)),
+        cv=statistics.pstdev(times) / statistics.fmean(times),
+        steps=len(times),
+        block_medians=block_medians(times),
+        load=(first["load"][0], first["load"][1]),
+        peak_bytes=peaks, notes=notes, traces=traces, **errors,
+    )  # fmt: skip
+
+
+def block_medians(times: list[float]) -> tuple[float, ...]:
+    half = len(times) // 2
+    return (statistics.median(times[:half]), statistics.median(times[half:])) if half else tuple(times)
+
+
+def blocks_agree(medians: tuple[float, ...], tolerance: float = 0.05) -> bool:
+    return len(medians) == 2 and abs(medians[0] - medians[1]) <= tolerance * min(medians)
+
+
+def time_steps(run: Callable[[], Any], options: Options, cuda: bool) -> dict[str, Any]:
+    """Seconds of every timed step (the maximum over ranks) and load averages. A collective call."""
+    import torch
+    import torch.distributed as dist
+
+    def once() -> float:
+        if cuda:
+            torch.cuda.synchronize()
+        dist.barrier()
+        start = time.perf_counter()
+        run()
+        if cuda:
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    load_before = os.getloadavg()[0]
+    for _ in range(options.warmup):
+        once()
+    times: list[float] = []
+    begin = time.perf_counter()
+    while True:
+        own = [once() for _ in range(options.min_steps if not times else max(2, options.min_steps // 2))]
+        everyone: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(everyone, (own, time.perf_counter() - begin))
+        times += [max(step) for step in zip(*(seconds for seconds, _ in everyone))]
+        if blocks_agree(block_medians(times)) or max(spent for _, spent in everyone) > options.max_seconds:
+            return {"seconds": times, "load": (load_before, os.getloadavg()[0])}
+
+
+def peak_of_steady_step(build: Callable[[], Callable[[], Any]], cuda: bool) -> tuple[Callable[[], Any], int]:
+    """Builds a step with `build`, runs it twice and returns it with the peak bytes inside the second run.
+
+    On the CPU: the running sum of the profiler's `[memory]` events, from before the model is built.
+    """
+    import torch
+
+    if cuda:
+        run = build()
+        run()
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        run()
+        torch.cuda.synchronize()
+        return run, torch.cuda.max_memory_allocated()
+    from torch.profiler import ProfilerActivity, profile, record_function
+
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        run = build()
+        run()
+        with record_function("parplan.steady_step"):
+            run()
+    return run, _peak(profiler)
+
+
+def _peak(profiler: Any) -> int:
+    """The largest running sum of memory events inside the marked step, bytes."""
+    events = profiler.profiler.kineto_results.events()
+    window = next(e for e in events if e.name() == "parplan.steady_step")
+    start, end = window.start_ns(), window.start_ns() + window.duration_ns()
+    running = peak = 0
+    for event in sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns()):
+        if event.start_ns() >= start:
+            peak = max(peak, running)
+        if event.start_ns() > end:
+            break
+        running += event.nbytes()
+        if start <= event.start_ns():
+            peak = max(peak, running)
+    return peak

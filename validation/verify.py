@@ -1,0 +1,142 @@
+"""Proves that an applied plan computes the loss and the gradients of the single-device step on the whole batch."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from opgraph.workload import Workload
+from planner.apply import apply, casting
+from planner.plan import ParallelPlan
+
+TOLERANCE = {"fp32": 1e-4, "bf16": 5e-2}
+Reference = tuple[float, dict[str, torch.Tensor]]
+
+
+def prove(
+    plan: ParallelPlan, workload: Workload, spec: str, rank: int, device: torch.device, seed: int, scratch: str
+) -> dict[str, Any]:
+    """The errors of loss and gradients, `wrong` with a sentence if they are too large, and notes. A collective call.
+
+    The reference is computed once by rank 0 and kept in `scratch` for all plans of the same batch and precision.
+    """
+    safe, notes, by_pieces = _comparable(workload)
+    pieces = plan.dp * plan.micro_batches if by_pieces else 1
+    key = hashlib.sha256(repr((spec, seed, plan.global_batch, pieces, plan.precision)).encode()).hexdigest()[:16]
+    path = os.path.join(scratch, f"reference-{key}.pt")
+    if rank == 0 and not os.path.exists(path):
+        torch.save(reference(plan, safe, pieces, device, seed), path + ".new")
+        os.replace(path + ".new", path)
+    dist.barrier()
+    loss, gradients = torch.load(path, map_location=device, mmap=True)
+    torch.manual_seed(seed)
+    step = apply(plan, safe, rank, device)
+    inputs, targets = share(plan, workload, rank, device, seed)
+    own_loss = step.backward_only(inputs, targets)
+    report = _compare(plan, step.named_gradients(), own_loss, loss, gradients)
+    return {**report, "notes": notes}
+
+
+def share(
+    plan: ParallelPlan, workload: Workload, rank: int, device: torch.device, seed: int
+) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """This rank's dp share of the global batch (the same batch on every rank for one seed)."""
+    part = plan.coordinates(rank)["dp"]
+
+    def own(t: Any) -> Any:
+        return t.chunk(plan.dp)[part].clone().to(device) if isinstance(t, torch.Tensor) else t
+
+    inputs, targets = _batch(plan, workload, seed)
+    return tuple(own(t) for t in inputs), tuple(own(t) for t in targets)
+
+
+def _batch(plan: ParallelPlan, workload: Workload, seed: int) -> Any:
+    torch.manual_seed(seed + 1)
+    return workload.batch(plan.global_batch)
+
+
+def reference(plan: ParallelPlan, workload: Workload, pieces: int, device: torch.device, seed: int) -> Reference:
+    """Loss and gradients of the unsplit model, on the whole batch or averaged over `pieces` of it in order."""
+    torch.manual_seed(seed)
+    model = workload.build().to(device).train()
+    inputs, targets = _batch(plan, workload, seed)
+    total = 0.0
+    for i in range(pieces):
+        part_in, part_out = (
+            tuple(t.chunk(pieces)[i].to(device) if isinstance(t, torch.Tensor) else t for t in ts)
+            for ts in (inputs, targets)
+        )
+        with casting(plan, device):
+            loss = workload.loss(model(*part_in), *part_out) / pieces
+        loss.backward()
+        total += loss.item()
+    return total, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def _comparable(workload: Workload) -> tuple[Workload, list[str], bool]:
+    """The workload without dropout, what has to be said about it, and whether it uses batch statistics."""
+    with torch.device("meta"):
+        modules = list(workload.build().modules())
+    dropping = sum(isinstance(m, nn.modules.dropout._DropoutNd) and m.p > 0 for m in modules)
+    dropping += sum(isinstance(m, nn.RNNBase) and m.dropout > 0 for m in modules)
+    statistics = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in modules)
+    notes = []
+    if dropping:
+        notes.append(f"dropout of {dropping} module(s) was set to 0 for the proof, because ranks draw different numbers")
+    if statistics:
+        notes.append("the reference of the proof runs the plan's own pieces of the batch (batch statistics)")
+    return replace(workload, build=_without_dropout(workload.build)), notes, statistics
+
+
+def _without_dropout(build: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
+    def make() -> nn.Module:
+        model = build()
+        for m in model.modules():
+            if isinstance(m, nn.modules.dropout._DropoutNd):
+                m.p = 0.0
+            elif isinstance(m, nn.RNNBase):
+                m.dropout = 0.0
+        return model
+
+    return make
+
+
+def _compare(
+    plan: ParallelPlan,
+    gradients: dict[str, torch.Tensor],
+    own_loss: torch.Tensor | None,
+    loss: float,
+    expected: dict[str, torch.Tensor],
+) -> dict[str, Any]:
+    norm = float(sum(g.double().square().sum() for g in expected.values()) ** 0.5)
+    worst, culprit = 0.0, ""
+    for name, gradient in gradients.items():
+        if name not in expected:
+            worst, culprit = float("inf"), f"{name} (which has no gradient on a single device)"
+            break
+        right = expected[name].double()
+        error = float((gradient.double() - right).norm()) / max(float(right.norm()), 1e-3 * norm, 1e-30)
+        if not error <= worst:  # also NaN
+            worst, culprit = error, name
+    everyone: list[Any] = [None] * dist.get_world_size()
+    own = None if own_loss is None else own_loss.item()
+    dist.all_gather_object(everyone, (own, worst, culprit, sorted(gradients)))
+    losses = [value for value, *_ in everyone if value is not None]
+    loss_error = abs(sum(losses) / len(losses) - loss) / max(abs(loss), 1e-30)
+    missing = sorted(set(expected) - {name for *_, names in everyone for name in names})
+    gradient_error, culprit = max(((e, c) for _, e, c, _ in everyone), key=lambda p: (p[0] != p[0], p[0]))
+    limit, wrong = TOLERANCE[plan.precision], ""
+    if missing:
+        wrong = f"parameter {missing[0]} has a gradient on a single device but none in this plan"
+    elif not loss_error <= limit:
+        wrong = f"the loss differs from the single-device step by {loss_error:.2g} (allowed {limit:g})"
+    elif not gradient_error <= limit:
+        wrong = f"the gradient of {culprit} differs from the single-device step by {gradient_error:.2g} (allowed {limit:g})"
+    return {"loss_error": loss_error, "gradient_error": gradient_error, "wrong": wrong}
