@@ -9,7 +9,9 @@ from pathlib import Path
 
 from opgraph.workload import Workload
 from opgraph.zoo.huggingface import read_config
-from opgraph.zoo.sizes import ZOO, Sizes, with_overrides
+from opgraph.zoo.names import ZOO
+from opgraph.zoo.overrides import parse_overrides, with_overrides
+from opgraph.zoo.sizes import Sizes
 
 
 def zoo_names() -> list[str]:
@@ -50,18 +52,3 @@ def zoo_workload(name: str, sizes: Sizes, overrides: Mapping[str, str]) -> Workl
     changed = with_overrides(sizes, overrides, name.partition(":")[0])
     family = import_module(f"opgraph.zoo.{changed.family}")
     return family.workload(name, changed)
-
-
-def parse_overrides(text: str, spec: str) -> dict[str, str]:
-    """`layers=4,hidden=256` as a dict of texts."""
-    values: dict[str, str] = {}
-    for part in text.split(","):
-        if not part.strip():
-            continue
-        key, equals, value = (p.strip() for p in part.partition("="))
-        if not (key and equals and value):
-            raise ValueError(f"{part.strip()!r} in {spec} is no override: write name=value, separated by commas")
-        if key in values:
-            raise ValueError(f"{spec} gives {key} twice: give it once")
-        values[key] = value
-    return values

@@ -5,28 +5,32 @@ module, inputs and, where wanted, targets, loss, optimizer, batch. Dim 0 of ever
 called as loss(output, *targets) and defaults to the mean square of the outputs; the optimizer, called with the
 parameters, defaults to AdamW; batch defaults to that of the examples.
 
-The factory is first called under torch.device("meta"), so that a huge module costs nothing; where it cannot be, it is
-called for real. `build()` calls it again on the current default device.
+The factory is first called under torch.device("meta"), so that a huge module costs nothing, with integers on the CPU,
+whose range `batch(n)` keeps. A factory that cannot run so is called for real. `build()` calls it again on the current
+default device.
 """
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-import traceback
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
 from opgraph.workload import Batch, Workload, adamw, mean_square
+from opgraph.zoo.pyfile import call, load_function
 
 KEYS = ("module", "inputs", "targets", "loss", "optimizer", "batch")
+# What makes integers from integers where no dtype says otherwise, and what does so only where one does.
+INTEGER_MAKERS = (torch.randint, torch.randperm, torch.arange, torch.tensor, torch.full)
+OTHER_MAKERS = (torch.zeros, torch.ones, torch.empty)
 Tensors = tuple[torch.Tensor, ...]
 
 
@@ -71,37 +75,6 @@ def factory_workload(path: Path, name: str, overrides: Mapping[str, str]) -> Wor
         return tuple(rows_like(t, n, spec) for t in inputs), tuple(rows_like(t, n, spec) for t in targets)
 
     return Workload(spec, build, batch, made.loss, made.optimizer, batch_size or made.batch, find_blocks(made.module))
-
-
-def load_function(path: Path, name: str) -> Callable[[], Any]:
-    """The function `name` of the Python file `path`, which may import its neighbours."""
-    if not path.is_file():
-        raise ValueError(f"there is no file {path}: give file.py:factory")
-    if not name:
-        raise ValueError(f"{path} is a file without the name of a function in it: give {path}:factory")
-    module_name = f"_parplan_{path.stem}_{abs(hash(path.resolve()))}"
-    description = importlib.util.spec_from_file_location(module_name, path)
-    assert description is not None and description.loader is not None
-    module = importlib.util.module_from_spec(description)
-    sys.modules[module_name] = module
-    if str(path.resolve().parent) not in sys.path:
-        sys.path.append(str(path.resolve().parent))
-    try:
-        description.loader.exec_module(module)
-    except Exception as error:
-        del sys.modules[module_name]
-        raise ValueError(f"{_place(error, path)} while {path} was imported: mend the file") from error
-    function = getattr(module, name, None)
-    if not callable(function):
-        raise ValueError(f"{path} has no function {name!r}: it has {', '.join(_functions(module)) or 'none'}")
-    return function
-
-
-def call(factory: Callable[[], Any], path: Path) -> Any:
-    try:
-        return factory()
-    except Exception as error:
-        raise ValueError(f"{_place(error, path)} in the factory: it must work without arguments") from error
 
 
 def read_result(result: Any, spec: str) -> Made | Workload:
@@ -171,16 +144,34 @@ def rows_like(example: torch.Tensor, rows: int, spec: str) -> torch.Tensor:
     return torch.randint(low, high + 1, shape, device="cpu").to(example.dtype)
 
 
+class IntegersOnCpu(TorchFunctionMode):
+    """Makes integer tensors on the CPU, with their values, where the default device is meta."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in (*INTEGER_MAKERS, *OTHER_MAKERS) and kwargs.get("device") is None:
+            dtype = kwargs.get("dtype")
+            by_default = func in INTEGER_MAKERS and all(isinstance(v, int) for v in tree_leaves((args, kwargs)))
+            if by_default if dtype is None else not (dtype.is_floating_point or dtype.is_complex):
+                kwargs = {**kwargs, "device": "cpu"}
+        return func(*args, **kwargs)
+
+
 def _first_call(factory: Callable[[], Any], path: Path, spec: str) -> Made | Workload:
     with torch.random.fork_rng(devices=[]):
-        try:
-            with torch.device("meta"):
-                result = factory()
-        except Exception:  # no factory needs to work on meta; what is wrong with it shows in the real call
-            return read_result(call(factory, path), spec)
-        made = read_result(result, spec)
-        # A Workload may hold tensors of its own, which meta would have emptied.
-        return read_result(call(factory, path), spec) if isinstance(made, Workload) else made
+        for modes in ((torch.device("meta"), IntegersOnCpu()), (torch.device("meta"),)):
+            try:
+                with ExitStack() as stack:
+                    for mode in modes:
+                        stack.enter_context(mode)
+                    result = factory()
+            except Exception:  # no factory needs to work on meta; what is wrong with it shows in the real call
+                continue
+            made = read_result(result, spec)
+            if isinstance(made, Made):
+                return made
+            break  # a Workload may hold tensors of its own, which meta would have emptied
+        return read_result(call(factory, path), spec)
 
 
 def _tensors(value: Any, what: str, spec: str) -> Tensors:
@@ -198,15 +189,3 @@ def _batch_override(overrides: Mapping[str, str], spec: str) -> int | None:
     if text is not None and (not text.isdecimal() or int(text) < 1):
         raise ValueError(f"batch={text} is not a whole number above 0")
     return None if text is None else int(text)
-
-
-def _place(error: Exception, path: Path) -> str:
-    """Where in `path` an error came from, and what it says."""
-    said = " ".join(str(error).split()) or "no message"
-    lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if Path(f.filename).name == path.name]
-    line = error.lineno if isinstance(error, SyntaxError) else lines[-1] if lines else None
-    return f"{path}, line {line or '?'}: {type(error).__name__}: {said}"
-
-
-def _functions(module: ModuleType) -> list[str]:
-    return [n for n, v in vars(module).items() if getattr(v, "__module__", "") == module.__name__ and callable(v)]
