@@ -76,19 +76,12 @@ def described(
     shapes = [SimpleNamespace(shape=tuple(t.shape)) for t in ins]
     produced = [SimpleNamespace(shape=tuple(t.shape)) for t in outs]
     flops = 0 if view else flops_of(name, shapes, produced or shapes, SimpleNamespace(args=args))
-    if is_causal(name, args):
-        flops //= 2
     kinds = [str(t.dtype).removeprefix("torch.") for t in (*fresh, *ins)]
     dtype = next((k for k in kinds if "float" in k), kinds[0] if kinds else "float32")
     return OpShape(
         name, phase, tuple(tuple(t.shape) for t in ins), tuple(tuple(t.shape) for t in fresh), dtype, flops,
         0 if view else moved(ins), 0 if view else moved([*fresh, *mutated]),
     )  # fmt: skip
-
-
-def is_causal(name: str, args: Any) -> bool:
-    """Whether an attention op was told to skip the upper triangle (its only `True` argument)."""
-    return "_scaled_dot_product" in name and any(a is True for a in args)
 
 
 def moved(tensors: list[torch.Tensor]) -> int:
