@@ -37,8 +37,10 @@ class Experts(nn.Module):
         experts = len(self.experts)
         slots = min(length, ceil(length * self.top_k * self.capacity / experts))
         score, choice = self.router(x).float().topk(self.top_k, dim=-1)
-        slot, kept = assign_slots(choice.flatten(1), experts, slots)
-        token, home = slot_tables(slot, self.top_k, length, experts, slots)
+        choice = choice.flatten(1)
+        place = places(choice, experts)
+        kept = place < slots
+        token, home = slot_tables(choice, place, kept, length, experts, slots)
         given = x.flatten(0, 1).index_select(0, token).view(experts, rows, slots, hidden)
         done = torch.stack([expert(part) for expert, part in zip(self.experts, given.unbind(0))])
         taken = done.flatten(0, 2).index_select(0, home).view(rows, length, self.top_k, hidden)
@@ -46,31 +48,27 @@ class Experts(nn.Module):
         return (taken * weight.to(x.dtype).unsqueeze(-1)).sum(dim=2)
 
 
-def assign_slots(choice: torch.Tensor, experts: int, slots: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The slot (expert * slots + place) of every choice of a row, first come first served; and which choices got one.
-
-    `choice` is (rows, length * top_k) of expert numbers; a choice without a slot has the number experts * slots.
-    """
+def places(choice: torch.Tensor, experts: int) -> torch.Tensor:
+    """How many earlier choices of the same row have the same expert; `choice` is (rows, length * top_k) of experts."""
     chosen = choice.unsqueeze(-1) == torch.arange(experts, device=choice.device)
-    place = chosen.cumsum(dim=1).gather(2, choice.unsqueeze(-1)).squeeze(-1) - 1
-    kept = place < slots
-    return torch.where(kept, choice * slots + place, experts * slots), kept
+    return chosen.cumsum(dim=1).gather(2, choice.unsqueeze(-1)).squeeze(-1) - 1
 
 
 def slot_tables(
-    slot: torch.Tensor, top_k: int, length: int, experts: int, slots: int
+    choice: torch.Tensor, place: torch.Tensor, kept: torch.Tensor, length: int, experts: int, slots: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Which token each slot takes, in the order (expert, row, place), and where each choice finds its result.
 
-    Empty slots take the row's first token, choices without a slot find slot 0: neither result is used.
+    Empty slots take the row's first token, choices without a slot find the first result: neither is used.
     """
-    rows, choices = slot.shape
-    row = torch.arange(rows, device=slot.device).unsqueeze(1)
-    source = (torch.arange(choices, device=slot.device) // top_k) + row * length
-    table = (row * length).expand(rows, experts * slots + 1).scatter(1, slot, source)
+    rows, choices = choice.shape
+    start = torch.arange(rows, device=choice.device).unsqueeze(1) * length
+    source = torch.arange(length, device=choice.device).unsqueeze(1).expand(-1, choices // length).flatten() + start
+    column = torch.where(kept, choice * slots + place, experts * slots)  # one column more for those without a slot
+    table = start.expand(rows, experts * slots + 1).scatter(1, column, source)
     token = table[:, :-1].unflatten(1, (experts, slots)).transpose(0, 1).flatten()
-    found = slot % (experts * slots)
-    home = (found // slots * rows + row) * slots + found % slots
+    row = torch.arange(rows, device=choice.device).unsqueeze(1)
+    home = torch.where(kept, (choice * rows + row) * slots + place, 0)
     return token, home.flatten()
 
 

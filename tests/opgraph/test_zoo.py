@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from opgraph.models import load_workload, zoo_names
 from opgraph.workload import Workload
 from opgraph.zoo.layers import Attention, SwiGlu, rotate, rotation_tables
-from opgraph.zoo.mixtral import Experts, assign_slots
+from opgraph.zoo.mixtral import Experts, places
 from opgraph.zoo.names import ZOO
 from opgraph.zoo.sizes import Gpt, Mixtral
 from tests.opgraph.published import FORWARD_GMAC, PARAMETERS, ROUNDED_PARAMETERS
@@ -294,9 +294,8 @@ def test_experts_with_room_for_all_are_the_dense_mixture() -> None:
 
 
 def test_full_experts_drop_later_tokens() -> None:
-    slot, kept = assign_slots(torch.tensor([[0, 1, 0, 2, 0, 1], [2, 2, 2, 2, 0, 1]]), experts=3, slots=2)
-    assert kept.tolist() == [[True] * 4 + [False, True], [True, True, False, False, True, True]]
-    assert slot.tolist() == [[0, 2, 1, 4, 6, 3], [4, 5, 6, 6, 0, 2]]
+    choice = torch.tensor([[0, 1, 0, 2, 0, 1], [2, 2, 2, 2, 0, 1]])
+    assert places(choice, experts=3).tolist() == [[0, 0, 1, 0, 2, 1], [0, 1, 2, 3, 0, 0]]
     layer = tiny_experts(capacity=1)
     nn.init.zeros_(layer.router.weight)  # all tokens to the same two experts, which take half of them
     x = torch.randn(2, 8, 16)
