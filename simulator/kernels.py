@@ -17,6 +17,9 @@ from numba import njit
 # Columns of a pool's state: summed demand, progress rate, and an instant with the virtual time then. The virtual
 # time of a pool is the work that a task which always ran would have done; it advances at the pool's rate.
 LOAD, RATE, TIME, WORK = range(4)
+# Columns of `pack`: dependencies left, resource, first successor edge, next task in the resource's queue.
+WAITING, RESOURCE, FIRST, BEHIND = range(4)
+NONE = np.uint32(0xFFFFFFFF)
 
 
 @njit(cache=True)
@@ -64,22 +67,35 @@ def enqueue(head, tail, behind, r, i):
 
 
 @njit(cache=True)
+def pack(resource, succ_ptr, indegree, unbound):
+    """What `run_fifo` needs of a task, u4[n + 1, 4] in one cache line: one miss per task rather than four."""
+    n = resource.size
+    node = np.empty((n + 1, 4), np.uint32)
+    for i in range(n):
+        node[i, WAITING] = indegree[i]
+        node[i, RESOURCE] = resource[i] if resource[i] >= 0 else unbound
+        node[i, FIRST] = succ_ptr[i]
+        node[i, BEHIND] = NONE
+    node[n, FIRST] = succ_ptr[n]
+    return node
+
+
+@njit(cache=True)
 def run_fifo(duration, resource, succ_ptr, succ, indegree, capacity, slots):
     """(start f8[n], completed tasks) without pools. `slots` bounds the number of tasks that run at once."""
     n = duration.size
     start = np.empty(n)
-    waiting = indegree.copy()
+    node = pack(resource, succ_ptr, indegree, capacity.size - 1)
     free = capacity.copy()
-    head = np.full(capacity.size, -1, np.int32)
-    tail = np.full(capacity.size, -1, np.int32)
-    behind = np.empty(n, np.int32)
+    head = np.full(capacity.size, NONE, np.uint32)
+    tail = np.full(capacity.size, NONE, np.uint32)
     key = np.empty(slots)
-    item = np.empty(slots, np.int32)
+    item = np.empty(slots, np.uint32)
     size = 0
-    ready = np.empty(n, np.int32)
+    ready = np.empty(n, np.uint32)
     count = 0
     for i in range(n):
-        if waiting[i] == 0:
+        if indegree[i] == 0:
             ready[count] = i
             count += 1
     now = 0.0
@@ -87,14 +103,18 @@ def run_fifo(duration, resource, succ_ptr, succ, indegree, capacity, slots):
     while True:
         for j in range(count):
             i = ready[j]
-            r = resource[i]
+            r = node[i, RESOURCE]
             if free[r] > 0:
                 free[r] -= 1
                 start[i] = now
                 push(key, item, size, now + duration[i], i)
                 size += 1
             else:
-                enqueue(head, tail, behind, r, i)
+                if head[r] == NONE:
+                    head[r] = i
+                else:
+                    node[tail[r], BEHIND] = i
+                tail[r] = i
         if size == 0:
             return start, done
         now = key[0]
@@ -102,23 +122,24 @@ def run_fifo(duration, resource, succ_ptr, succ, indegree, capacity, slots):
         ordered = True
         while size > 0 and key[0] == now:
             i = item[0]
-            r = resource[i]
+            r = node[i, RESOURCE]
             done += 1
             first = head[r]
-            if first >= 0:  # the server goes on with the next task: one pass through the heap, not two
-                head[r] = behind[first]
+            if first != NONE:  # the server goes on with the next task: one pass through the heap, not two
+                head[r] = node[first, BEHIND]
                 start[first] = now
                 replace(key, item, size, now + duration[first], first)
             else:
                 free[r] += 1
                 size -= 1
                 replace(key, item, size, key[size], item[size])
-            for e in range(succ_ptr[i], succ_ptr[i + 1]):
+            for e in range(node[i, FIRST], node[np.int64(i) + 1, FIRST]):
                 s = succ[e]
-                left = waiting[s] - 1
-                waiting[s] = left
+                left = node[s, WAITING] - np.uint32(1)
+                node[s, WAITING] = left
                 if left == 0:
-                    ordered &= count == 0 or ready[count - 1] < s
+                    if count > 0 and s < ready[count - 1]:
+                        ordered = False
                     ready[count] = s
                     count += 1
         if not ordered:
