@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -139,7 +141,7 @@ def time_steps(run: Callable[[], Any], options: Options, cuda: bool) -> dict[str
 
 
 def peak_of_steady_step(build: Callable[[], Callable[[], Any]], cuda: bool) -> tuple[Callable[[], Any], int]:
-    """Builds a step with `build`, runs it twice and returns it with the peak bytes inside the second run.
+    """Builds a step with `build`, runs it three times and returns it with the peak bytes inside the third run.
 
     On the CPU: the running sum of the profiler's `[memory]` events, from before the model is built.
     """
@@ -148,6 +150,7 @@ def peak_of_steady_step(build: Callable[[], Callable[[], Any]], cuda: bool) -> t
     if cuda:
         run = build()
         run()
+        run()
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         run()
@@ -155,12 +158,49 @@ def peak_of_steady_step(build: Callable[[], Callable[[], Any]], cuda: bool) -> t
         return run, torch.cuda.max_memory_allocated()
     from torch.profiler import ProfilerActivity, profile, record_function
 
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    gc.collect()  # what an earlier plan left behind must not be freed inside the profile
+    with _patient_waits(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         run = build()
         run()
+        run()  # DDP changes its buckets in the second step
+        gc.collect()
         with record_function("parplan.steady_step"):
             run()
     return run, _peak(profiler)
+
+
+@contextmanager
+def _patient_waits() -> Iterator[None]:
+    """Lets gloo's threads drop their references first after every wait.
+
+    The profiler does not see what a foreign thread frees, and whoever drops the last reference frees.
+    """
+    import torch
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class AfterWaits(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if any(t.__name__ in ("DTensor", "AsyncCollectiveTensor") for t in types):
+                return NotImplemented  # they come back as their local ops and waits
+            result = func(*args, **(kwargs or {}))
+            if func.name() == "_c10d_functional::wait_tensor":
+                time.sleep(0.002)
+            return result
+
+    work = torch.distributed.Work
+    original = work.wait
+
+    def wait(*args: Any, **kwargs: Any) -> Any:
+        result = original(*args, **kwargs)
+        time.sleep(0.002)
+        return result
+
+    work.wait = wait  # type: ignore[method-assign]
+    try:
+        with AfterWaits():
+            yield
+    finally:
+        work.wait = original  # type: ignore[method-assign]
 
 
 def _peak(profiler: Any) -> int:

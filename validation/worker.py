@@ -9,6 +9,7 @@ import ctypes
 import datetime
 import importlib
 import json
+import logging
 import os
 import queue
 import signal
@@ -94,6 +95,7 @@ def _steps(
 
         if not (options.memory or options.measure):
             run()
+            run()
         reply["trace"] = to_json(record_step(built[0], *data))
     return reply
 
@@ -141,6 +143,7 @@ def main() -> None:
         os._exit(0)  # the parent closed our stdin or is gone
 
     threading.Thread(target=read, daemon=True).start()
+    logging.getLogger("torch.distributed.tensor").setLevel(logging.ERROR)
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     while True:
         task = json.loads(tasks.get())
