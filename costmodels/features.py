@@ -120,7 +120,15 @@ def _conv(shape: OpShape) -> tuple[float, ...]:
     flops, channels = conv_flops(shape)
     image, weight = (shape.in_shapes[1], shape.in_shapes[2]) if backward else (shape.in_shapes[0], shape.in_shapes[1])
     out = shape.in_shapes[0] if backward else shape.out_shapes[0]
-    kind = 3 if channels == 1 and weight[0] > 1 and image[1] > 1 else 2 if channels < 16 else 1 if prod(weight[2:]) == 1 else 0
+    kind = (
+        3
+        if channels == 1 and weight[0] > 1 and image[1] > 1
+        else 2
+        if channels < 16
+        else 1
+        if prod(weight[2:]) == 1
+        else 0
+    )
     kinds = [0.0] * 4
     kinds[kind] = flops
     taps = flops / (2 * weight[0])

@@ -1,4 +1,4 @@
-"""Laws from measured ops: non-negative least squares of relative errors, with half of the ops held out to score them."""
+"""Laws from measured ops: non-negative least squares of relative errors; half of the ops are held out to score them."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from scipy.optimize import nnls
 
 from costmodels.device import Law
 from costmodels.families import FREE, base_name, family
-from costmodels.features import FORMS, extent, features, form_of
+from costmodels.features import extent, features, form_of
 from costmodels.ops import OpShape, signature
 
-Sample = tuple[OpShape, float]
+Measured = tuple[OpShape, float]
 LEAST_SAMPLES = 5  # fewer distinct shapes than this of one op are priced by the law of its family only
 ROUNDS = 12  # of reweighting towards least absolute relative error
 FULL_WEIGHT = 2e-4  # seconds from which an op counts fully; shorter ones count less, as they do in a step
 
 
-def fit_laws(samples: Iterable[Sample]) -> dict[str, Law]:
+def fit_laws(samples: Iterable[Measured]) -> dict[str, Law]:
     """A law per op and dtype, and a pooled law per family and dtype, from measured ops."""
-    groups: dict[tuple[str, str], list[Sample]] = {}
+    groups: dict[tuple[str, str], list[Measured]] = {}
     for shape, seconds in samples:
         if family(shape.name) not in FREE and seconds > 0:
             form = form_of(shape.name)
@@ -34,7 +34,7 @@ def fit_laws(samples: Iterable[Sample]) -> dict[str, Law]:
     return laws
 
 
-def _law(key: str, form: str, members: list[Sample]) -> Law:
+def _law(key: str, form: str, members: list[Measured]) -> Law:
     design = np.array([features(shape, form) for shape, _ in members])
     seconds = np.array([s for _, s in members])
     held_out = np.array([zlib.crc32(signature(shape).encode()) % 2 == 0 for shape, _ in members])
@@ -63,13 +63,14 @@ def fit(design: np.ndarray, seconds: np.ndarray) -> np.ndarray:
     for _ in range(ROUNDS):
         coefficients, _ = nnls(rows * weights[:, None], weights, maxiter=50 * rows.shape[1])
         weights = base / np.sqrt(np.maximum(np.abs(rows @ coefficients - 1), 0.02))
-    return coefficients / scale
+    result: np.ndarray = coefficients / scale
+    return result
 
 
-def errors_by_family(samples: Iterable[Sample]) -> dict[str, tuple[float, float, int]]:
+def errors_by_family(samples: Iterable[Measured]) -> dict[str, tuple[float, float, int]]:
     """Held-out error of the per-op laws by family and dtype: mean absolute relative error, the same weighted by
     seconds, and the number of held-out ops."""
-    groups: dict[str, list[Sample]] = {}
+    groups: dict[str, list[Measured]] = {}
     for shape, seconds in samples:
         if family(shape.name) not in FREE and seconds > 0:
             groups.setdefault(f"{base_name(shape.name)}/{shape.dtype}", []).append((shape, seconds))
@@ -85,11 +86,8 @@ def errors_by_family(samples: Iterable[Sample]) -> dict[str, tuple[float, float,
         predicted = design[held] @ fit(design[~held], seconds_of[~held])
         rows = found.setdefault(f"{family(shape.name)}/{shape.dtype}", [])
         rows += list(zip(np.abs(predicted / seconds_of[held] - 1), seconds_of[held]))
-    return {
-        key: (float(np.mean([e for e, _ in rows])), float(np.average([e for e, _ in rows], weights=[w for _, w in rows])),
-              len(rows))
-        for key, rows in found.items()
-    }  # fmt: skip
+    return {key: _scores(np.array(rows)) for key, rows in found.items()}
 
 
-assert set(FORMS) >= {form_of("mm"), form_of("add")}
+def _scores(rows: np.ndarray) -> tuple[float, float, int]:
+    return float(rows[:, 0].mean()), float(np.average(rows[:, 0], weights=rows[:, 1])), len(rows)

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,13 +15,18 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from costmodels.families import FREE, family
 from costmodels.ops import OpShape, signature
 from opgraph.flops import flops_of
 from opgraph.graph import DTYPE_BYTES
 from opgraph.workload import adamw
 from validation.calibrate_models import Source
 
-SKIPPED = ("prim", "profiler")
+PHASES = ("forward", "backward", "optimizer")
+# CPU time of the calling thread: one-threaded ops never wait, so on a free core it is the wall time, and another
+# process that takes the core does not count. Backward of a CPU graph runs on the calling thread too.
+CLOCK = time.thread_time
+WAITING = 1.1  # wall time / CPU time above which a step was disturbed (caches too)
 
 
 class OpTimer(TorchDispatchMode):
@@ -32,9 +38,9 @@ class OpTimer(TorchDispatchMode):
         self.names: list[str] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        start = time.perf_counter()
+        start = CLOCK()
         out = func(*args, **kwargs) if kwargs else func(*args)
-        self.times.append(time.perf_counter() - start)
+        self.times.append(CLOCK() - start)
         self.names.append(func)
         return out
 
@@ -96,6 +102,20 @@ def moved(tensors: list[torch.Tensor]) -> int:
     return total
 
 
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Seconds of the ops (or parts) of one step; `waiting` is wall time / CPU time of the step, 1 when undisturbed."""
+
+    seconds: tuple[float, ...]
+    waiting: float
+
+
+def undisturbed(runs: list[Run]) -> list[Run]:
+    """The runs during which no other process took the core; at least the best third."""
+    calm = [r for r in runs if r.waiting < WAITING]
+    return calm if len(calm) * 3 >= len(runs) else sorted(runs, key=lambda r: r.waiting)[: -(-len(runs) // 3)]
+
+
 @dataclass(slots=True)
 class Step:
     """A calibration model made ready: one call of `run` is one training step."""
@@ -103,8 +123,8 @@ class Step:
     source: Source
     parts: tuple[Callable[[], Any], ...]
     shapes: list[OpShape] = field(default_factory=list)
-    times: list[list[float]] = field(default_factory=list)
-    plain: list[tuple[float, ...]] = field(default_factory=list)
+    times: list[Run] = field(default_factory=list)
+    plain: list[Run] = field(default_factory=list)
 
 
 def prepare(source: Source) -> Step:
@@ -128,7 +148,7 @@ def prepare(source: Source) -> Step:
     for part in step.parts:
         part()
     with OpDescriber() as describer:
-        for name, part in zip(("forward", "backward", "optimizer"), step.parts):
+        for name, part in zip(PHASES, step.parts):
             describer.phase = name
             part()
     step.shapes = describer.shapes
@@ -137,32 +157,65 @@ def prepare(source: Source) -> Step:
 
 def time_ops(step: Step) -> None:
     """One step with every op timed; a step whose ops differ from the described ones does not count."""
+    wall, cpu = time.perf_counter(), time.process_time()
     with OpTimer() as timer:
         for part in step.parts:
             part()
+    waiting = (time.perf_counter() - wall) / max(time.process_time() - cpu, 1e-9)
     if [str(f) for f in timer.names] == [s.name for s in step.shapes]:
-        step.times.append(timer.times)
+        step.times.append(Run(tuple(timer.times), waiting))
 
 
 def time_parts(step: Step) -> None:
     """One step without the mode: seconds of forward, backward, optimizer."""
-    marks = [time.perf_counter()]
+    cpu = time.process_time()
+    wall = time.perf_counter()
+    marks = [CLOCK()]
     for part in step.parts:
         part()
-        marks.append(time.perf_counter())
-    step.plain.append(tuple(b - a for a, b in zip(marks, marks[1:])))
+        marks.append(CLOCK())
+    waiting = (time.perf_counter() - wall) / max(time.process_time() - cpu, 1e-9)
+    step.plain.append(Run(tuple(b - a for a, b in pairwise(marks)), waiting))
 
 
-def medians(step: Step) -> list[float]:
-    """Median seconds of every op over the steps."""
-    return [statistics.median(column) for column in zip(*step.times)]
+def medians(runs: list[Run]) -> list[float]:
+    """Median seconds of every op (or part) over the undisturbed runs."""
+    return [statistics.median(column) for column in zip(*(r.seconds for r in undisturbed(runs)))]
 
 
-def samples(steps: list[Step]) -> dict[str, tuple[OpShape, float]]:
-    """Every distinct op with its median seconds over all its calls."""
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One distinct op with its median seconds over all its calls."""
+
+    shape: OpShape
+    seconds: float
+
+
+def samples(steps: list[Step]) -> list[Sample]:
+    """Every distinct op of the steps."""
     calls: dict[str, tuple[OpShape, list[float]]] = {}
     for step in steps:
         if step.times:
-            for shape, seconds in zip(step.shapes, medians(step)):
+            for shape, seconds in zip(step.shapes, medians(step.times)):
                 calls.setdefault(signature(shape), (shape, []))[1].append(seconds)
-    return {key: (shape, statistics.median(seconds)) for key, (shape, seconds) in calls.items()}
+    return [Sample(shape, statistics.median(seconds)) for shape, seconds in calls.values()]
+
+
+@dataclass(frozen=True, slots=True)
+class Overhead:
+    """What one step took beyond its ops: by phase, the step's seconds, its ops' seconds, and the number of ops."""
+
+    name: str
+    parts: dict[str, tuple[float, float, int]]
+    parameters: int
+
+
+def overhead(step: Step) -> Overhead:
+    """The step's parts beside the sum of its ops (views and the like count as ops of no time)."""
+    parts: dict[str, list[float]] = {phase: [t, 0.0, 0] for phase, t in zip(PHASES, medians(step.plain))}
+    for shape, seconds in zip(step.shapes, medians(step.times)):
+        parts[shape.phase][1] += 0.0 if family(shape.name) in FREE else seconds
+        parts[shape.phase][2] += 1
+    fused = [s for s in step.shapes if family(s.name) == "optimizer"]
+    tensors = max((len(s.in_shapes) for s in fused), default=0) // 5  # parameter, gradient, two moments, step count
+    return Overhead(step.source.name, {k: (v[0], v[1], int(v[2])) for k, v in parts.items()}, tensors)

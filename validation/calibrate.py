@@ -1,0 +1,293 @@
+"""Calibrates this machine: one TOML file with the laws of its ops, its host overheads, and its gloo collectives.
+
+Measured only on models and micro-benchmarks of `validation/calibrate_*.py`, never on a plan or a model that is scored.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy.optimize import nnls
+
+from costmodels import tomlfile
+from costmodels.cluster import CollectiveTable, tables_data
+from costmodels.device import Device, device_data, local_path
+from costmodels.families import family
+from costmodels.features import touched
+from costmodels.ops import OpShape, signature
+from validation.calibrate_fit import errors_by_family, fit_laws
+from validation.environment import RANK_ENV
+
+Progress = Callable[[str, float], None]
+ROOT = Path(__file__).resolve().parent.parent
+MOST_RANKS = 8  # of the op measurement: more ranks than this would only repeat each other
+FIXED_SECONDS = 45.0  # of starting ranks, building models, collectives: what is not rounds over the models
+SAMPLE_SECONDS = 2e-5  # shorter ops are not stored one by one: their law is as good and the file stays small
+SMALL_STEP = 0.04  # seconds: host overhead is read off steps below this, where op noise does not drown it
+
+
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """What `calibrate` found and where it wrote it. fit_error: by family and dtype, the held-out mean absolute relative
+    error, the same weighted by seconds, and the number of held-out ops."""
+
+    device: Device
+    tables: tuple[CollectiveTable, ...]
+    path: Path
+    fit_error: dict[str, tuple[float, float, int]]
+    seconds: float
+    rounds: int
+
+
+def calibrate(
+    out: Path | None = None,
+    budget_seconds: float = 90.0,
+    progress: Progress = lambda what, fraction: None,
+    models: Sequence[str] = (),
+    worlds: Sequence[int] = (),
+) -> Calibration:
+    """Measures this machine and writes its device file to `out` (default: `costmodels.device.local_path()`).
+
+    `models` names a part of the calibration models and `worlds` the group sizes of the collectives (tests use few);
+    by default all models, and groups of 2, 4 and as many as there are cores.
+    """
+    if budget_seconds <= 0:
+        raise ValueError(f"the budget is {budget_seconds:g} s; it must be more than 0, and 90 is usual")
+    began = time.monotonic()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    ranks = max(min(cores, MOST_RANKS), 2)
+    sizes = sorted(set(worlds) or {2, 4, ranks})
+    short = bool(models)
+    common = {"timeout": 300, "sizes": _sizes(short), "seconds_per_point": 0.02 if short else 0.12}
+    results: dict[int, list[dict[str, Any]]] = {}
+    with tempfile.TemporaryDirectory(prefix="parplan-calibrate-") as folder:
+        for i, world in enumerate(sizes if ranks in sizes else [ranks, *sizes]):
+            main = world == ranks
+            job = {
+                **common, "ranks": world, "store": str(Path(folder) / f"store-{world}"), "anchor": 8 if short else 40,
+                "kinds": _kinds(world) if world in sizes else [], "runtime": main,
+                "models": list(models) if main else None, "least_rounds": 3,
+                "seconds": max(budget_seconds - FIXED_SECONDS, 2.0),
+            }  # fmt: skip
+            low, high = (0.0, 0.75) if main else (0.75, 0.75 + 0.2 * (i + 1) / len(sizes))
+            results[world] = _run(job, Path(folder), _between(progress, low, high))
+    progress("fitting laws", 0.97)
+    device, errors = _device(results, ranks, cores)
+    tables = tuple(
+        CollectiveTable(r["kind"], r["ranks"], tuple(r["bytes"]), tuple(r["seconds"]), tuple(r["demand"]), r["error"])
+        for world in sizes
+        for r in results[world][0]["collectives"]
+    )
+    path = Path(out) if out is not None else local_path()
+    data = device_data(device)
+    data["loopback"] = _loopback(tables)
+    data["collectives"] = tables_data(tables)
+    tomlfile.write_toml(path, data)
+    progress("done", 1.0)
+    return Calibration(device, tables, path, errors, time.monotonic() - began, results[ranks][0]["rounds"])
+
+
+def _between(progress: Progress, low: float, high: float) -> Progress:
+    return lambda what, fraction: progress(what, low + (high - low) * fraction)
+
+
+def _sizes(short: bool) -> list[int]:
+    from validation.calibrate_gloo import SIZES
+
+    return list(SIZES[1:5:3] if short else SIZES)
+
+
+def _kinds(world: int) -> list[str]:
+    from validation.calibrate_gloo import KINDS
+
+    return [k for k in KINDS if k != "send" or world == 2]
+
+
+def _run(job: dict[str, Any], folder: Path, progress: Progress) -> list[dict[str, Any]]:
+    """Runs a job on all its ranks; whatever happens, no rank outlives this call."""
+    path = folder / f"job-{job['ranks']}.json"
+    path.write_text(json.dumps(job))
+    environment = {**os.environ, **RANK_ENV, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path[1:]])}
+    if sys.platform == "linux":
+        environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    processes = []
+    try:
+        for rank in range(job["ranks"]):
+            with (folder / f"log-{job['ranks']}-{rank}").open("w") as log:
+                processes.append(
+                    subprocess.Popen(
+                        [sys.executable, "-m", "validation.calibrate_worker", str(path), str(rank)],
+                        stdin=subprocess.PIPE, stdout=subprocess.PIPE if rank == 0 else log, stderr=log,
+                        env=environment, start_new_session=True,
+                    )
+                )  # fmt: skip
+        threading.Thread(target=_listen, args=(processes[0], progress), daemon=True).start()
+        _wait(processes, job, folder)
+    finally:
+        for process in processes:
+            process.kill()
+        for process in processes:
+            process.wait()
+    files = [folder / f"result-{job['ranks']}-{rank}" for rank in range(job["ranks"])]
+    return [pickle.loads(f.read_bytes()) for f in files]
+
+
+def _listen(process: subprocess.Popen[bytes], progress: Progress) -> None:
+    assert process.stdout is not None
+    for line in process.stdout:
+        try:
+            what, fraction = json.loads(line)
+        except ValueError:
+            continue
+        progress(str(what), float(fraction))
+
+
+def _wait(processes: list[subprocess.Popen[bytes]], job: dict[str, Any], folder: Path) -> None:
+    """Until all ranks have ended well, or one has not."""
+    deadline = time.monotonic() + job["timeout"] + job["seconds"]
+    while any(p.poll() is None for p in processes):
+        failed = next((r for r, p in enumerate(processes) if p.poll()), None)
+        if failed is None and time.monotonic() < deadline:
+            time.sleep(0.05)
+            continue
+        break
+    failed = next((r for r, p in enumerate(processes) if p.poll() != 0), None)
+    if failed is not None:
+        log = (folder / f"log-{job['ranks']}-{failed}").read_text().strip().splitlines()
+        how = (
+            "did not finish in time"
+            if processes[failed].poll() is None
+            else f"died: {log[-1] if log else 'no message'}"
+        )
+        raise RuntimeError(f"calibration rank {failed} of {job['ranks']} {how}")
+
+
+# -- from measurements to a device ---------------------------------------------------------------------------
+
+
+def _device(
+    results: dict[int, list[dict[str, Any]]], ranks: int, cores: int
+) -> tuple[Device, dict[str, tuple[float, float, int]]]:
+    import psutil
+
+    main = results[ranks]
+    merged = _merged(main)
+    laws = fit_laws(merged)
+    anchor = statistics.median(a for r in main for a in r["anchors"])
+    host = _host(main, results, cores)
+    rates = [s.flops / t for s, t in merged if family(s.name) in ("gemm", "conv") and s.dtype == "float32"]
+    half = [s.flops / t for s, t in merged if family(s.name) == "gemm" and s.dtype == "bfloat16"]
+    streams = [touched(s) / t for s, t in merged if family(s.name) == "pointwise" and touched(s) > 2**22]
+    peaks = {"float32": float(np.quantile(rates, 0.98))}
+    if half:
+        peaks["bfloat16"] = float(np.quantile(half, 0.98))
+    note = "measured in place inside training steps of calibration models, one thread per rank, all cores busy"
+    device = Device(
+        name=f"{_processor()} (one core of {cores})",
+        kind="cpu",
+        peak_flops=peaks,
+        memory_bytes=int(psutil.virtual_memory().total),
+        memory_bandwidth=float(np.median(streams)) if streams else 1e10,
+        units=1,
+        floor_seconds=1e-6,
+        laws=laws,
+        samples={signature(s): t for s, t in merged if t >= SAMPLE_SECONDS},
+        host=host,
+        anchor_seconds=anchor,
+        sources=(f"parplan calibrate on {platform.node()}, {time.strftime('%Y-%m-%d %H:%M')}",),
+        notes=(note,),
+    )
+    return device, errors_by_family(merged)
+
+
+def _merged(main: list[dict[str, Any]]) -> list[tuple[OpShape, float]]:
+    """Every distinct op with the mean of the ranks' medians (on two ranks; the median on more)."""
+    times: dict[str, list[float]] = {}
+    shapes: dict[str, OpShape] = {}
+    for result in main:
+        for sample in result["samples"]:
+            key = signature(sample.shape)
+            shapes.setdefault(key, sample.shape)
+            times.setdefault(key, []).append(sample.seconds)
+    return [(shapes[k], statistics.median(v)) for k, v in times.items()]
+
+
+def _host(main: list[dict[str, Any]], results: dict[int, list[dict[str, Any]]], cores: int) -> dict[str, float]:
+    """`Device.host`: see docs in `HOST_KEYS`."""
+    host: dict[str, float] = {}
+    overheads = [o for r in main for o in r["overheads"]]
+    for phase in ("forward", "backward"):
+        small = [o for o in overheads if sum(p[0] for p in o.parts.values()) < SMALL_STEP] or overheads
+        rows = [(t - ops) / n for o in small for t, ops, n in [o.parts[phase]] if n]
+        host[f"op_{phase}"] = max(statistics.median(rows), 0.0)
+    rest = np.array([max(o.parts["optimizer"][0] - o.parts["optimizer"][1], 0.0) for o in overheads])
+    design = np.array([[1.0, float(o.parameters)] for o in overheads])
+    weights = 1 / np.maximum(rest, 1e-5)
+    (host["optimizer_step"], host["optimizer_param"]), _ = nnls(design * weights[:, None], rest * weights)
+    for key in main[0]["runtime"]:
+        host[key] = statistics.median(r["runtime"][key] for r in main if key in r["runtime"])
+    host["loaded"] = max(statistics.median(r["anchor_loaded"] for r in main) / main[0]["anchor_solo"], 1.0)
+    crowded = [w for w in results if w > cores and "anchor_oversubscribed" in results[w][0]]
+    if crowded:
+        world = min(crowded)
+        slow = statistics.fmean(r["anchor_oversubscribed"] for r in results[world])
+        alone = statistics.median(r["anchor_loaded"] for r in main)
+        host["oversubscription"] = max(slow / alone / (world / cores), 1.0)
+    return {k: float(v) for k, v in host.items()}
+
+
+HOST_KEYS = {
+    "op_forward": "per aten op of a forward pass, views included, beyond the op's own price",
+    "op_backward": "the same in a backward pass",
+    "optimizer_step": "per optimizer step (fused AdamW and zero_grad), beyond its ops",
+    "optimizer_param": "per parameter tensor of an optimizer step",
+    "dtensor_op": "per op on DTensors, beyond the same op on plain tensors",
+    "dtensor_linear_forward": "per Linear under ColwiseParallel or RowwiseParallel, forward",
+    "dtensor_linear_backward": "the same, backward",
+    "dtensor_optimizer_param": "per DTensor parameter of an optimizer step, beyond a plain one",
+    "fsdp_unit_forward": "per module wrapped by fully_shard, forward (unshard, reshard, hooks)",
+    "fsdp_unit_backward": "the same, backward (unshard, reduce-scatter, hooks)",
+    "fsdp_param_forward": "per parameter tensor of a fully_shard unit, forward",
+    "fsdp_param_backward": "the same, backward",
+    "fsdp_optimizer_param": "per fully_shard parameter of an optimizer step, beyond a plain one",
+    "ddp_step": "per forward of DistributedDataParallel",
+    "ddp_param": "per parameter and backward of DistributedDataParallel",
+    "ddp_bucket": "per bucket and backward of DistributedDataParallel",
+    "checkpoint_forward": "per checkpointed region, forward",
+    "checkpoint_backward": "per checkpointed region, backward, beyond the recomputed ops",
+    "pp_action": "per forward or backward of one micro-batch under a pipeline schedule",
+    "loaded": "ratio: op time with all cores busy / alone; laws and samples are for all cores busy",
+    "oversubscription": "ratio: loss of throughput when more ranks than cores run, beyond sharing the cores",
+}
+
+
+def _loopback(tables: tuple[CollectiveTable, ...]) -> dict[str, Any]:
+    """The link that the formulas use where there is no table, from the smallest and the largest send."""
+    sends = next((t for t in tables if t.kind == "send"), None)
+    if sends is None:
+        return {"name": "loopback (assumed)", "bandwidth": 1e9, "latency": 5e-5, "source": "assumption"}
+    latency = min(sends.seconds[0], 0.5 * sends.seconds[-1])
+    bandwidth = sends.bytes[-1] / (sends.seconds[-1] - latency)
+    return {"name": "loopback", "bandwidth": bandwidth, "latency": latency, "source": "measured send of two ranks"}
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine() or "CPU"

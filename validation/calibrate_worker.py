@@ -1,0 +1,126 @@
+"""One rank of a calibration: `python -m validation.calibrate_worker JOB RANK`; writes JOB's result for that rank.
+
+JOB is a JSON file (see `validation.calibrate`). The rank dies with its parent, which holds its standard input open.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import pickle
+import statistics
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+
+def die_with_parent() -> None:
+    """Ends this process when its standard input closes."""
+
+    def watch() -> None:
+        while os.read(0, 4096):
+            pass
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def main() -> None:
+    job_path, rank = Path(sys.argv[1]), int(sys.argv[2])
+    die_with_parent()
+    job = json.loads(job_path.read_text())
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    torch.manual_seed(rank)
+    result: dict[str, Any] = {}
+    if job.get("runtime"):
+        from validation.calibrate_runtime import measure_runtimes
+
+        result["runtime"] = measure_runtimes()
+    store: Any = torch._C._distributed_c10d.FileStore(job["store"], job["ranks"])
+    limit = datetime.timedelta(seconds=job["timeout"])
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=job["ranks"], timeout=limit)
+    try:
+        if job.get("models") is not None:
+            result |= measure_ops(job, rank)
+        elif job.get("anchor"):
+            result["anchor_oversubscribed"] = loaded_anchor(job["anchor"])
+        if job.get("kinds"):
+            from validation.calibrate_gloo import measure_collectives
+
+            report(job, rank, "collectives", 0.0)
+            result["collectives"] = measure_collectives(
+                tuple(job["kinds"]), tuple(job["sizes"]), job["seconds_per_point"]
+            )
+        dist.barrier()
+    finally:
+        dist.destroy_process_group()
+    target = job_path.parent / f"result-{job['ranks']}-{rank}"
+    target.with_suffix(".part").write_bytes(pickle.dumps(result))
+    os.replace(target.with_suffix(".part"), target)
+
+
+def report(job: dict[str, Any], rank: int, what: str, fraction: float) -> None:
+    """One line per step of progress, from rank 0, for the parent."""
+    if rank == 0:
+        print(json.dumps([what, fraction]), flush=True)
+
+
+def loaded_anchor(repeats: int) -> float:
+    """Mean seconds of the anchor while every rank runs it."""
+    import torch.distributed as dist
+
+    from validation.anchor import make_anchor
+
+    once = make_anchor(time.thread_time)
+    once()
+    dist.barrier()
+    return statistics.fmean(once() for _ in range(repeats))
+
+
+def measure_ops(job: dict[str, Any], rank: int) -> dict[str, Any]:
+    """The anchor alone on rank 0, then on every rank; then rounds over all models until the time is used."""
+    import torch.distributed as dist
+
+    from validation.anchor import make_anchor
+    from validation.calibrate_models import SOURCES
+    from validation.calibrate_record import overhead, prepare, samples, time_ops, time_parts
+
+    once = make_anchor(time.thread_time)
+    once()
+    dist.barrier()
+    solo = statistics.median(once() for _ in range(job["anchor"])) if rank == 0 else 0.0
+    dist.barrier()
+    loaded = statistics.median(once() for _ in range(job["anchor"]))
+    chosen = [s for s in SOURCES if not job["models"] or s.name in job["models"]]
+    steps = []
+    for i, source in enumerate(chosen):
+        report(job, rank, f"model {source.name}", 0.2 * i / len(chosen))
+        steps.append(prepare(source))
+    dist.barrier()
+    began, anchors, rounds = time.perf_counter(), [], 0
+    while rounds < job["least_rounds"] or time.perf_counter() - began < job["seconds"]:
+        report(job, rank, f"round {rounds + 1}", 0.2 + 0.8 * min((time.perf_counter() - began) / job["seconds"], 1.0))
+        for step in steps:
+            time_ops(step)
+            time_parts(step)
+        anchors.append(once())
+        rounds += 1
+    dist.barrier()
+    good = [s for s in steps if s.times and s.plain]
+    return {
+        "anchor_solo": solo, "anchor_loaded": loaded, "anchors": anchors, "rounds": rounds,
+        "samples": samples(good), "overheads": [overhead(s) for s in good],
+        "unrepeatable": [s.source.name for s in steps if not s.times],
+    }  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
+    sys.stdout.flush()
+    os._exit(0)  # without the teardown of torch's threads, which has been seen to crash
