@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 
-from simulator import ProgramBuilder, perfetto, simulate, write_perfetto
-from simulator.perfetto import trace_events
+from simulator import ProgramBuilder, Resource, perfetto, program_from_arrays, simulate, write_perfetto
+from simulator.perfetto import server_of, trace_events
 from tests.simulator.programs import SEEDS, random_program
 
 
@@ -63,3 +63,10 @@ def test_failure_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_empty_program(tmp_path: Path) -> None:
     write_perfetto(simulate(ProgramBuilder().build()), tmp_path / "trace.json")
     assert json.loads((tmp_path / "trace.json").read_text())["traceEvents"] == []
+
+
+def test_a_server_is_used_again_once_it_is_free() -> None:
+    program = program_from_arrays(
+        [2.0, 1.0, 1.0, 1.0, 5.0], [], [], resource=[0, 0, 0, 0, 1], resources=[Resource("wide", 2), Resource("narrow")]
+    )
+    assert server_of(simulate(program)).tolist() == [1, 0, 0, 0, 0]
