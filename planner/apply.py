@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import count
 from typing import Any
 
 import torch
@@ -22,6 +23,8 @@ from opgraph.workload import Workload
 from planner.apply_model import local_module, recompute, shard_tensor_parallel
 from planner.plan import AXES, ParallelPlan
 from planner.split import Split, StageModule, split
+
+_MESHES = count()
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,8 +88,7 @@ class Step:
                 continue
             grad = p.grad.detach()
             if name in self.placements:
-                assert self.mesh is not None
-                grad = DTensor.from_local(grad, self.mesh["tp"], self.placements[name], run_check=False)
+                grad = DTensor.from_local(grad, _along(self.mesh, "tp"), self.placements[name], run_check=False)
             full[self.names[name]] = grad.full_tensor() if isinstance(grad, DTensor) else grad
         return full
 
@@ -143,10 +145,9 @@ def apply(
     names = dict(model.original_fqn) if isinstance(model, StageModule) else {n: n for n, _ in model.named_parameters()}
     placements: dict[str, Any] = {}
     if plan.tp > 1:
-        assert mesh is not None
-        shard_tensor_parallel(model, plan, mesh["tp"])
+        shard_tensor_parallel(model, plan, _along(mesh, "tp"))
         if plan.dp == 1 or plan.data_parallel != "fsdp":
-            placements = local_module(model, mesh["tp"])
+            placements = local_module(model, _along(mesh, "tp"))
     recompute(model, plan.recompute)
     wrapped, optimizer = _data_parallel(plan, workload, model, mesh)
     schedule = _schedule(plan, workload, wrapped, whole, rank, device, mesh) if plan.pp > 1 else None
@@ -212,7 +213,17 @@ def _mesh(plan: ParallelPlan, device: torch.device) -> DeviceMesh | None:
     axes = [axis for axis in AXES if getattr(plan, axis) > 1]
     if not axes:
         return None
-    return init_device_mesh(device.type, tuple(getattr(plan, a) for a in axes), mesh_dim_names=tuple(axes))
+    # DTensor caches what it derives from a mesh, and takes meshes of equal ranks and names for the same one, even
+    # after their process groups are gone: so every mesh gets names of its own
+    number = next(_MESHES)
+    names = tuple(f"{axis}_{number}" for axis in axes)
+    return init_device_mesh(device.type, tuple(getattr(plan, a) for a in axes), mesh_dim_names=names)
+
+
+def _along(mesh: DeviceMesh | None, axis: str) -> DeviceMesh:
+    """The sub-mesh of one axis."""
+    assert mesh is not None and mesh.mesh_dim_names is not None
+    return mesh[next(name for name in mesh.mesh_dim_names if name.startswith(axis))]
 
 
 def _data_parallel(
@@ -220,15 +231,14 @@ def _data_parallel(
 ) -> tuple[nn.Module, torch.optim.Optimizer]:
     if plan.dp == 1:
         return model, workload.optimizer(model.parameters())
-    assert mesh is not None
     if plan.data_parallel == "fsdp":
         from torch.distributed.fsdp import fully_shard
 
         for path in _present(model, plan.fsdp_units):
-            fully_shard(model.get_submodule(path), mesh=mesh["dp"])
-        fully_shard(model, mesh=mesh["dp"])
+            fully_shard(model.get_submodule(path), mesh=_along(mesh, "dp"))
+        fully_shard(model, mesh=_along(mesh, "dp"))
         return model, workload.optimizer(_by_mesh(model))
-    group = mesh["dp"].get_group()
+    group = _along(mesh, "dp").get_group()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # broadcast_buffers has another name from torch 2.13 on
         wrapped = nn.parallel.DistributedDataParallel(
@@ -243,7 +253,7 @@ def _data_parallel(
     from torch.distributed.optim import ZeroRedundancyOptimizer
 
     zero: Any = ZeroRedundancyOptimizer
-    return wrapped, zero(model.parameters(), optimizer_class=workload.optimizer, process_group=group)
+    return wrapped, zero(model.parameters(), optimizer_class=workload.optimizer, process_group=group, parameters_as_bucket_view=True)
 
 
 def _by_mesh(model: nn.Module) -> list[Any]:
@@ -276,7 +286,7 @@ def _schedule(
 ) -> Any:
     from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
 
-    assert whole is not None and mesh is not None
+    assert whole is not None
     index = plan.coordinates(rank)["pp"]
     program = whole.stages[index]
     last = index == plan.pp - 1
@@ -288,7 +298,7 @@ def _schedule(
         device,
         input_args=tuple(_meta(whole, v) for v in program.receives),
         output_args=tuple(_meta(whole, v) for v in leaves) if not last else torch.empty(1, device="meta"),
-        group=mesh["pp"].get_group(),
+        group=_along(mesh, "pp").get_group(),
     )
     model: Any = wrapped.module if isinstance(wrapped, nn.parallel.DistributedDataParallel) else wrapped
 
@@ -312,7 +322,7 @@ def _tied(
     plan: ParallelPlan, whole: Split, model: nn.Module, rank: int, mesh: DeviceMesh | None
 ) -> tuple[tuple[Any, tuple[nn.Parameter, ...]], ...]:
     """Process groups of the stages that share parameters, with this rank's copies of these parameters."""
-    assert isinstance(model, StageModule) and mesh is not None
+    assert isinstance(model, StageModule)
     by_name = {first: model.get_parameter(name) for name, first in model.original_fqn.items()}
     at = plan.coordinates(rank)
     found = []
@@ -320,7 +330,7 @@ def _tied(
         for stages in sorted({stages for _, stages in whole.shared_parameters}):
             group = None
             if len(stages) == plan.pp:
-                group = mesh["pp"].get_group()
+                group = _along(mesh, "pp").get_group()
             else:
                 for first in range(plan.dp * plan.tp):  # new_group is collective: every rank makes every group
                     ranks = [first + stage * plan.dp * plan.tp for stage in stages]

@@ -69,6 +69,7 @@ class StepRecorder(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.recording = False
+        self.hooked_reducer = False  # DDP runs with a communication hook that stands for its native all-reduce
         self.records: list[LocalOp | Collective] = []
         self.part: Phase = "forward"
         self.live_bytes = self.peak_bytes = 0
@@ -150,7 +151,10 @@ class StepRecorder(TorchDispatchMode):
         elif func.namespace not in ("c10d", "_c10d_functional"):
             dtypes = [tuple(str(t.dtype).removeprefix("torch.") for t in ts) for ts in (inputs, outputs)]
             out_shapes = tuple(tuple(t.shape) for t in outputs)
-            self.records.append(LocalOp(order, str(func), phase, module, in_shapes, out_shapes, dtypes[0], dtypes[1]))
+            called = str(func)
+            if self.hooked_reducer and called == "aten.copy_.default" and _accumulates():
+                called = "aten.mul.out"  # without a hook the reducer divides by the group's size while it copies
+            self.records.append(LocalOp(order, called, phase, module, in_shapes, out_shapes, dtypes[0], dtypes[1]))
 
     def _place(self) -> tuple[Phase, str]:
         """Phase and module path of what is running now."""
@@ -187,6 +191,10 @@ class StepRecorder(TorchDispatchMode):
         self.live_bytes -= self._sizes.pop(key, 0)
 
 
+def _accumulates() -> bool:
+    return getattr(torch._C._current_autograd_node(), "variable", None) is not None
+
+
 def _ranks(name: str, args: Any) -> tuple[int, ...]:
     """Global ranks of a collective from its arguments."""
     if name.startswith("_c10d_functional"):
@@ -200,7 +208,7 @@ def _ranks(name: str, args: Any) -> tuple[int, ...]:
     if name == "c10d::recv_":
         return (ranks[args[2]], me)
     if name == "c10d::broadcast_":
-        root = ranks[args[3]]
+        root = ranks[args[2]]
         return (root, *(r for r in ranks if r != root))
     return ranks
 

@@ -66,6 +66,7 @@ def dry_run(plan: ParallelPlan, workload: Workload, rank: int) -> DryRun:
             for t in (*inputs, *targets):
                 if isinstance(t, torch.Tensor):
                     recorder.follow(t)
+            recorder.hooked_reducer = isinstance(step.wrapped, DistributedDataParallel)
             _without_data(step)
             step.run(inputs, targets)
             if isinstance(step.wrapped, DistributedDataParallel):
