@@ -77,9 +77,14 @@ class Cluster:
 
     @cached_property
     def curves(self) -> dict[tuple[str, int], tuple[np.ndarray, np.ndarray, np.ndarray]]:
-        """log(bytes), log(seconds) made non-decreasing, and demand of every table."""
+        """log(bytes), log(seconds), and demand of every table. A small message that took longer than a larger one was
+        disturbed: it takes the larger one's time, so that prices never fall."""
         return {
-            (t.kind, t.ranks): (np.log(t.bytes), np.maximum.accumulate(np.log(t.seconds)), np.array(t.demand))
+            (t.kind, t.ranks): (
+                np.log(t.bytes),
+                np.minimum.accumulate(np.log(t.seconds)[::-1])[::-1],
+                np.array(t.demand),
+            )
             for t in self.tables
         }
 

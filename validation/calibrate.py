@@ -37,6 +37,7 @@ ROOT = Path(__file__).resolve().parent.parent
 MOST_RANKS = 8  # of the op measurement: more ranks than this would only repeat each other
 FIXED_SECONDS = 45.0  # of starting ranks, building models, collectives: what is not rounds over the models
 SAMPLE_SECONDS = 2e-5  # shorter ops are not stored one by one: their law is as good and the file stays small
+SMALL_OPTIMIZER = 0.002  # seconds: the same for optimizer steps
 SMALL_STEP = 0.04  # seconds: host overhead is read off steps below this, where op noise does not drown it
 
 
@@ -75,7 +76,7 @@ def calibrate(
     common = {"timeout": 300, "sizes": _sizes(short), "seconds_per_point": 0.02 if short else 0.12}
     results: dict[int, list[dict[str, Any]]] = {}
     with tempfile.TemporaryDirectory(prefix="parplan-calibrate-") as folder:
-        for i, world in enumerate(sizes if ranks in sizes else [ranks, *sizes]):
+        for i, world in enumerate([ranks, *(size for size in sizes if size != ranks)]):
             main = world == ranks
             job = {
                 **common, "ranks": world, "store": str(Path(folder) / f"store-{world}"), "anchor": 8 if short else 40,
@@ -83,7 +84,7 @@ def calibrate(
                 "models": list(models) if main else None, "least_rounds": 3,
                 "seconds": max(budget_seconds - FIXED_SECONDS, 2.0),
             }  # fmt: skip
-            low, high = (0.0, 0.75) if main else (0.75, 0.75 + 0.2 * (i + 1) / len(sizes))
+            low, high = (0.0, 0.75) if main else (0.75 + 0.2 * (i - 1) / len(sizes), 0.75 + 0.2 * i / len(sizes))
             results[world] = _run(job, Path(folder), _between(progress, low, high))
     progress("fitting laws", 0.97)
     device, errors = _device(results, ranks, cores)
@@ -234,10 +235,9 @@ def _host(main: list[dict[str, Any]], results: dict[int, list[dict[str, Any]]], 
         small = [o for o in overheads if sum(p[0] for p in o.parts.values()) < SMALL_STEP] or overheads
         rows = [(t - ops) / n for o in small for t, ops, n in [o.parts[phase]] if n]
         host[f"op_{phase}"] = max(statistics.median(rows), 0.0)
-    rest = np.array([max(o.parts["optimizer"][0] - o.parts["optimizer"][1], 0.0) for o in overheads])
-    design = np.array([[1.0, float(o.parameters)] for o in overheads])
-    weights = 1 / np.maximum(rest, 1e-5)
-    (host["optimizer_step"], host["optimizer_param"]), _ = nnls(design * weights[:, None], rest * weights)
+    light = [o for o in overheads if o.parts["optimizer"][0] < SMALL_OPTIMIZER] or overheads
+    rest = np.array([max(o.parts["optimizer"][0] - o.parts["optimizer"][1], 0.0) for o in light])
+    (host["optimizer_step"], host["optimizer_param"]), _ = nnls(np.array([[1.0, o.parameters] for o in light]), rest)
     for key in main[0]["runtime"]:
         host[key] = statistics.median(r["runtime"][key] for r in main if key in r["runtime"])
     host["loaded"] = max(statistics.median(r["anchor_loaded"] for r in main) / main[0]["anchor_solo"], 1.0)

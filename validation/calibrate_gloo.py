@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 SIZES = (4 << 10, 32 << 10, 256 << 10, 1 << 20, 4 << 20, 16 << 20, 64 << 20)
 KINDS = ("all_reduce", "all_gather", "reduce_scatter", "broadcast", "send")
-MOST, LEAST = 40, 3
+MOST, LEAST, PASSES = 25, 2, 3
 
 
 def measure_collectives(
@@ -20,11 +20,14 @@ def measure_collectives(
 ) -> list[dict[str, Any]]:
     """Rows of `costmodels.cluster.CollectiveTable` on the default group, the same on every rank (means over ranks).
 
-    `sizes` are bytes as nccl-tests counts them; each point repeats for about `seconds_per_point`.
+    `sizes` are bytes as nccl-tests counts them; each point repeats for about `seconds_per_point`, spread over `PASSES`
+    passes. Of the passes' medians the least counts: whatever else runs on this machine can only slow a pass down.
     """
+    passes = [[_point(k, s, seconds_per_point / PASSES) for k in kinds for s in sizes] for _ in range(PASSES)]
+    best = [min(points) for points in zip(*passes)]
     rows = []
-    for kind in kinds:
-        points = [_point(kind, size, seconds_per_point) for size in sizes]
+    for i, kind in enumerate(kinds):
+        points = best[i * len(sizes) : (i + 1) * len(sizes)]
         rows.append({
             "kind": kind, "ranks": dist.get_world_size(), "bytes": [float(s) for s in sizes],
             "seconds": [p[0] for p in points], "demand": [p[1] for p in points],
@@ -34,6 +37,7 @@ def measure_collectives(
 
 
 def _point(kind: str, size: int, seconds: float) -> tuple[float, float, float]:
+    """Median seconds, host cores per rank, and relative spread (median deviation), each a mean over the ranks."""
     call = _call(kind, size)
     call()
     dist.barrier()
@@ -49,8 +53,7 @@ def _point(kind: str, size: int, seconds: float) -> tuple[float, float, float]:
         call()
         walls.append(time.perf_counter() - start)
     demand = (time.process_time() - busy) / (time.perf_counter() - began)
-    # The lower quartile: messages wait for threads to wake, and on a busy machine the median measures the others.
-    middle = sorted(walls)[len(walls) // 4]
+    middle = statistics.median(walls)
     spread = statistics.median(abs(w - middle) for w in walls) / middle
     mean = torch.tensor([middle, demand, spread], dtype=torch.float64)
     dist.all_reduce(mean)

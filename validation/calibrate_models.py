@@ -19,7 +19,7 @@ from torch import Tensor, nn
 Case = tuple[nn.Module, tuple[Any, ...], tuple[Any, ...], Callable[..., Tensor]]
 
 
-def token_loss(logits: Tensor, targets: Tensor) -> Tensor:
+def token_loss(logits: Tensor, targets: Tensor) -> Any:
     return F.cross_entropy(logits.flatten(0, -2), targets.flatten())
 
 
@@ -34,7 +34,7 @@ class Attention(nn.Module):
             self.v = nn.Linear(width, kv_heads * self.size, bias=bias)
         self.out = nn.Linear(width, width, bias=bias)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor] | None) -> Tensor:
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor] | None) -> Any:
         batch, length, width = x.shape
         if self.packed is not None:
             q, k, v = self.packed(x).split(width, dim=2)
@@ -50,7 +50,7 @@ class Attention(nn.Module):
         return self.out(y.transpose(1, 2).reshape(batch, length, width))
 
 
-def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Any:
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat((-second, first), dim=-1) * sin
 
@@ -60,7 +60,7 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(width))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         return self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6))
 
 
@@ -77,7 +77,7 @@ class Block(nn.Module):
         self.down = nn.Linear(inner, width, bias=not llama)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor] | None) -> Tensor:
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor] | None) -> Any:
         x = x + self.dropout(self.attention(self.norm1(x), rope))
         y = self.norm2(x)
         y = F.silu(self.gate(y)) * self.up(y) if self.gate is not None else F.gelu(self.up(y))
@@ -103,7 +103,7 @@ class Transformer(nn.Module):
         self.register_buffer("cos", angles.cos())
         self.register_buffer("sin", angles.sin())
 
-    def forward(self, ids: Tensor) -> Tensor:
+    def forward(self, ids: Tensor) -> Any:
         x = self.tokens(ids)
         rope = None
         if self.positions is not None:
@@ -131,7 +131,7 @@ class Patches(nn.Module):
         self.block = Block(width, heads, heads, 4 * width, False, False, False, 0.0)
         self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, 100)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         x = self.patch(x).flatten(2).transpose(1, 2)
         x = torch.cat((self.token.expand(x.shape[0], -1, -1), x), dim=1) + self.position
         return self.head(self.norm(self.block(x, None))[:, 0])
@@ -156,7 +156,7 @@ class Residual(nn.Module):
         )
         self.relu = nn.ReLU(inplace=True)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         return self.relu(self.body(x) + self.short(x))
 
 
@@ -179,7 +179,7 @@ class Branches(nn.Module):
             nn.Sequential(nn.AvgPool2d(3, 1, 1), conv(inp, one, 1)),
         ])  # fmt: skip
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         return torch.cat([path(x) for path in self.paths], dim=1)
 
 
@@ -257,7 +257,7 @@ class Recurrent(nn.Module):
         self.tokens, self.head = nn.Embedding(vocab, width), nn.Linear(hidden, vocab)
         self.layers = nn.LSTM(width, hidden, layers, batch_first=True)
 
-    def forward(self, ids: Tensor) -> Tensor:
+    def forward(self, ids: Tensor) -> Any:
         return self.head(self.layers(self.tokens(ids))[0])
 
 
@@ -282,7 +282,7 @@ def _all() -> tuple[Source, ...]:
         "residual24": partial(residual_net, 4, 112, 24),
         "mlp-skinny": partial(perceptron, 8, 784, 1024, 1536, 640, 10),
         "t448": partial(transformer, 448, 7, 4, 128, 3000, packed=False),
-        "large-kernels": partial(large_kernels, 4, 160, 40, 1000),
+        "large-kernels": partial(large_kernels, 8, 160, 48, 1000),
         "lstm192": partial(recurrent, 8, 32, 5000, 128, 192),
         "llama192": partial(transformer, 192, 6, 2, 128, 2000, llama=True, inner=512, kv_heads=2),
         "bottleneck32": partial(bottleneck_net, 4, 72, 32),
@@ -299,6 +299,7 @@ def _all() -> tuple[Source, ...]:
         "t512-vocab": partial(transformer, 512, 8, 1, 96, 24000, packed=False),
         "residual48": partial(residual_net, 2, 96, 48),
         "lstm384": partial(recurrent, 20, 20, 2000, 256, 384),
+        "lstm96": partial(recurrent, 4, 24, 1000, 64, 96, 3),
         "t256": partial(transformer, 256, 4, 2, 640, 4000),
         "depthwise": partial(depthwise_net, 4, 112),
         "t64": partial(transformer, 64, 2, 2, 64, 1000, layers=2),

@@ -22,6 +22,7 @@ from opgraph.graph import DTYPE_BYTES
 from opgraph.workload import adamw
 from validation.calibrate_models import Source
 
+SKIPPED = ("prim", "profiler")  # bookkeeping, as in opgraph.trace
 PHASES = ("forward", "backward", "optimizer")
 # CPU time of the calling thread: one-threaded ops never wait, so on a free core it is the wall time, and another
 # process that takes the core does not count. Backward of a CPU graph runs on the calling thread too.
@@ -40,8 +41,10 @@ class OpTimer(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         start = CLOCK()
         out = func(*args, **kwargs) if kwargs else func(*args)
-        self.times.append(CLOCK() - start)
-        self.names.append(func)
+        end = CLOCK()
+        if func.namespace not in SKIPPED:
+            self.times.append(end - start)
+            self.names.append(func)
         return out
 
 
@@ -55,6 +58,8 @@ class OpDescriber(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func.namespace in SKIPPED:
+            return func(*args, **kwargs)
         ins = tensors_in((args, kwargs))
         out = func(*args, **kwargs)
         self.shapes.append(described(func, ins, written(func, args, kwargs), tensors_in(out), args, self.phase))

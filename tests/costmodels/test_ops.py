@@ -1,0 +1,155 @@
+"""Prices of ops: positive, growing with every dim, named by their source; families cover what models do."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from costmodels.device import Device, Law, load_device
+from costmodels.families import FAMILIES, FREE, base_name, family, is_known
+from costmodels.features import FORMS, conv_flops, features, form_of, gemm_dims
+from costmodels.ops import OpShape, price, price_many, shape_of, signature
+
+DIM = st.integers(1, 600)
+
+
+def laws() -> dict[str, Law]:
+    """A law with all coefficients positive for every form, under the names that the tests use."""
+    names = ("mm", "addmm", "bmm", "convolution", "convolution_backward", "relu", "sum", "embedding", "_fused_adamw",
+             "_scaled_dot_product_flash_attention_for_cpu", "mkldnn_rnn_layer")  # fmt: skip
+    made = {}
+    for name in names:
+        form = form_of(name)
+        coefficients = tuple(1e-6 if f in ("one", "batches", "steps", "tensors") else 1e-11 for f in FORMS[form])
+        made[f"{name}/float32"] = Law(f"{name}/float32", form, coefficients, error=0.05)
+    return made
+
+
+LAWFUL = Device("core", "cpu", {"float32": 1e11}, 2**34, 2e10, laws=laws())
+DEVICES = [LAWFUL, load_device("h100-sxm"), load_device("v100-sxm2-32gb")]
+
+
+def mm(m: int, n: int, k: int, dtype: str = "float32") -> OpShape:
+    return OpShape("aten.mm.default", "forward", ((m, k), (k, n)), ((m, n),), dtype, 2 * m * n * k,
+                   4 * (m * k + k * n), 4 * m * n)  # fmt: skip
+
+
+def relu(rows: int, columns: int) -> OpShape:
+    n = rows * columns
+    return OpShape("aten.relu.default", "forward", ((rows, columns),), ((rows, columns),), "float32", 0, 4 * n, 4 * n)
+
+
+def conv(batch: int, inp: int, out: int, size: int, kernel: int) -> OpShape:
+    image, weight, result = (batch, inp, size, size), (out, inp, kernel, kernel), (batch, out, size, size)
+    flops = 2 * math.prod(result) * inp * kernel**2
+    return OpShape("aten.convolution.default", "forward", (image, weight), (result,), "float32", flops,
+                   4 * (math.prod(image) + math.prod(weight)), 4 * math.prod(result))  # fmt: skip
+
+
+@pytest.mark.parametrize("device", DEVICES, ids=lambda d: d.name)
+@given(dims=st.tuples(DIM, DIM, DIM), axis=st.integers(0, 2), more=st.integers(1, 300))
+def test_matrix_products_cost_more_when_larger(
+    device: Device, dims: tuple[int, int, int], axis: int, more: int
+) -> None:
+    larger = tuple(n + more * (i == axis) for i, n in enumerate(dims))
+    assert 0 < price(device, mm(*dims)).seconds <= price(device, mm(*larger)).seconds  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("device", DEVICES, ids=lambda d: d.name)
+@given(rows=st.integers(1, 10**4), columns=DIM, more=DIM)
+def test_pointwise_costs_more_when_larger(device: Device, rows: int, columns: int, more: int) -> None:
+    assert 0 < price(device, relu(rows, columns)).seconds <= price(device, relu(rows + more, columns)).seconds
+
+
+@given(batch=st.integers(1, 8), out=st.integers(1, 64), size=st.integers(4, 32), more=st.integers(1, 8))
+def test_convolutions_cost_more_when_larger(batch: int, out: int, size: int, more: int) -> None:
+    here = price(LAWFUL, conv(batch, 16, out, size, 3)).seconds
+    assert 0 < here <= price(LAWFUL, conv(batch + more, 16, out, size, 3)).seconds
+    assert here <= price(LAWFUL, conv(batch, 16, out + more, size, 3)).seconds
+    assert here <= price(LAWFUL, conv(batch, 16, out, size + more, 3)).seconds
+
+
+@given(st.lists(st.tuples(DIM, DIM, DIM), min_size=1, max_size=20))
+def test_many_prices_are_the_single_prices(dims: list[tuple[int, int, int]]) -> None:
+    shapes = [mm(*d) for d in dims] + [relu(d[0], d[1]) for d in dims]
+    one = Device("core", "cpu", {"float32": 1e11}, 2**34, 2e10, laws=laws())
+    two = Device("core", "cpu", {"float32": 1e11}, 2**34, 2e10, laws=laws())
+    for many, single in zip(price_many(one, shapes), [price(two, s) for s in shapes]):
+        assert many.seconds == pytest.approx(single.seconds) and many.source == single.source
+
+
+def test_sources_say_how_a_price_was_found() -> None:
+    law = Law("mm/float32", "gemm", (1e-6, 0, 1e-11, 0, 0, 0, 0), (8, 8, 8), (64, 64, 64), 0.05, 20)
+    pooled = Law("pointwise:float32", "stream", (1e-6, 1e-11, 1e-11, 1e-11), (1,), (1e9,), 0.1, 20)
+    device = Device(
+        "core", "cpu", {"float32": 1e11}, 2**34, 2e10, laws={law.key: law, pooled.key: pooled},
+        samples={signature(mm(16, 16, 16)): 7e-6},
+    )  # fmt: skip
+    assert price(device, mm(16, 16, 16)).seconds == 7e-6
+    assert price(device, mm(16, 16, 16)).source == "measured"
+    assert price(device, mm(32, 32, 32)).source == "interpolated"
+    assert price(device, mm(32, 32, 65)).source == "extrapolated"
+    assert price(device, relu(8, 8)).source == "extrapolated"  # by the law of the family
+    assert price(device, conv(1, 3, 8, 8, 3)).source == "roofline"
+    assert price(device, mm(32, 32, 32, "bfloat16")).source == "roofline"
+
+
+def test_views_cost_no_device_time() -> None:
+    view = OpShape("aten.view.default", "forward", ((8, 8),), ((64,),), "float32", 0, 0, 0)
+    assert all(price(d, view).seconds == 0.0 for d in DEVICES)
+
+
+def test_names_lose_namespace_overload_and_in_place_mark() -> None:
+    for name in ("aten.add_.Tensor", "aten::add.out", "add", "aten.add.Tensor"):
+        assert base_name(name) == "add" and family(name) == "pointwise"
+    assert family("aten._fused_adamw_.default") == "optimizer"
+    assert not is_known("mylib.magic.default")
+    assert len(set(FAMILIES)) == len(FAMILIES)
+
+
+def test_dims_of_matrix_products() -> None:
+    assert gemm_dims(mm(2, 3, 4)) == (1, 2, 3, 4)
+    linear = OpShape("aten.addmm.default", "forward", ((3,), (2, 4), (4, 3)), ((2, 3),), "float32", 48, 0, 0)
+    assert gemm_dims(linear) == (1, 2, 3, 4)
+    batched = OpShape("aten.bmm.default", "forward", ((5, 2, 4), (5, 4, 3)), ((5, 2, 3),), "float32", 240, 0, 0)
+    assert gemm_dims(batched) == (5, 2, 3, 4)
+    vector = OpShape("aten.mv.default", "forward", ((6, 7), (7,)), ((6,),), "float32", 84, 0, 0)
+    assert math.prod(gemm_dims(vector)) == 42
+
+
+def test_flop_of_convolutions_and_their_backward() -> None:
+    forward = conv(2, 16, 8, 10, 3)
+    assert conv_flops(forward) == (forward.flops, 16)
+    grad, image, weight = (2, 8, 10, 10), (2, 16, 10, 10), (8, 16, 3, 3)
+    both = OpShape("aten.convolution_backward.default", "backward", (grad, image, weight), (image, weight), "float32",
+                   2 * forward.flops, 0, 0)  # fmt: skip
+    assert conv_flops(both)[0] == 2 * forward.flops
+    first_layer = OpShape(both.name, "backward", both.in_shapes, (weight,), "float32", forward.flops, 0, 0)
+    assert conv_flops(first_layer)[0] == forward.flops
+
+
+def test_a_gather_pays_for_rows_not_for_the_table() -> None:
+    small, large = (
+        OpShape("aten.embedding.default", "forward", ((vocab, 8), (4,)), ((4, 8),), "float32", 0, vocab * 32, 128)
+        for vocab in (10, 10**6)
+    )
+    assert price(LAWFUL, small).seconds == price(LAWFUL, large).seconds
+
+
+def test_the_tables_cover_the_ops_of_traced_models() -> None:
+    from opgraph.trace import trace
+    from validation.calibrate_models import SOURCES
+
+    wanted = ("t64", "llama192", "digits", "residual24", "lstm192", "large-kernels24")
+    for source in (s for s in SOURCES if s.name in wanted):
+        module, inputs, targets, loss = source.make()
+        graph = trace(module, inputs, targets, loss=loss)
+        shapes = [shape_of(graph, op) for op in graph.ops]
+        unknown = {s.name for s in shapes if not is_known(s.name)}
+        assert not unknown, f"{source.name}: {unknown}"
+        for op, shape in zip(graph.ops, shapes):
+            assert not op.is_view or family(op.name) in FREE or shape.bytes_read == 0
+            assert all(f >= 0 for f in features(shape, form_of(shape.name)))

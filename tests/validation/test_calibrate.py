@@ -1,0 +1,122 @@
+"""Calibration: the fit, the recorder against the tracer, and a tiny run from end to end. No times are asserted."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import torch
+
+from costmodels.cluster import local_cluster
+from costmodels.collectives import collective_price
+from costmodels.device import device_data, load_device
+from costmodels.families import FREE, family
+from costmodels.ops import price, shape_of, signature
+from validation.calibrate import HOST_KEYS, calibrate
+from validation.calibrate_fit import errors_by_family, fit, fit_laws
+from validation.calibrate_models import SOURCES
+from validation.calibrate_record import Run, prepare, samples, time_ops, time_parts, undisturbed
+
+SOURCE = {s.name: s for s in SOURCES}
+
+
+def test_a_fit_finds_the_coefficients_in_spite_of_outliers() -> None:
+    rng = np.random.default_rng(1)
+    design = np.column_stack((np.ones(80), 10 ** rng.uniform(3, 7, 80)))
+    truth = np.array([2e-5, 3e-10])
+    seconds = design @ truth * rng.uniform(0.98, 1.02, 80)
+    seconds[:8] *= 3
+    assert fit(design, seconds) == pytest.approx(truth, rel=0.05)
+
+
+def test_only_undisturbed_runs_count() -> None:
+    calm, busy = Run((1.0,), 1.0), Run((5.0,), 2.0)
+    assert undisturbed([busy, calm, calm, busy]) == [calm, calm]
+    assert undisturbed([busy, Run((4.0,), 1.5), Run((6.0,), 3.0)]) == [Run((4.0,), 1.5)]
+
+
+@pytest.mark.parametrize("name", ["t64", "residual24", "digits"])
+def test_the_recorder_sees_what_the_tracer_sees(name: str) -> None:
+    """Laws are fitted on the recorder's shapes and asked with the tracer's: both must count alike."""
+    from opgraph.trace import trace
+
+    torch.set_num_threads(1)
+    step = prepare(SOURCE[name])
+    module, inputs, targets, loss = SOURCE[name].make()
+    graph = trace(module, inputs, targets, loss=loss)
+    traced = [s for s in (shape_of(graph, op) for op in graph.ops) if family(s.name) not in FREE]
+    here = [s for s in step.shapes if family(s.name) not in FREE]
+    assert Counter(signature(s) for s in traced) == Counter(signature(s) for s in here)
+    for counted in ("flops", "bytes_read", "bytes_written"):
+        assert sum(getattr(s, counted) for s in traced) == sum(getattr(s, counted) for s in here), counted
+
+
+def test_laws_come_from_measured_steps() -> None:
+    torch.set_num_threads(1)
+    steps = [prepare(SOURCE[name]) for name in ("t64", "digits")]
+    for step in steps:
+        for _ in range(2):
+            time_ops(step)
+            time_parts(step)
+    measured = [(s.shape, s.seconds) for s in samples(steps)]
+    laws = fit_laws(measured)
+    assert laws["mm/float32"].samples > 5 and "pointwise:float32" in laws
+    assert all(c >= 0 for law in laws.values() for c in law.coefficients)
+    assert "gemm/float32" in errors_by_family(measured)
+
+
+@pytest.mark.executed
+def test_a_tiny_calibration_makes_a_usable_device(tmp_path: Path) -> None:
+    seen: list[tuple[str, float]] = []
+    path = tmp_path / "local.toml"
+    result = calibrate(path, 5.0, lambda what, f: seen.append((what, f)), models=("t64", "digits"), worlds=(2,))
+    device = load_device(path)
+    assert device_data(device)["host"].keys() == result.device.host.keys() <= HOST_KEYS.keys()
+    for key in ("op_forward", "op_backward", "dtensor_linear_forward", "fsdp_unit_backward", "ddp_param", "pp_action"):
+        assert device.host[key] >= 0
+    assert device.calibrated and device.anchor_seconds > 0 and device.kind == "cpu"
+    assert {t.kind for t in result.tables} == {"all_reduce", "all_gather", "reduce_scatter", "broadcast", "send"}
+    cluster = local_cluster(path)
+    assert collective_price(cluster, "all_reduce", 1e5, (0, 1)).seconds > 0
+    step = prepare(SOURCE["t64"])
+    prices = [price(cluster.device, s) for s in step.shapes]
+    assert all(p.source != "roofline" for p, s in zip(prices, step.shapes) if s.dtype == "float32")
+    assert sum(p.seconds for p in prices) > 0
+    assert seen[-1] == ("done", 1.0) and not list(tmp_path.glob(".*"))
+    assert not [p for p in psutil.Process().children(recursive=True) if "calibrate_worker" in " ".join(p.cmdline())]
+
+
+@pytest.mark.executed
+def test_ranks_die_with_the_calibration(tmp_path: Path) -> None:
+    run = f"calibrate(Path({str(tmp_path / 'x')!r}))"
+    code = f"from pathlib import Path; from validation.calibrate import calibrate; {run}"
+    root = Path(__file__).resolve().parents[2]
+    parent = subprocess.Popen([sys.executable, "-c", code], cwd=root, env={**os.environ, "PYTHONPATH": str(root)})
+    try:
+        ranks: list[psutil.Process] = []
+        deadline = time.monotonic() + 60
+        while not ranks and time.monotonic() < deadline:
+            time.sleep(0.1)
+            ranks = psutil.Process(parent.pid).children(recursive=True)
+        assert ranks
+        parent.send_signal(signal.SIGKILL)
+        parent.wait()
+        _, alive = psutil.wait_procs(ranks, timeout=30)
+        assert not alive
+    finally:
+        parent.kill()
+        parent.wait()
+    assert not (tmp_path / "x").exists()
+
+
+def test_nonsense_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="more than 0"):
+        calibrate(tmp_path / "x.toml", budget_seconds=0)
