@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
@@ -58,7 +59,7 @@ def dry_run(plan: ParallelPlan, workload: Workload, rank: int) -> DryRun:
         batch = workload.batch(plan.global_batch // plan.dp)
     with _fake_world(plan, rank), FakeTensorMode(allow_non_fake_inputs=True) as fake:
         recorder = StepRecorder()
-        with recorder.watching(), following_fsdp(recorder):
+        with recorder.watching(), following_fsdp(recorder), _real_meshes():
             step = apply(plan, workload, rank, materialize=False)
             inputs, targets = (
                 tuple(fake.from_tensor(t) if isinstance(t, torch.Tensor) else t for t in tensors) for tensors in batch
@@ -146,6 +147,30 @@ def _fake_world(plan: ParallelPlan, rank: int) -> Iterator[None]:
         yield
     finally:
         dist.destroy_process_group()
+
+
+@contextmanager
+def _real_meshes() -> Iterator[None]:
+    """Keeps the rank tables of device meshes real: FSDP joins the meshes of dp and tp while it wraps."""
+    names = [name for name in ("__init__", "_concatenate") if hasattr(DeviceMesh, name)]
+    originals = {name: DeviceMesh.__dict__[name] for name in names}
+
+    def without_modes(original: Any) -> Any:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            with _disable_current_modes():
+                return original(*args, **kwargs)
+
+        return run
+
+    for name, original in originals.items():
+        plain = original.__func__ if isinstance(original, staticmethod | classmethod) else original
+        wrapped = without_modes(plain)
+        setattr(DeviceMesh, name, type(original)(wrapped) if plain is not original else wrapped)
+    try:
+        yield
+    finally:
+        for name, original in originals.items():
+            setattr(DeviceMesh, name, original)
 
 
 def _without_data(step: Step) -> None:

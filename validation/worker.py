@@ -75,6 +75,7 @@ def _steps(
         return reply
     built: list[Step] = []
     data: list[Any] = []
+    losses: list[Any] = []
 
     def build() -> Callable[[], Any]:
         torch.manual_seed(options.seed)
@@ -82,7 +83,7 @@ def _steps(
         inputs, targets = share(plan, workload, rank, device, options.seed)
         built.append(step)
         data.extend((inputs, targets))
-        return lambda: step.run(inputs, targets)
+        return lambda: losses.append(step.run(inputs, targets))
 
     if options.memory:
         run, reply["peak_bytes"] = peak_of_steady_step(build, cuda)
@@ -97,6 +98,7 @@ def _steps(
             run()
             run()
         reply["trace"] = to_json(record_step(built[0], *data))
+        reply["trace"]["losses"] = [None if loss is None else loss.item() for loss in losses]
     return reply
 
 
