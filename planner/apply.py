@@ -244,7 +244,7 @@ def _data_parallel(
         wrapped = nn.parallel.DistributedDataParallel(
             model,
             process_group=group,
-            bucket_cap_mb=plan.bucket_bytes / 2**20,  # type: ignore[arg-type]
+            bucket_cap_mb=plan.bucket_bytes / 2**20,
             broadcast_buffers=False,  # batch statistics do not read them; each rank keeps its own running averages
             init_sync=False,  # every rank built the same weights from the same seed
         )
@@ -253,7 +253,9 @@ def _data_parallel(
     from torch.distributed.optim import ZeroRedundancyOptimizer
 
     zero: Any = ZeroRedundancyOptimizer
-    return wrapped, zero(model.parameters(), optimizer_class=workload.optimizer, process_group=group, parameters_as_bucket_view=True)
+    return wrapped, zero(
+        model.parameters(), optimizer_class=workload.optimizer, process_group=group, parameters_as_bucket_view=True
+    )
 
 
 def _by_mesh(model: nn.Module) -> list[Any]:

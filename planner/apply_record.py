@@ -60,6 +60,8 @@ _KINDS = {
     "_c10d_functional::reduce_scatter_tensor": "reduce_scatter", "_c10d_functional::broadcast": "broadcast",
     "_c10d_functional::all_to_all_single": "all_to_all",
 }  # fmt: skip
+_autograd: Any = torch.autograd
+_c10d: Any = dist.distributed_c10d
 _SILENT = ("prim", "profiler")  # attribute reads under fake tensors
 
 
@@ -163,10 +165,10 @@ class StepRecorder(TorchDispatchMode):
         stack = RECOMPUTING or self._stack
         here = self._stack[-1] if self._stack else (RECOMPUTING[-1] if RECOMPUTING else "")
         if not self._backward and self.part == "forward":
-            self._module_of_node.setdefault(torch.autograd._get_sequence_nr() - 1, here)
+            self._module_of_node.setdefault(_autograd._get_sequence_nr() - 1, here)
             return "forward", here
         if stack:
-            self._module_of_node.setdefault(torch.autograd._get_sequence_nr() - 1, here)
+            self._module_of_node.setdefault(_autograd._get_sequence_nr() - 1, here)
             return "recompute", here
         node = torch._C._current_autograd_node()
         if node is None:
@@ -198,7 +200,7 @@ def _accumulates() -> bool:
 def _ranks(name: str, args: Any) -> tuple[int, ...]:
     """Global ranks of a collective from its arguments."""
     if name.startswith("_c10d_functional"):
-        group: Any = dist.distributed_c10d._resolve_process_group(next(a for a in reversed(args) if isinstance(a, str)))
+        group: Any = _c10d._resolve_process_group(next(a for a in reversed(args) if isinstance(a, str)))
     else:
         group = next(dist.ProcessGroup.unbox(a) for a in args if isinstance(a, torch.ScriptObject))
     ranks = tuple(dist.get_process_group_ranks(group))

@@ -210,4 +210,5 @@ def _all_reduce_bucket(group: Any, bucket: Any) -> torch.futures.Future[torch.Te
 
 
 # DDP compares the annotations themselves, which `from __future__ import annotations` makes strings
-_all_reduce_bucket.__annotations__ |= {"bucket": dist.GradBucket, "return": torch.futures.Future[torch.Tensor]}
+_c10d: Any = dist
+_all_reduce_bucket.__annotations__ |= {"bucket": _c10d.GradBucket, "return": torch.futures.Future[torch.Tensor]}

@@ -260,9 +260,7 @@ class StageModule(nn.Module):
             result = run(*args, **kwargs)
         if call.sets_item:
             result = args[0]
-        for v, leaf in zip(call.outputs, tree_leaves(result)):
-            if v is not None:
-                values[v] = leaf
+        values.update({v: leaf for v, leaf in zip(call.outputs, tree_leaves(result)) if v is not None})
 
     def _resolve(self, tree: Any, values: dict[int, Any]) -> Any:
         def real(leaf: Any) -> Any:
@@ -302,4 +300,3 @@ def _place(root: nn.Module, path: str, item: Any) -> None:
         at.register_parameter(leaf, item)
     else:
         at.register_buffer(leaf, item)
-

@@ -123,7 +123,9 @@ class Recorder(TorchFunctionMode):
         if sets_item:
             self._add(func, encoded, args[0], varying=False, mutates=True, sets_item=True)
         elif any(isinstance(leaf, torch.Tensor) for leaf in tree_leaves(result)):
-            mutates = (name.endswith("_") and not name.endswith("__")) or (name.startswith("__i") and name != "__invert__")
+            mutates = (name.endswith("_") and not name.endswith("__")) or (
+                name.startswith("__i") and name != "__invert__"
+            )
             self._add(func, encoded, result, varying=False, mutates=mutates)
         return result
 

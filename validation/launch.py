@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import queue
@@ -78,7 +79,9 @@ class World:
 
     def __post_init__(self) -> None:
         environment = {**os.environ, **RANK_ENV}
-        environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), os.getcwd(), os.environ.get("PYTHONPATH"))))
+        environment["PYTHONPATH"] = os.pathsep.join(
+            filter(None, (str(ROOT), os.getcwd(), os.environ.get("PYTHONPATH")))
+        )
         for rank in range(self.size):
             process = subprocess.Popen(
                 [sys.executable, "-m", "validation.worker", str(rank), str(self.size), str(os.getpid())],
@@ -94,12 +97,10 @@ class World:
         task = {"spec": self.spec, "plan": plan.to_dict(), "options": asdict(self.options), "store": store}
         task["scratch"] = self.scratch
         for process in self._ranks:
-            try:
+            with contextlib.suppress(OSError):  # the rank is dead; _collect hears it from the reader thread
                 assert process.stdin is not None
                 process.stdin.write(json.dumps(task) + "\n")
                 process.stdin.flush()
-            except OSError:  # the rank is dead; _collect hears it from the reader thread
-                pass
         replies, reason = self._collect()
         if reason:
             self.usable = False
@@ -116,13 +117,17 @@ class World:
                 silent = ", ".join(str(r) for r in range(self.size) if r not in replies)
                 return {}, f"rank(s) {silent} did not finish within {self.options.timeout_seconds:g} s"
             if reply is None:
-                code = self._ranks[rank].wait()
-                how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-                return {}, f"rank {rank} died ({how})"
+                return {}, self._obituary(rank)
             if "error" in reply:
-                return {}, f"rank {rank} raised {reply['error']}"
+                time.sleep(0.5)  # a lost connection is what the peers of a dead rank raise: look for the dead one
+                dead = [r for r, process in enumerate(self._ranks) if process.poll() is not None]
+                return {}, self._obituary(dead[0]) if dead else f"rank {rank} raised {reply['error']}"
             replies[rank] = reply
         return replies, ""
+
+    def _obituary(self, rank: int) -> str:
+        code = self._ranks[rank].wait()
+        return f"rank {rank} died ({signal.Signals(-code).name if code < 0 else f'exit code {code}'})"
 
     def _listen(self, rank: int, process: subprocess.Popen[str]) -> None:
         assert process.stdout is not None
@@ -138,7 +143,5 @@ class World:
             process.wait()
             for stream in (process.stdin, process.stdout):
                 if stream is not None:
-                    try:
+                    with contextlib.suppress(OSError):
                         stream.close()
-                    except OSError:
-                        pass

@@ -178,7 +178,7 @@ def _patient_waits() -> Iterator[None]:
     import torch
     from torch.utils._python_dispatch import TorchDispatchMode
 
-    class AfterWaits(TorchDispatchMode):
+    class AfterWaits(TorchDispatchMode):  # type: ignore[no-untyped-call]
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             if any(t.__name__ in ("DTensor", "AsyncCollectiveTensor") for t in types):
                 return NotImplemented  # they come back as their local ops and waits
@@ -187,6 +187,7 @@ def _patient_waits() -> Iterator[None]:
                 time.sleep(0.002)
             return result
 
+    mode: Any = AfterWaits
     work = torch.distributed.Work
     original = work.wait
 
@@ -197,7 +198,7 @@ def _patient_waits() -> Iterator[None]:
 
     work.wait = wait  # type: ignore[method-assign]
     try:
-        with AfterWaits():
+        with mode():
             yield
     finally:
         work.wait = original  # type: ignore[method-assign]

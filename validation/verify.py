@@ -75,7 +75,7 @@ def reference(plan: ParallelPlan, workload: Workload, pieces: int, device: torch
         )
         with casting(plan, device):
             loss = workload.loss(model(*part_in), *part_out) / pieces
-        loss.backward()
+        torch.autograd.backward(loss)
         total += loss.item()
     return total, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
@@ -89,7 +89,7 @@ def _comparable(workload: Workload) -> tuple[Workload, list[str], bool]:
     statistics = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in modules)
     notes = []
     if dropping:
-        notes.append(f"dropout of {dropping} module(s) was set to 0 for the proof, because ranks draw different numbers")
+        notes.append(f"dropout of {dropping} module(s) was set to 0 for the proof: ranks draw different numbers")
     if statistics:
         notes.append("the reference of the proof runs the plan's own pieces of the batch (batch statistics)")
     return replace(workload, build=_without_dropout(workload.build)), notes, statistics
@@ -138,5 +138,6 @@ def _compare(
     elif not loss_error <= limit:
         wrong = f"the loss differs from the single-device step by {loss_error:.2g} (allowed {limit:g})"
     elif not gradient_error <= limit:
-        wrong = f"the gradient of {culprit} differs from the single-device step by {gradient_error:.2g} (allowed {limit:g})"
+        size = f"{gradient_error:.2g} (allowed {limit:g})"
+        wrong = f"the gradient of {culprit} differs from the single-device step by {size}"
     return {"loss_error": loss_error, "gradient_error": gradient_error, "wrong": wrong}

@@ -28,13 +28,16 @@ from planner.plan import ParallelPlan, plan_from_dict
 from validation.measure import Measurement, Options, measurement, peak_of_steady_step, time_steps
 from validation.verify import prove, share
 
+c10d: Any = dist  # several of its public names are missing in its type stubs
+
 
 def load(spec: str) -> Workload:
     """The workload of a model spec or of `module:function`."""
     module, _, function = spec.partition(":")
     if function.isidentifier() and all(part.isidentifier() for part in module.split(".")):
         try:
-            return getattr(importlib.import_module(module), function)()
+            workload: Workload = getattr(importlib.import_module(module), function)()
+            return workload
         except ModuleNotFoundError:
             pass
     from opgraph.models import load_workload
@@ -42,9 +45,7 @@ def load(spec: str) -> Workload:
     return load_workload(spec)
 
 
-def run_rank(
-    spec: str, plan: ParallelPlan, rank: int, options: Options, store: dist.Store, scratch: str
-) -> dict[str, Any]:
+def run_rank(spec: str, plan: ParallelPlan, rank: int, options: Options, store: Any, scratch: str) -> dict[str, Any]:
     """One plan on this rank, in a process group of its own: proof, memory, times."""
     cuda = options.backend == "nccl"
     local = int(os.environ.get("LOCAL_RANK", rank))
@@ -106,7 +107,7 @@ def run_inside(
     spec: str, plans: list[ParallelPlan], options: Options, progress: Callable[[Measurement], None]
 ) -> list[Measurement]:
     """The plans of torchrun's world size, on the ranks that torchrun started."""
-    store, rank, size = next(iter(dist.rendezvous("env://")))
+    store, rank, size = next(iter(c10d.rendezvous("env://")))
     results = []
     scratch = os.path.join(os.environ.get("TMPDIR", "/tmp"), f"parplan-{os.environ.get('TORCHELASTIC_RUN_ID', 'run')}")
     os.makedirs(scratch, exist_ok=True)
@@ -115,8 +116,8 @@ def run_inside(
             reason = f"the plan needs {plan.world_size} ranks, torchrun started {size}"
             results.append(Measurement(plan, "failed", reason))
             continue
-        reply = run_rank(spec, plan, rank, options, dist.PrefixStore(f"parplan/{i}", store), scratch)
-        exchange = dist.PrefixStore(f"parplan/{i}/replies", store)
+        reply = run_rank(spec, plan, rank, options, c10d.PrefixStore(f"parplan/{i}", store), scratch)
+        exchange = c10d.PrefixStore(f"parplan/{i}/replies", store)
         exchange.set(str(rank), json.dumps(reply))
         results.append(measurement(plan, [json.loads(exchange.get(str(r))) for r in range(size)]))
         if rank == 0:
@@ -151,7 +152,7 @@ def main() -> None:
         task = json.loads(tasks.get())
         try:
             plan, options = plan_from_dict(task["plan"]), Options(**task["options"])
-            store = dist.FileStore(task["store"], size)
+            store = c10d.FileStore(task["store"], size)
             reply = run_rank(task["spec"], plan, rank, options, store, task["scratch"])
         except Exception as error:
             sentence = " ".join(str(error).split()) or "no message"

@@ -1,0 +1,115 @@
+"""Failing, dying and hanging ranks are reported, the rest goes on, and nothing is left running."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from planner.plan import ParallelPlan
+from tests.validation.workloads import DIES, HANGS, RAISES
+from validation.launch import run_plans
+from validation.measure import Options
+
+pytestmark = pytest.mark.executed
+ROOT = Path(__file__).parents[2]
+QUICK = Options(memory=False, measure=False, timeout_seconds=12)
+
+
+def workers() -> list[psutil.Process]:
+    return [p for p in psutil.Process().children(recursive=True) if "validation.worker" in " ".join(p.cmdline())]
+
+
+def test_failing_ranks_are_reported_and_the_rest_goes_on():
+    plans = [ParallelPlan(global_batch=n, dp=2) for n in (RAISES, 8, DIES, HANGS, 4)]
+    seen = []
+    results = run_plans("tests.validation.workloads:moody", plans, QUICK, seen.append)
+    assert [m.status for m in results] == ["failed", "ok", "failed", "failed", "ok"]
+    assert results[0].reason == "rank 1 raised RuntimeError: no data for rank 1"
+    assert results[2].reason == "rank 1 died (exit code 7)"
+    assert results[3].reason.endswith("did not finish within 12 s") and "1" in results[3].reason
+    assert [m.plan for m in results] == plans and len(seen) == 5
+    assert workers() == []
+
+
+def test_unknown_model_is_a_failed_plan():
+    (result,) = run_plans("no-such-model", [ParallelPlan(global_batch=8)], QUICK)
+    assert result.status == "failed" and "no-such-model" in result.reason
+
+
+def test_measurement_of_a_plan():
+    options = Options(min_steps=20, max_seconds=5)
+    one, two = run_plans(
+        "tests.planner.models:mlp", [ParallelPlan(global_batch=8), ParallelPlan(global_batch=8, dp=2)], options
+    )
+    for m, ranks in ((one, 1), (two, 2)):
+        assert m.status == "ok" and m.steps >= 20 and len(m.block_medians) == 2
+        assert 0 < m.p10_seconds <= m.median_seconds <= m.p90_seconds < 1
+        assert m.cv >= 0 and m.load[0] >= 0 and m.gradient_error < 1e-4
+        assert len(m.peak_bytes) == ranks
+    parameters = 4 * (16 * 64 + 64 + 2 * (64 * 64 + 64) + 64 * 8 + 8)
+    assert 4 * parameters < one.peak_bytes[0] < 5 * parameters
+    assert 5 * parameters < two.peak_bytes[0] < 6 * parameters  # and the buckets
+
+
+PARENT = """
+from planner.plan import ParallelPlan
+from validation.launch import run_plans
+from validation.measure import Options
+from tests.validation.workloads import HANGS
+run_plans("tests.validation.workloads:moody", [ParallelPlan(global_batch=HANGS, dp=2)], Options(timeout_seconds=300))
+"""
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+def test_no_orphans_when_the_parent_ends(how):
+    parent = subprocess.Popen([sys.executable, "-c", PARENT], cwd=ROOT, stderr=subprocess.DEVNULL)
+    process = psutil.Process(parent.pid)
+    wait_for(lambda: len(process.children(recursive=True)) == 2)
+    time.sleep(3)
+    ranks = process.children(recursive=True)
+    parent.send_signal(how)
+    parent.wait(20)
+    wait_for(lambda: not any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in ranks))
+
+
+def wait_for(condition, seconds: float = 20) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not happen in time"
+        time.sleep(0.1)
+
+
+INSIDE = """
+import os
+from planner.plan import ParallelPlan
+from validation.launch import run_plans
+from validation.measure import Options
+ddp = ParallelPlan(global_batch=8, dp=2)
+plans = [ParallelPlan(global_batch=8, dp=2, data_parallel="fsdp"), ParallelPlan(global_batch=8), ddp]
+for m in run_plans("tests.planner.models:mlp", plans, Options(measure=False)):
+    if os.environ["RANK"] == "0":
+        print("RESULT", m.plan.label, m.status, m.reason, len(m.peak_bytes), flush=True)
+"""
+
+
+def test_inside_torchrun(tmp_path):
+    script = tmp_path / "inside.py"
+    script.write_text(INSIDE)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d",
+               "--rdzv-endpoint", "localhost:0", str(script)]  # fmt: skip
+    done = subprocess.run(
+        command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=120
+    )
+    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT")]
+    assert lines == [
+        "RESULT dp2 fsdp ok  2",
+        "RESULT single failed the plan needs 1 ranks, torchrun started 2 0",
+        "RESULT dp2 ddp ok  2",
+    ], done.stderr[-2000:]
