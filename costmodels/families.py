@@ -26,10 +26,11 @@ _MEMBERS = {
     "loss": "nll_loss_forward nll_loss_backward nll_loss nll_loss2d_forward nll_loss2d_backward mse_loss "
     "mse_loss_backward cross_entropy_loss binary_cross_entropy binary_cross_entropy_backward "
     "binary_cross_entropy_with_logits smooth_l1_loss smooth_l1_loss_backward huber_loss huber_loss_backward",
-    "pool": "max_pool2d_with_indices max_pool2d_with_indices_backward avg_pool2d avg_pool2d_backward "
-    "_adaptive_avg_pool2d _adaptive_avg_pool2d_backward adaptive_max_pool2d adaptive_max_pool2d_backward max_pool2d "
-    "mkldnn_max_pool2d mkldnn_max_pool2d_backward upsample_nearest2d upsample_nearest2d_backward "
-    "upsample_bilinear2d upsample_bilinear2d_backward",
+    "pool": "max_pool2d_with_indices avg_pool2d _adaptive_avg_pool2d adaptive_max_pool2d max_pool2d mkldnn_max_pool2d "
+    "upsample_nearest2d upsample_bilinear2d max_pool3d_with_indices avg_pool3d avg_pool1d",
+    "pool_backward": "max_pool2d_with_indices_backward avg_pool2d_backward _adaptive_avg_pool2d_backward "
+    "adaptive_max_pool2d_backward mkldnn_max_pool2d_backward upsample_nearest2d_backward "
+    "upsample_bilinear2d_backward max_pool3d_with_indices_backward avg_pool3d_backward",
     "reduction": "sum mean amax amin max min argmax argmin var var_mean std prod any all norm linalg_vector_norm "
     "cumsum cumprod topk sort count_nonzero nansum max_backward",
     "embedding": "embedding embedding_dense_backward embedding_backward embedding_bag _embedding_bag "

@@ -34,7 +34,7 @@ FORMS: dict[str, tuple[str, ...]] = {
 _FORM_OF_FAMILY = {
     "gemm": "gemm", "conv": "conv", "conv_backward": "conv", "attention": "attention",
     "attention_backward": "attention", "rnn": "rnn", "rnn_backward": "rnn", "optimizer": "optimizer",
-    "pool": "sides", "embedding": "sides", "reduction": "sides",
+    "pool": "sides", "pool_backward": "sides", "embedding": "sides", "reduction": "sides",
 }  # fmt: skip
 
 

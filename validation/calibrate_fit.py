@@ -14,41 +14,74 @@ from costmodels.features import extent, features, form_of
 from costmodels.ops import OpShape, signature
 
 Measured = tuple[OpShape, float]
-LEAST_SAMPLES = 5  # fewer distinct shapes than this of one op are priced by the law of its family only
+OWN_SAMPLES = 12  # fewer than this are not enough for coefficients of their own
+UNSCORED_ERROR = 0.3  # taken where there are too few ops to hold any out
+LEAST_SAMPLES = 3  # fewer distinct shapes than this of one op are priced by the law of its family only
 ROUNDS = 12  # of reweighting towards least absolute relative error
 FULL_WEIGHT = 2e-4  # seconds from which an op counts fully; shorter ones count less, as they do in a step
 
 
 def fit_laws(samples: Iterable[Measured]) -> dict[str, Law]:
-    """A law per op and dtype, and a pooled law per family and dtype, from measured ops."""
-    groups: dict[tuple[str, str], list[Measured]] = {}
+    """A law per op and dtype, and a pooled law per family and dtype, from measured ops.
+
+    An op with few samples gets a parent's law times one factor: that of the op in float32, else of its family.
+    """
+    groups: dict[str, list[Measured]] = {}
     for shape, seconds in samples:
         if family(shape.name) not in FREE and seconds > 0:
-            form = form_of(shape.name)
-            groups.setdefault((f"{base_name(shape.name)}/{shape.dtype}", form), []).append((shape, seconds))
-            groups.setdefault((f"{family(shape.name)}:{shape.dtype}", form), []).append((shape, seconds))
-    laws = {}
-    for (key, form), members in groups.items():
-        if len(members) >= LEAST_SAMPLES or ":" in key:
-            laws[key] = _law(key, form, members)
+            groups.setdefault(f"{family(shape.name)}:{shape.dtype}", []).append((shape, seconds))
+            groups.setdefault(f"{base_name(shape.name)}/{shape.dtype}", []).append((shape, seconds))
+    laws: dict[str, Law] = {}
+    # Parents first: pooled before own, float32 before the other dtypes.
+    for key in sorted(groups, key=lambda k: (not k.endswith("float32"), ":" not in k)):
+        members = groups[key]
+        if len(members) >= LEAST_SAMPLES or ":" in key or not key.endswith("float32"):
+            laws[key] = _law(key, members, _parent(key, members[0][0], laws))
     return laws
 
 
-def _law(key: str, form: str, members: list[Measured]) -> Law:
+def _parent(key: str, shape: OpShape, laws: dict[str, Law]) -> Law | None:
+    """The law that a law with few samples is scaled from."""
+    kind = key.rpartition(":" if ":" in key else "/")[0]
+    pooled = f"{family(shape.name)}:{shape.dtype}"
+    candidates = [f"{kind}{':' if ':' in key else '/'}float32", *([pooled] if pooled != key else [])]
+    found = next((laws[c] for c in candidates if c != key and c in laws), None)
+    return found if found is not None and found.form == form_of(shape.name) else None
+
+
+def _law(key: str, members: list[Measured], parent: Law | None) -> Law:
+    form = form_of(members[0][0].name)
     design = np.array([features(shape, form) for shape, _ in members])
     seconds = np.array([s for _, s in members])
-    held_out = np.array([zlib.crc32(signature(shape).encode()) % 2 == 0 for shape, _ in members])
-    error = 0.0
+    held_out = _held_out(members)
     if held_out.any() and not held_out.all():
-        first = fit(design[~held_out], seconds[~held_out])
+        first = _coefficients(design[~held_out], seconds[~held_out], parent)
         error = float(np.mean(np.abs(design[held_out] @ first / seconds[held_out] - 1)))
     else:
-        error = 0.3  # too few ops to hold any out
+        error = UNSCORED_ERROR
     extents = np.array([extent(shape, form) for shape, _ in members])
     return Law(
-        key, form, tuple(fit(design, seconds).tolist()), tuple(extents.min(0).tolist()),
+        key, form, tuple(_coefficients(design, seconds, parent).tolist()), tuple(extents.min(0).tolist()),
         tuple(extents.max(0).tolist()), min(error, 1.0), len(members),
     )  # fmt: skip
+
+
+def _held_out(members: list[Measured]) -> np.ndarray:
+    return np.array([zlib.crc32(signature(shape).encode()) % 2 == 0 for shape, _ in members])
+
+
+def _coefficients(design: np.ndarray, seconds: np.ndarray, parent: Law | None) -> np.ndarray:
+    if parent is None or len(seconds) >= OWN_SAMPLES:
+        return fit(design, seconds)
+    scale = _weighted_median(seconds / np.maximum(design @ np.array(parent.coefficients), 1e-9), seconds)
+    result: np.ndarray = scale * np.array(parent.coefficients)
+    return result
+
+
+def _weighted_median(values: np.ndarray, weights: np.ndarray) -> float:
+    order = np.argsort(values)
+    total = np.cumsum(weights[order])
+    return float(values[order][np.searchsorted(total, total[-1] / 2)])
 
 
 def fit(design: np.ndarray, seconds: np.ndarray) -> np.ndarray:
@@ -68,24 +101,20 @@ def fit(design: np.ndarray, seconds: np.ndarray) -> np.ndarray:
 
 
 def errors_by_family(samples: Iterable[Measured]) -> dict[str, tuple[float, float, int]]:
-    """Held-out error of the per-op laws by family and dtype: mean absolute relative error, the same weighted by
-    seconds, and the number of held-out ops."""
-    groups: dict[str, list[Measured]] = {}
-    for shape, seconds in samples:
-        if family(shape.name) not in FREE and seconds > 0:
-            groups.setdefault(f"{base_name(shape.name)}/{shape.dtype}", []).append((shape, seconds))
+    """Held-out error of the laws by family and dtype: mean absolute relative error, the same weighted by seconds, and
+    the number of held-out ops. The laws are fitted on the other half only."""
+    members = [(shape, seconds) for shape, seconds in samples if family(shape.name) not in FREE and seconds > 0]
+    if not members:
+        return {}
+    held_out = _held_out(members)
+    laws = fit_laws(m for m, held in zip(members, held_out) if not held)
     found: dict[str, list[tuple[float, float]]] = {}
-    for members in groups.values():
-        shape = members[0][0]
-        form = form_of(shape.name)
-        design = np.array([features(s, form) for s, _ in members])
-        seconds_of = np.array([s for _, s in members])
-        held = np.array([zlib.crc32(signature(s).encode()) % 2 == 0 for s, _ in members])
-        if len(members) < LEAST_SAMPLES or held.all() or not held.any():
-            continue
-        predicted = design[held] @ fit(design[~held], seconds_of[~held])
-        rows = found.setdefault(f"{family(shape.name)}/{shape.dtype}", [])
-        rows += list(zip(np.abs(predicted / seconds_of[held] - 1), seconds_of[held]))
+    for (shape, seconds), held in zip(members, held_out):
+        own, pooled = f"{base_name(shape.name)}/{shape.dtype}", f"{family(shape.name)}:{shape.dtype}"
+        law = laws.get(own) or laws.get(pooled)
+        if held and law:
+            predicted = float(np.dot(features(shape, law.form), law.coefficients))
+            found.setdefault(pooled.replace(":", "/"), []).append((abs(predicted / seconds - 1), seconds))
     return {key: _scores(np.array(rows)) for key, rows in found.items()}
 
 

@@ -21,7 +21,7 @@ def measure_collectives(
     """Rows of `costmodels.cluster.CollectiveTable` on the default group, the same on every rank (means over ranks).
 
     `sizes` are bytes as nccl-tests counts them; each point repeats for about `seconds_per_point`, spread over `PASSES`
-    passes. Of the passes' medians the least counts: whatever else runs on this machine can only slow a pass down.
+    passes. Of the passes' lower quartiles the least counts: whatever else runs here only slows messages down.
     """
     passes = [[_point(k, s, seconds_per_point / PASSES) for k in kinds for s in sizes] for _ in range(PASSES)]
     best = [min(points) for points in zip(*passes)]
@@ -37,7 +37,7 @@ def measure_collectives(
 
 
 def _point(kind: str, size: int, seconds: float) -> tuple[float, float, float]:
-    """Median seconds, host cores per rank, and relative spread (median deviation), each a mean over the ranks."""
+    """Lower quartile of seconds, host cores per rank, relative spread (median deviation): means over the ranks."""
     call = _call(kind, size)
     call()
     dist.barrier()
@@ -53,7 +53,7 @@ def _point(kind: str, size: int, seconds: float) -> tuple[float, float, float]:
         call()
         walls.append(time.perf_counter() - start)
     demand = (time.process_time() - busy) / (time.perf_counter() - began)
-    middle = statistics.median(walls)
+    middle = sorted(walls)[len(walls) // 4]
     spread = statistics.median(abs(w - middle) for w in walls) / middle
     mean = torch.tensor([middle, demand, spread], dtype=torch.float64)
     dist.all_reduce(mean)

@@ -30,11 +30,11 @@ CLOCK = time.thread_time
 WAITING = 1.1  # wall time / CPU time above which a step was disturbed (caches too)
 
 
-class OpTimer(TorchDispatchMode):
+class OpTimer(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Seconds of every op, in call order, and nothing else between two ops."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.times: list[float] = []
         self.names: list[str] = []
 
@@ -48,11 +48,11 @@ class OpTimer(TorchDispatchMode):
         return out
 
 
-class OpDescriber(TorchDispatchMode):
+class OpDescriber(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """The OpShape of every op, in call order; counts bytes as `opgraph.graph.OpGraph` does."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.shapes: list[OpShape] = []
         self.phase = "forward"
 
