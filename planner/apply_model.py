@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -18,15 +19,26 @@ RECOMPUTING: list[str] = []
 """Paths of the recomputed modules whose forward is running now, innermost last (read by the dry run)."""
 
 
+def check_paths(model: nn.Module, plan: ParallelPlan) -> None:
+    """ValueError for module paths that the whole model does not have, or that a pipeline cut divides."""
+    known = {path for path, _ in model.named_modules(remove_duplicate=False)}
+    named = {"sharding": [path for path, _ in plan.shardings], "fsdp unit": plan.fsdp_units}
+    for what, paths in {**named, "recompute path": plan.recompute}.items():
+        for path in paths:
+            if path not in known:
+                raise ValueError(f"{what} {path!r} is no module path of the model; paths look like {max(known)!r}")
+            divided = [cut for cut in plan.cuts if not path or cut.startswith(f"{path}.")]
+            if divided:
+                raise ValueError(f"{what} {path!r} is divided by the cut at {divided[0]!r}; name modules inside it")
+
+
 def shard_tensor_parallel(model: nn.Module, plan: ParallelPlan, tp: DeviceMesh) -> None:
     """`parallelize_module` with torch's default layouts and local outputs for every sharding that `model` has."""
+    here = set(present(model, tuple(path for path, _ in plan.shardings)))
     for path, style in plan.shardings:
-        try:
-            module = model.get_submodule(path)
-        except AttributeError:
-            if plan.pp == 1:
-                raise ValueError(f"sharding {path!r} is no module path of the model") from None
+        if path not in here:
             continue
+        module = model.get_submodule(path)
         if not isinstance(module, nn.Linear):
             raise ValueError(f"sharding {path!r} is a {type(module).__name__}; only Linear modules can be sharded")
         features = module.out_features if style == "colwise" else module.in_features
@@ -77,13 +89,10 @@ def _seeing_dtensors(module: nn.Module, tp: DeviceMesh, specs: dict[str, Any]) -
     return run
 
 
-def recompute(model: nn.Module, paths: Iterable[str]) -> None:
+def recompute(model: nn.Module, paths: tuple[str, ...]) -> None:
     """Wraps the forward of the modules at `paths` in `checkpoint`; names of parameters stay."""
-    for path in paths:
-        try:
-            module = model.get_submodule(path)
-        except AttributeError:
-            continue
+    for path in present(model, paths):
+        module = model.get_submodule(path)
         module.forward = _checkpointed(module.forward, path)
 
 
@@ -101,3 +110,19 @@ def _checkpointed(forward: Callable[..., Any], path: str) -> Callable[..., Any]:
         return checkpoint(inner, *args, use_reentrant=False, **kwargs)
 
     return run
+
+
+def present(model: nn.Module, paths: tuple[str, ...]) -> Iterator[str]:
+    """Those of `paths` that this rank's part of the model has as real modules."""
+    for path in paths:
+        try:
+            found = model.get_submodule(path)
+        except AttributeError:
+            continue
+        if type(found) is not nn.Module and path:
+            yield path
+
+
+def casting(plan: ParallelPlan, device: torch.device) -> Any:
+    """The autocast region of the plan's precision."""
+    return torch.autocast(device.type, dtype=torch.bfloat16) if plan.precision == "bf16" else nullcontext()

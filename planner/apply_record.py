@@ -68,8 +68,9 @@ _SILENT = ("prim", "profiler")  # attribute reads under fake tensors
 class StepRecorder(TorchDispatchMode):
     """Records while `recording`; always follows the storages that it sees, for `live_bytes` and `peak_bytes`."""
 
-    def __init__(self) -> None:
+    def __init__(self, backend: str = "gloo") -> None:
         super().__init__()
+        self.backend = backend
         self.recording = False
         self.hooked_reducer = False  # DDP runs with a communication hook that stands for its native all-reduce
         self.records: list[LocalOp | Collective] = []
@@ -148,6 +149,8 @@ class StepRecorder(TorchDispatchMode):
             total = max(sizes) if kind in ("all_gather", "reduce_scatter") else sum(sizes[: max(1, len(inputs))])
             if "base" not in name and "::_c10d" not in name and name in ("c10d::allgather_", "c10d::reduce_scatter_"):
                 total = max(sizes) * len(ranks)
+            if kind == "reduce_scatter" and self.backend == "gloo":  # it all-reduces a copy of the whole buffer
+                self.peak_bytes = max(self.peak_bytes, self.live_bytes + total)
             dtype = str(inputs[0].dtype).removeprefix("torch.")
             self.records.append(Collective(order, kind, total, dtype, ranks, phase, module))
         elif func.namespace not in ("c10d", "_c10d_functional"):

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -46,8 +46,10 @@ class DryRun:
         return tuple(r for r in self.records if isinstance(r, Collective))
 
 
-def dry_run(plan: ParallelPlan, workload: Workload, rank: int) -> DryRun:
+def dry_run(plan: ParallelPlan, workload: Workload, rank: int, backend: Literal["gloo", "nccl"] = "gloo") -> DryRun:
     """Records rank `rank`'s third step (DDP has its final buckets, optimizer states exist).
+
+    `backend` is the one whose scratch memory `peak_bytes` counts; the records do not depend on it.
 
     ValueError if a default process group exists: the dry run makes its own and destroys it.
     """
@@ -58,7 +60,7 @@ def dry_run(plan: ParallelPlan, workload: Workload, rank: int) -> DryRun:
     with torch.random.fork_rng(devices=[]):
         batch = workload.batch(plan.global_batch // plan.dp)
     with _fake_world(plan, rank), FakeTensorMode(allow_non_fake_inputs=True) as fake:
-        recorder = StepRecorder()
+        recorder = StepRecorder(backend)
         with recorder.watching(), following_fsdp(recorder), _real_meshes():
             step = apply(plan, workload, rank, materialize=False)
             inputs, targets = (

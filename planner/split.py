@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import prod
 from typing import Any
 
 import torch
@@ -137,7 +138,7 @@ def _cut(recorder: Recorder, stage_of: list[int], cuts: tuple[str, ...], module:
         later = set().union(*used[k:])
         crossing.append(tuple(sorted(v for v in later if v in home and home[v] < k)))
         for v in crossing[k]:
-            info = recorder.values[v]
+            info = recorder.values[v] = replace(recorder.values[v], stride=_contiguous(recorder.values[v].shape))
             if not (info.dtype.is_floating_point or info.dtype.is_complex):
                 raise ValueError(
                     f"cut at {cuts[k - 1]!r} would have to send an integer tensor ({info.made_by}, {info.dtype}, "
@@ -155,6 +156,10 @@ def _cut(recorder: Recorder, stage_of: list[int], cuts: tuple[str, ...], module:
             by_name.setdefault(name, []).append(program.index)
     shared = tuple((name, tuple(at)) for name, at in sorted(by_name.items()) if len(at) > 1)
     return Split(tuple(programs), tuple(recorder.values), shared)
+
+
+def _contiguous(shape: torch.Size) -> tuple[int, ...]:
+    return tuple(prod(shape[i + 1 :]) for i in range(len(shape)))
 
 
 def _with_constants(recorder: Recorder, stage_of: list[int], stage: int, used: set[int]) -> list[Call]:
@@ -236,7 +241,7 @@ class StageModule(nn.Module):
                         f"stage {program.index} would send a tensor of shape {tuple(value.shape)} where the unsplit "
                         f"model has {tuple(shape)}; do not cut between a colwise and its rowwise module"
                     )
-            return sent
+            return tuple(value.contiguous() for value in sent)  # process groups send contiguous tensors only
         tensors = tuple(t for t in tree_leaves(self._resolve(program.output, values)) if isinstance(t, torch.Tensor))
         return tensors[0] if len(tensors) == 1 else tensors
 

@@ -13,7 +13,8 @@ import torch.distributed as dist
 from torch import nn
 
 from opgraph.workload import Workload
-from planner.apply import apply, casting
+from planner.apply import apply
+from planner.apply_model import casting
 from planner.plan import ParallelPlan
 
 TOLERANCE = {"fp32": 1e-4, "bf16": 5e-2}

@@ -16,6 +16,7 @@ import signal
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -147,6 +148,7 @@ def main() -> None:
 
     threading.Thread(target=read, daemon=True).start()
     logging.getLogger("torch.distributed.tensor").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")  # models of ours return views
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     while True:
         task = json.loads(tasks.get())

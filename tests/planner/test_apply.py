@@ -124,3 +124,10 @@ def test_1f1b_with_too_few_micro_batches():
 def test_bad_shardings(shardings, message):
     with pytest.raises(ValueError, match=message):
         dry_run(ParallelPlan(global_batch=8, tp=3, shardings=shardings), gpt(), 0)
+
+
+def test_paths_that_a_cut_divides():
+    with pytest.raises(ValueError, match=r"is divided by the cut at 'blocks\.2'"):
+        dry_run(ParallelPlan(global_batch=8, **PP, micro_batches=2, recompute=("blocks",)), gpt(), 0)
+    with pytest.raises(ValueError, match="fsdp unit 'nothing' is no module path"):
+        dry_run(ParallelPlan(global_batch=8, dp=2, data_parallel="fsdp", fsdp_units=("nothing",)), gpt(), 0)

@@ -131,3 +131,19 @@ def test_bf16_recording_sends_what_autocast_makes():
     load = mlp()
     whole = split(load.build(), ("2",), load.batch(2)[0], autocast=torch.bfloat16)
     assert whole.values[whole.stages[1].receives[0]].dtype == torch.bfloat16
+
+
+def test_sent_values_are_contiguous():
+    class Turned(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 6), nn.Linear(3, 2)
+
+        def forward(self, x):
+            return self.b(self.a(x).t())
+
+    model, x = Turned(), torch.randn(3, 4)
+    whole, stages = stages_of(model, ("b",), (x,))
+    (sent,) = stages[0](x)
+    assert sent.is_contiguous() and whole.values[whole.stages[1].receives[0]].stride == (3, 1)
+    torch.testing.assert_close(run(stages, (x,)), model(x))
