@@ -35,7 +35,7 @@ from validation.environment import RANK_ENV
 Progress = Callable[[str, float], None]
 ROOT = Path(__file__).resolve().parent.parent
 MOST_RANKS = 8  # of the op measurement: more ranks than this would only repeat each other
-FIXED_SECONDS = 50.0  # of starting ranks, building models, collectives: what is not rounds over the models
+FIXED_SECONDS = 55.0  # of starting ranks, building models, collectives: what is not rounds over the models
 SAMPLE_SECONDS = 2e-5  # shorter ops are not stored one by one: their law is as good and the file stays small
 SMALL_OPTIMIZER = 0.002  # seconds: the same for optimizer steps
 SMALL_STEP = 0.04  # seconds: host overhead is read off steps below this, where op noise does not drown it

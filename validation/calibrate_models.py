@@ -235,12 +235,14 @@ def depthwise_net(batch: int, size: int) -> Case:
     return pictures(nn.Sequential(*body), batch, 3, size)
 
 
-def digits_net(batch: int) -> Case:
+def digits_net(batch: int, first: int = 8, second: int = 20, inputs: int = 1, size: int = 28) -> Case:
+    """Few channels on small pictures."""
+    rest = ((size // 2) - 4) // 2
     body = [
-        nn.Conv2d(1, 8, 5, padding=2), nn.Tanh(), nn.AvgPool2d(2), nn.Conv2d(8, 20, 5), nn.Tanh(), nn.AvgPool2d(2),
-        nn.Flatten(), nn.Linear(500, 100), nn.Sigmoid(), nn.Linear(100, 10),
+        nn.Conv2d(inputs, first, 5, padding=2), nn.Tanh(), nn.AvgPool2d(2), nn.Conv2d(first, second, 5), nn.Tanh(),
+        nn.AvgPool2d(2), nn.Flatten(), nn.Linear(second * rest**2, 100), nn.Sigmoid(), nn.Linear(100, 10),
     ]  # fmt: skip
-    return pictures(nn.Sequential(*body), batch, 1, 28, 10)
+    return pictures(nn.Sequential(*body), batch, inputs, size, 10)
 
 
 def perceptron(batch: int, *widths: int, activation: type[nn.Module] = nn.ReLU) -> Case:
@@ -288,6 +290,8 @@ def _all() -> tuple[Source, ...]:
         "bottleneck32": partial(bottleneck_net, 4, 72, 32),
         "t320": partial(transformer, 320, 5, 2, 128, 16000, packed=False),
         "digits": partial(digits_net, 64),
+        "digits-color": partial(digits_net, 32, 10, 32, 3, 32),
+        "digits-thin": partial(digits_net, 96, 4, 16, 1, 24),
         "t1024": partial(transformer, 1024, 8, 2, 48, 1000),
         "plain24": partial(plain_net, 2, 128, 24),
         "vit288": partial(vit, 288, 6, 4, 96, 8),
