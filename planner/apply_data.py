@@ -14,6 +14,8 @@ from planner.apply_mesh import along
 from planner.apply_model import present
 from planner.plan import ParallelPlan
 
+TORCH_BUCKET_BYTES = 25 * 2**20
+
 
 def data_parallel(
     plan: ParallelPlan, workload: Workload, model: nn.Module, mesh: DeviceMesh | None
@@ -34,7 +36,8 @@ def data_parallel(
         wrapped = nn.parallel.DistributedDataParallel(
             model,
             process_group=group,
-            bucket_cap_mb=plan.bucket_bytes / 2**20,
+            # torch closes the first bucket at 1 MiB only where no size is given, not where its default is given
+            bucket_cap_mb=None if plan.bucket_bytes == TORCH_BUCKET_BYTES else plan.bucket_bytes / 2**20,
             broadcast_buffers=False,  # batch statistics do not read them; each rank keeps its own running averages
             init_sync=False,  # every rank built the same weights from the same seed
         )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -24,14 +26,23 @@ def test_ddp_one_bucket_holds_all_gradients():
     assert messages(run) == [("all_reduce", 4 * parameters, (0, 1), "backward")]
 
 
-def test_ddp_buckets_fill_in_order_of_gradients():
-    """A bucket closes once it holds bucket_bytes; the first is capped at 1 MiB, which is not smaller here."""
-    run = dry_run(ParallelPlan(global_batch=8, dp=2, bucket_bytes=10_000), mlp(), 0)
-    # gradients arrive layer by layer from the end, bias (a sum) before weight or after it: sizes per layer decide
-    total = sum(c.bytes for c in run.collectives)
-    assert total == 4 * (16 * 64 + 64 + 2 * (64 * 64 + 64) + 64 * 8 + 8)
-    assert len(run.collectives) > 1
-    assert all(c.bytes >= 10_000 for c in run.collectives[:-1])
+def squares() -> Workload:
+    """Six layers of 1 MiB of weight and 2 KiB of bias."""
+    layers = lambda: torch.nn.Sequential(*(torch.nn.Linear(512, 512) for _ in range(6)))  # noqa: E731
+    return replace(mlp(), build=layers, batch=lambda n: ((torch.randn(n, 512),), (torch.randn(n, 512),)))
+
+
+LAYER = 4 * (512 * 512 + 512)
+
+
+@pytest.mark.parametrize(
+    ("bucket_bytes", "expected"),
+    [(25 * 2**20, [LAYER, 5 * LAYER]), (2**21, 3 * [2 * LAYER]), (2**19, 6 * [LAYER]), (2**25, [6 * LAYER])],
+)
+def test_ddp_bucket_closes_once_it_holds_its_size(bucket_bytes, expected):
+    """In the order of gradients. Only torch's default size (25 MiB) has a first bucket of its own size (1 MiB)."""
+    run = dry_run(ParallelPlan(global_batch=8, dp=2, bucket_bytes=bucket_bytes), squares(), 0)
+    assert [c.bytes for c in run.collectives] == expected
 
 
 def test_zero1_broadcasts_every_parameter_once():
