@@ -93,7 +93,8 @@ class Op:
 class OpGraph:
     """One training step of one model, in execution order.
 
-    `precision` is the autocast dtype name or "fp32"; `traced_on` is "fake" or "real"; `notes` are sentences
+    `gradient_ops` are (parameter, op) pairs in the order in which backward finishes the gradients: the op is the
+    last one of that gradient. `precision` is the autocast dtype name or "fp32"; `traced_on` is "fake" or "real"; `notes` are sentences
     that every report about this graph must show.
     """
 
@@ -102,6 +103,7 @@ class OpGraph:
     ops: tuple[Op, ...]
     tensors: tuple[Tensor, ...]
     storages: tuple[Storage, ...]
+    gradient_ops: tuple[tuple[str, int], ...]
     precision: str = "fp32"
     traced_on: Literal["fake", "real"] = "fake"
     notes: tuple[str, ...] = field(default=())

@@ -1,0 +1,167 @@
+"""FLOP formulas of the aten operators that do more than move their bytes.
+
+A formula sees shapes only, so the same one prices a traced op at any batch size and any shard of it. One FMA is
+two FLOP. Where torch has a formula (`torch.utils.flop_counter`) ours gives the same number and a test holds them
+together; torch has none for attention on the CPU, grouped matmul, recurrent layers, FFTs and matrix-vector products.
+Pointwise work, reductions and copies count as zero FLOP, as is usual: their cost is their bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from math import log2, prod
+from typing import Any, Protocol
+
+Shape = tuple[int, ...]
+
+
+class Shaped(Protocol):
+    @property
+    def shape(self) -> Shape: ...
+
+
+class Call(Protocol):
+    """An op's non-tensor arguments, as `opgraph.graph.Op` records them."""
+
+    @property
+    def args(self) -> tuple[Any, ...]: ...
+
+
+Formula = Callable[[list[Shape], list[Shape], tuple[Any, ...]], int]
+
+
+class NoFormulaError(ValueError):
+    """A heavy op without a FLOP formula: counting it as zero would be wrong."""
+
+
+def _mm(ins: list[Shape], outs: list[Shape], args: tuple[Any, ...]) -> int:
+    return 2 * prod(outs[0]) * ins[-2][-1]
+
+
+def _mm_first(ins: list[Shape], outs: list[Shape], args: tuple[Any, ...]) -> int:
+    return 2 * prod(outs[0]) * ins[0][-1]
+
+
+def _mv(ins: list[Shape], outs: list[Shape], args: tuple[Any, ...]) -> int:
+    return 2 * prod(ins[-2])
+
+
+def _grouped_mm(ins: list[Shape], outs: list[Shape], args: tuple[Any, ...]) -> int:
+    a, b = ins[0], ins[1]
+    if len(a) == 2 and len(b) == 2:  # ragged contraction: every column of `a` meets one row of `b`
+        return 2 * a[0] * a[1] * b[1]
+    return 2 * prod(outs[0]) * a[-1]
+
+
+def _conv(ins: list[Shape], outs: list[Shape], args: tuple[Any, ...]) -> int:
+    transposed = bool(args[6]) if len(args) > 6 else False
+    return 2 * prod(ins[0] if transposed else outs[0]) * prod(ins[1][1:])
+
+
+def _conv_backward(ins: list[Shape], outs: list[Shape], args: tuple[Any, ...]) -> int:
+    grad_out, x, weight = ins[0], ins[1], ins[2]
+    once = 2 * prod(x if args[7] else grad_out) * prod(weight[1:])
+    return once * sum(bool(m) for m in args[10][:2])
+
+
+def _attention(ins: list[Shape], outs: list[Shape], args: tuple[Any, ...]) -> int:
+    q, k, v = ins[0], ins[1], ins[2]
+    pairs = prod(q[:-1]) * k[-2]
+    return 2 * pairs * (q[-1] + v[-1])
+
+
+def _attention_backward(ins: list[Shape], outs: list[Shape], args: tuple[Any, ...]) -> int:
+    """Five products: the scores again, and the gradients of v, of the probabilities, of q and of k."""
+    q, k, v = ins[1], ins[2], ins[3]
+    pairs = prod(q[:-1]) * k[-2]
+    return 2 * pairs * (3 * q[-1] + 2 * v[-1])
+
+
+def _rnn_layer(ins: list[Shape], outs: list[Shape], args: tuple[Any, ...]) -> int:
+    x, w_input, w_hidden = ins[0], ins[1], ins[2]
+    return 2 * prod(x[:-1]) * (prod(w_input) + prod(w_hidden))
+
+
+def _rnn_layer_backward(ins: list[Shape], outs: list[Shape], args: tuple[Any, ...]) -> int:
+    return 2 * _rnn_layer(ins, outs, args)
+
+
+def _fft(ins: list[Shape], outs: list[Shape], args: tuple[Any, ...]) -> int:
+    size = max(prod(ins[0]), prod(outs[0]))
+    length = prod(ins[0][d] for d in args[1])
+    return int(5 * size * log2(max(length, 2)))
+
+
+def _pairwise(ins: list[Shape], outs: list[Shape], args: tuple[Any, ...]) -> int:
+    return 3 * prod(outs[0]) * ins[0][-1]
+
+
+FORMULAS: dict[str, Formula] = {
+    "mm": _mm, "addmm": _mm, "bmm": _mm, "baddbmm": _mm, "_addmm_activation": _mm,
+    "_scaled_mm": _mm_first, "_int_mm": _mm, "linear": _mm_first, "mkldnn_linear": _mm_first,
+    "mv": _mv, "addmv": _mv, "dot": _mv, "vdot": _mv,
+    "_grouped_mm": _grouped_mm, "_scaled_grouped_mm": _grouped_mm,
+    "convolution": _conv, "_convolution": _conv, "convolution_overrideable": _conv, "cudnn_convolution": _conv,
+    "mkldnn_convolution": _conv, "_slow_conv2d_forward": _conv, "convolution_backward": _conv_backward,
+    "_scaled_dot_product_flash_attention_for_cpu": _attention,
+    "_scaled_dot_product_flash_attention": _attention,
+    "_scaled_dot_product_efficient_attention": _attention,
+    "_scaled_dot_product_cudnn_attention": _attention,
+    "_scaled_dot_product_fused_attention_overrideable": _attention,
+    "_scaled_dot_product_flash_attention_for_cpu_backward": _attention_backward,
+    "_scaled_dot_product_flash_attention_backward": _attention_backward,
+    "_scaled_dot_product_efficient_attention_backward": _attention_backward,
+    "_scaled_dot_product_cudnn_attention_backward": _attention_backward,
+    "_scaled_dot_product_fused_attention_overrideable_backward": _attention_backward,
+    "mkldnn_rnn_layer": _rnn_layer, "mkldnn_rnn_layer_backward": _rnn_layer_backward,
+    "_fft_r2c": _fft, "_fft_c2c": _fft, "_fft_c2r": _fft,
+    "_cdist_forward": _pairwise, "_euclidean_dist": _pairwise,
+}  # fmt: skip
+
+# Ops whose work is proportional to the bytes they move, and which torch does not tag as pointwise or reduction.
+LIGHT = frozenset(
+    ["_adaptive_avg_pool2d", "_adaptive_avg_pool2d_backward", "_adaptive_avg_pool3d", "_assert_async", "_assert_tensor_metadata", "_embedding_bag", "_embedding_bag_forward_only", "_local_scalar_dense", "_log_softmax", "_log_softmax_backward_data", "_batch_norm_with_update", "batch_norm_backward", "_native_batch_norm_legit", "_native_batch_norm_legit_functional", "_native_batch_norm_legit_no_training", "_pack_padded_sequence", "_pin_memory", "_reshape_copy", "_softmax", "_softmax_backward_data", "_thnn_fused_gru_cell", "_thnn_fused_gru_cell_backward", "_thnn_fused_lstm_cell", "_thnn_fused_lstm_cell_backward_impl", "_to_copy", "_trilinear", "_unique2", "_unsafe_index", "_unsafe_index_put", "_unsafe_view", "adaptive_max_pool2d", "adaptive_max_pool2d_backward", "all", "any", "arange", "argsort", "as_strided_copy", "avg_pool1d", "avg_pool2d", "avg_pool2d_backward", "avg_pool3d", "avg_pool3d_backward", "bernoulli_", "bincount", "bucketize", "cat", "clone", "col2im", "constant_pad_nd", "contiguous", "copy", "copy_", "count_nonzero", "cummax", "cummin", "cumprod", "cumsum", "diagonal_copy", "diff", "embedding", "embedding_backward", "embedding_dense_backward", "embedding_renorm_", "empty", "empty_like", "empty_permuted", "empty_strided", "equal", "eye", "fill_", "flip", "full", "full_like", "gather", "glu", "glu_backward", "grid_sampler_2d", "grid_sampler_2d_backward", "histc", "im2col", "index", "index_add", "index_add_", "index_copy", "index_copy_", "index_fill_", "index_put", "index_put_", "index_select", "isin", "item", "lift", "lift_fresh", "linspace", "log_sigmoid_forward", "logcumsumexp", "logical_not", "logspace", "masked_scatter", "masked_scatter_backward", "masked_select", "max_pool2d_with_indices", "max_pool2d_with_indices_backward", "max_pool3d_with_indices", "max_pool3d_with_indices_backward", "median", "mode", "mkldnn_max_pool2d", "mse_loss", "multinomial", "nan_to_num", "native_batch_norm", "native_batch_norm_backward", "native_channel_shuffle", "native_dropout", "native_dropout_backward", "native_group_norm", "native_group_norm_backward", "native_layer_norm", "native_layer_norm_backward", "_fused_rms_norm", "_fused_rms_norm_backward", "new_empty", "new_empty_strided", "new_full", "new_ones", "new_zeros", "nll_loss2d_backward", "nll_loss2d_forward", "nll_loss_backward", "nll_loss_forward", "nonzero", "normal_", "one_hot", "ones", "ones_like", "pad_sequence", "pixel_shuffle", "pixel_unshuffle", "put_", "rand", "rand_like", "randint", "randint_like", "randn", "randn_like", "random_", "randperm", "reflection_pad1d", "reflection_pad2d", "reflection_pad2d_backward", "repeat", "repeat_interleave", "replication_pad1d", "replication_pad2d", "roll", "rot90", "scalar_tensor", "scatter", "scatter_", "scatter_add", "scatter_add_", "scatter_reduce", "scatter_reduce_", "searchsorted", "select_backward", "select_scatter", "set_", "slice_backward", "slice_scatter", "softplus", "sort", "stack", "std", "std_mean", "take", "take_along_dim", "topk", "trace", "tril", "tril_", "tril_indices", "triu", "triu_", "triu_indices", "uniform_", "unfold_backward", "unique_consecutive", "upsample_bicubic2d", "upsample_bilinear2d", "upsample_bilinear2d_backward", "upsample_nearest2d", "upsample_nearest2d_backward", "var", "var_mean", "where", "zero_", "zeros", "zeros_like"]
+)
+
+
+def base_name(op: str) -> str:
+    """`aten.addmm.default` -> `addmm`."""
+    return op.split(".")[1] if op.count(".") >= 1 else op
+
+
+def flops_of(
+    op: str,
+    inputs: Sequence[Shaped],
+    outputs: Sequence[Shaped],
+    call: Call,
+    extra: Mapping[str, Formula] | None = None,
+) -> int:
+    """FLOP of one call of a heavy op; 0 for every other op.
+
+    `extra` are the user's formulas, by full op name (`mylib.op.default`) or by base name.
+    """
+    name = base_name(op)
+    formula = (extra or {}).get(op) or (extra or {}).get(name) or FORMULAS.get(name)
+    return formula([t.shape for t in inputs], [t.shape for t in outputs], call.args) if formula else 0
+
+
+def is_light(op: str, tags: Sequence[Any]) -> bool:
+    """True where counting zero FLOP is right: pointwise, reductions, fills, moves, and lists of these."""
+    name = base_name(op)
+    named = {str(t).rsplit(".", 1)[-1].split(":")[0] for t in tags}
+    if named & {"pointwise", "reduction", "view_copy"}:
+        return True
+    plain = name.removesuffix("_")
+    return name in LIGHT or plain in LIGHT or name.startswith(("_foreach_", "_fused_adam", "_fused_sgd", "_fused_adagrad"))
+
+
+def check_formula(op: str, tags: Sequence[Any], module: str, extra: Mapping[str, Formula] | None = None) -> None:
+    """Raises NoFormulaError for an op that may be heavy and that nobody can count."""
+    name = base_name(op)
+    if name in FORMULAS or is_light(op, tags) or (extra and (op in extra or name in extra)):
+        return
+    raise NoFormulaError(
+        f"{op} in module '{module or '<root>'}' has no FLOP formula, so its work cannot be counted; pass "
+        f"flops={{'{op}': formula}} to trace, where formula(input_shapes, output_shapes, args) returns FLOP "
+        f"(0 if the op only moves bytes)"
+    )
