@@ -16,6 +16,7 @@ import signal
 import sys
 import threading
 import time
+import traceback
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -158,10 +159,7 @@ def main() -> None:
             reply = run_rank(task["spec"], plan, rank, options, store, task["scratch"])
         except Exception as error:
             sentence = " ".join(str(error).split()) or "no message"
-            if os.environ.get("PARPLAN_TRACEBACK"):
-                import traceback
-
-                traceback.print_exc()
+            traceback.print_exc()
             replies.write(json.dumps({"error": f"{type(error).__name__}: {sentence[:600]}"}) + "\n")
             replies.flush()
             time.sleep(1e6)  # stay, so that the peers do not fail before the parent has read who was first
