@@ -27,6 +27,7 @@ FORMS: dict[str, tuple[str, ...]] = {
     "attention": ("one", "flops", "scores", "bytes"),
     "rnn": ("one", "steps", "flops_input", "flops_hidden", "weights", "states"),
     "sides": ("one", "read_1M", "read_8M", "read_more", "written_1M", "written_8M", "written_more"),
+    "pool": ("one", "same_size", "reduced_from", "reduced_to"),
     "stream": ("one", "bytes_1M", "bytes_8M", "bytes_more"),
     "optimizer": ("one", "tensors", "bytes_1M", "bytes_8M", "bytes_more"),
 }
@@ -34,7 +35,7 @@ FORMS: dict[str, tuple[str, ...]] = {
 _FORM_OF_FAMILY = {
     "gemm": "gemm", "conv": "conv", "conv_backward": "conv", "attention": "attention",
     "attention_backward": "attention", "rnn": "rnn", "rnn_backward": "rnn", "optimizer": "optimizer",
-    "pool": "sides", "pool_backward": "sides", "embedding": "sides", "reduction": "sides",
+    "pool": "pool", "pool_backward": "pool", "embedding": "sides", "reduction": "sides",
 }  # fmt: skip
 
 
@@ -156,6 +157,14 @@ def _sides(shape: OpShape) -> tuple[float, ...]:
     return (1.0, *_tiers(read), *_tiers(shape.bytes_written))
 
 
+def _pool(shape: OpShape) -> tuple[float, ...]:
+    """Elements of the larger and the smaller map. Shapes do not tell the kernel, but a map that keeps its size was
+    pooled by a kernel of 3 or more with stride 1, which costs much more per element than halving the map."""
+    maps = [prod(s) for s in (*shape.in_shapes, *shape.out_shapes) if len(s) >= 3]
+    large, small = float(max(maps, default=1)), float(min(maps, default=1))
+    return (1.0, large, 0.0, 0.0) if large == small else (1.0, 0.0, large, small)
+
+
 def _stream(shape: OpShape) -> tuple[float, ...]:
     return (1.0, *_tiers(touched(shape)))
 
@@ -165,6 +174,6 @@ def _optimizer(shape: OpShape) -> tuple[float, ...]:
 
 
 _FUNCTIONS: dict[str, Callable[[OpShape], tuple[float, ...]]] = {
-    "gemm": _gemm, "conv": _conv, "attention": _attention, "rnn": _rnn, "sides": _sides, "stream": _stream,
-    "optimizer": _optimizer,
+    "gemm": _gemm, "conv": _conv, "attention": _attention, "rnn": _rnn, "sides": _sides, "pool": _pool,
+    "stream": _stream, "optimizer": _optimizer,
 }  # fmt: skip

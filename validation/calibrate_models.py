@@ -171,12 +171,12 @@ def bottleneck(inp: int, inner: int, out: int, stride: int = 1, groups: int = 1)
 
 
 class Branches(nn.Module):
-    def __init__(self, inp: int, one: int, three: int, five: int) -> None:
+    def __init__(self, inp: int, one: int, three: int, five: int, pool: type[nn.Module] = nn.AvgPool2d) -> None:
         super().__init__()
         self.paths = nn.ModuleList([
             conv(inp, one, 1), nn.Sequential(conv(inp, three // 2, 1), conv(three // 2, three, 3)),
             nn.Sequential(conv(inp, five // 2, 1), conv(five // 2, five, 5)),
-            nn.Sequential(nn.AvgPool2d(3, 1, 1), conv(inp, one, 1)),
+            nn.Sequential(pool(3, 1, 1), conv(inp, one, 1)),
         ])  # fmt: skip
 
     def forward(self, x: Tensor) -> Any:
@@ -226,7 +226,10 @@ def plain_net(batch: int, size: int, width: int) -> Case:
 
 
 def branch_net(batch: int, size: int) -> Case:
-    body = [conv(3, 24, 3, 2), Branches(24, 16, 32, 16), nn.MaxPool2d(2), Branches(80, 48, 96, 32), *tail(224)]
+    body = [
+        conv(3, 24, 3, 2), Branches(24, 16, 32, 16), Branches(80, 16, 32, 16, nn.MaxPool2d), nn.MaxPool2d(2),
+        Branches(80, 48, 96, 32), Branches(224, 48, 96, 32, nn.MaxPool2d), *tail(224),
+    ]  # fmt: skip
     return pictures(nn.Sequential(*body), batch, 3, size)
 
 
@@ -309,6 +312,7 @@ def _all() -> tuple[Source, ...]:
         "t64": partial(transformer, 64, 2, 2, 64, 1000, layers=2),
         "mlp-one": partial(perceptron, 2, 2048, 1024, 512, activation=nn.Tanh),
         "bottleneck56": partial(bottleneck_net, 8, 40, 56),
+        "bottleneck96": partial(bottleneck_net, 4, 24, 96),
         "plain64": partial(plain_net, 1, 64, 64),
         "vit192": partial(vit, 192, 3, 2, 144, 12),
         "t768": partial(transformer, 768, 12, 1, 160, 1500, packed=False, causal=False),
