@@ -1,0 +1,188 @@
+"""Predicted beside measured: one `Comparison` per executed plan, and what a set of them says about the predictions."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from planner.plan import ParallelPlan
+from validation.measure import Measurement
+
+if TYPE_CHECKING:
+    from planner.predict import Prediction
+
+NAN = float("nan")
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """One plan: what was predicted before it ran, and what running it gave. Seconds, bytes, fractions.
+
+    status: "ok", or "failed" where no time was measured (`reason` says why; measured values are nan or empty).
+    interval: the predicted step time lies in it. peaks: by rank. p10, p90: of the measured steps.
+    shares: parts of the predicted time by source of its prices. unpriced: ops that only the roofline prices.
+    """
+
+    model: str
+    plan: ParallelPlan
+    status: Literal["ok", "failed"]
+    reason: str
+    predicted_seconds: float
+    interval: tuple[float, float]
+    measured_seconds: float
+    predicted_peaks: tuple[int, ...]
+    measured_peaks: tuple[int, ...]
+    measured_p10: float = NAN
+    measured_p90: float = NAN
+    steps: int = 0
+    steady: bool = True
+    loss_error: float = NAN
+    gradient_error: float = NAN
+    load: tuple[float, float] = (NAN, NAN)
+    shares: tuple[tuple[str, float], ...] = ()
+    breakdown: tuple[tuple[str, float], ...] = ()
+    unpriced: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @property
+    def ok(self) -> bool:
+        return self.status == "ok"
+
+    @property
+    def error(self) -> float:
+        """Signed error of the step time: predicted / measured - 1."""
+        return self.predicted_seconds / self.measured_seconds - 1 if self.ok else NAN
+
+    @property
+    def covered(self) -> bool:
+        """Whether the measured time lies in the predicted interval."""
+        return self.interval[0] <= self.measured_seconds <= self.interval[1]
+
+    @property
+    def predicted_peak_bytes(self) -> int:
+        """Of the fullest rank."""
+        return max(self.predicted_peaks, default=0)
+
+    @property
+    def measured_peak_bytes(self) -> int:
+        """Of the fullest rank; 0 where it was not measured."""
+        return max(self.measured_peaks, default=0)
+
+    @property
+    def memory_errors(self) -> tuple[float, ...]:
+        """Signed errors of the peak memory by rank; empty where it was not measured."""
+        if len(self.predicted_peaks) != len(self.measured_peaks):
+            return ()
+        return tuple(p / m - 1 for p, m in zip(self.predicted_peaks, self.measured_peaks))
+
+    @property
+    def memory_error(self) -> float:
+        """The largest of `memory_errors` in size, with its sign."""
+        return max(self.memory_errors, key=abs, default=NAN)
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """How good a set of predictions was. Fractions; nan where the runs cannot say.
+
+    runs, failed: executed plans, and those of them without a measured time.
+    median_error, worst_error: of |error|. bias: mean signed error.
+    spearman: rank correlation of predicted and measured times, the lowest over the models.
+    top1_regret: how much slower than the fastest executed plan the one predicted fastest is, the highest over models.
+    memory_median_error, memory_worst_error: of |memory error| of every rank of every plan.
+    coverage: share of the plans whose measured time lies in the predicted interval.
+    """
+
+    runs: int
+    failed: int
+    median_error: float
+    worst_error: float
+    bias: float
+    spearman: float
+    top1_regret: float
+    memory_median_error: float
+    memory_worst_error: float
+    coverage: float
+
+
+def compare(model: str, prediction: Prediction, measurement: Measurement) -> Comparison:
+    """Puts a prediction beside the measurement of the same plan."""
+    assert prediction.plan == measurement.plan, "prediction and measurement are of different plans"
+    timed = measurement.status == "ok" and measurement.median_seconds > 0
+    reason = measurement.reason or ("" if timed else "no step was timed")
+    return Comparison(
+        model, prediction.plan, "ok" if timed else "failed", reason,
+        predicted_seconds=prediction.step_seconds,
+        interval=(prediction.interval[0], prediction.interval[1]),
+        measured_seconds=measurement.median_seconds if timed else NAN,
+        predicted_peaks=tuple(prediction.peak_bytes),
+        measured_peaks=measurement.peak_bytes,
+        measured_p10=measurement.p10_seconds, measured_p90=measurement.p90_seconds, steps=measurement.steps,
+        steady=measurement.steady or not timed,
+        loss_error=measurement.loss_error, gradient_error=measurement.gradient_error, load=measurement.load,
+        shares=tuple(prediction.shares.items()), breakdown=tuple(prediction.breakdown.items()),
+        unpriced=tuple(prediction.unpriced), notes=(*prediction.notes, *measurement.notes),
+    )  # fmt: skip
+
+
+def summarise(comparisons: Iterable[Comparison]) -> Summary:
+    """The summary of all runs; ranks are correlated and regrets taken within each model."""
+    runs = list(comparisons)
+    good = [c for c in runs if c.ok]
+    errors = [c.error for c in good]
+    memory = [abs(e) for c in good for e in c.memory_errors]
+    models = [[c for c in good if c.model == name] for name in dict.fromkeys(c.model for c in good)]
+    return Summary(
+        runs=len(runs),
+        failed=len(runs) - len(good),
+        median_error=_median([abs(e) for e in errors]),
+        worst_error=max(map(abs, errors), default=NAN),
+        bias=statistics.fmean(errors) if errors else NAN,
+        spearman=min(_numbers(spearman(m) for m in models), default=NAN),
+        top1_regret=max(_numbers(top1_regret(m) for m in models), default=NAN),
+        memory_median_error=_median(memory),
+        memory_worst_error=max(memory, default=NAN),
+        coverage=statistics.fmean(c.covered for c in good) if good else NAN,
+    )
+
+
+def spearman(runs: Sequence[Comparison]) -> float:
+    """Rank correlation of predicted and measured times; nan for fewer than two plans or where all tie."""
+    predicted, measured = [c.predicted_seconds for c in runs], [c.measured_seconds for c in runs]
+    if len(set(predicted)) < 2 or len(set(measured)) < 2:
+        return NAN
+    from scipy.stats import spearmanr
+
+    return float(spearmanr(predicted, measured).statistic)
+
+
+def top1_regret(runs: Sequence[Comparison]) -> float:
+    """Measured time of the plan predicted fastest / that of the plan measured fastest - 1; nan without runs."""
+    if not runs:
+        return NAN
+    chosen = min(runs, key=lambda c: c.predicted_seconds)
+    return chosen.measured_seconds / min(c.measured_seconds for c in runs) - 1
+
+
+def family(plan: ParallelPlan) -> str:
+    """The kind of plan, as plots and tables group them."""
+    axes = [axis for axis in ("pp", "dp", "tp") if getattr(plan, axis) > 1]
+    if len(axes) > 1:
+        return "two axes" if len(axes) == 2 else "three axes"
+    match axes:
+        case ["dp"]:
+            return plan.data_parallel
+        case ["pp"]:
+            return f"pp {plan.schedule}"
+    return axes[0] if axes else "single"
+
+
+def _median(values: list[float]) -> float:
+    return statistics.median(values) if values else NAN
+
+
+def _numbers(values: Iterable[float]) -> list[float]:
+    return [v for v in values if not math.isnan(v)]
