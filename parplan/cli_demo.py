@@ -1,0 +1,91 @@
+"""`parplan demo`: calibrates this machine, then predicts and executes plans of two small models."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from parplan.arguments import Json
+from parplan.cli_validate import finish, reported
+from parplan.console import remark
+
+if TYPE_CHECKING:
+    from planner.search import Ranked, SearchResult
+    from validation.study import Study
+
+# (model, global batch, plans by number of ranks). Real shapes with smaller widths: a step takes 0.05 to 0.5 s.
+MODELS: tuple[tuple[str, int, dict[int, int]], ...] = (
+    ("gpt2:layers=4,hidden=256,heads=4,ffn=1024,vocab=8192,seq=128", 16, {2: 9, 4: 4}),
+    ("alexnet:image=96,width=32,hidden=512,classes=100,dropout=0", 16, {2: 7, 4: 3}),
+)
+ABOUT = "GPT-2 and AlexNet of real shape with smaller widths (4 layers of 256; half the channels), so that minutes do"
+CALIBRATION_SECONDS = 85.0
+DAY = 86400.0
+
+
+def demo(
+    out: Annotated[Path, typer.Option("--out", help="Folder of the report.")] = Path("reports/demo"),
+    recalibrate: Annotated[bool, typer.Option("--recalibrate", help="Calibrate even if it was done today.")] = False,
+    json: Json = False,
+) -> None:
+    """Calibrate this machine, predict plans of two small models, run them, and compare. Takes about five minutes.
+
+    Example: parplan demo --out reports/demo
+    """
+
+    def studies(progress: Any, keep: Any) -> list[Study]:
+        from validation.measure import Options
+        from validation.study import validate
+
+        options = Options(min_steps=20, max_seconds=3, timeout_seconds=90)
+        where = _calibrated(progress, recalibrate)
+        progress(f"Models: {ABOUT}.", 0.0)
+        return [
+            validate(model, where, batch, tuple(counts), 1, options, progress, _picker(counts), keep)
+            for model, batch, counts in MODELS
+        ]
+
+    began = time.monotonic()
+    made, data = reported(out, "Parplan demo: predicted and measured step time and memory", studies)
+    remark(f"{ABOUT}; {time.monotonic() - began:.0f} s in all")
+    finish(made, data, out, json)
+
+
+def _calibrated(progress: Any, again: bool) -> Any:
+    """This machine's cluster, calibrated within the last day."""
+    from costmodels.cluster import local_cluster
+    from costmodels.device import local_path
+
+    path = local_path()
+    if not again and path.is_file() and time.time() - path.stat().st_mtime < DAY:
+        try:
+            return local_cluster()
+        except ValueError:  # written by another version
+            progress("the calibration of this machine cannot be read; measuring again", 0.0)
+    from validation.calibrate import calibrate
+
+    calibrate(None, CALIBRATION_SECONDS, lambda what, fraction: progress(f"calibrating: {what}", fraction))
+    return local_cluster()
+
+
+def _picker(counts: dict[int, int]) -> Any:
+    """Plans to execute: on two ranks one of every family and more, on four ranks those that split two axes."""
+
+    def choose(result: SearchResult, ranks: int) -> Sequence[Ranked]:
+        from validation.compare import family
+
+        groups: dict[str, list[Ranked]] = {}
+        for ranked in result.plans:
+            kind = family(ranked.plan)
+            if ranks > 2 and kind == "two axes":
+                kind += "".join(axis for axis in ("pp", "dp", "tp") if getattr(ranked.plan, axis) > 1)
+            if ranks <= 2 or kind.startswith("two axes"):
+                groups.setdefault(kind, []).append(ranked)
+        rounds = [g[i] for i in range(max(map(len, groups.values()), default=0)) for g in groups.values() if i < len(g)]
+        return rounds[: counts[ranks]]
+
+    return choose

@@ -1,0 +1,143 @@
+"""`parplan search`: ranked plans for a model on a cluster."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from parplan.arguments import ClusterName, GlobalBatch, Json, Model, positive
+from parplan.console import emit, percent, remark, seconds, show, size, table, working
+
+MARKER = "plans.json"
+
+
+def search(
+    model: Model,
+    cluster: ClusterName,
+    global_batch: GlobalBatch,
+    devices: Annotated[int | None, typer.Option(help="Devices to use; by default all.", show_default=False)] = None,
+    top: Annotated[int, typer.Option(help="How many plans to show and write.")] = 10,
+    out: Annotated[Path | None, typer.Option("--out", help="Folder for the plan files.", show_default=False)] = None,
+    json: Json = False,
+) -> None:
+    """Search the plan space and rank what fits, with lower bounds and the reasons for what was left out.
+
+    Example: parplan search llama3-8b --cluster dgx-h100 --global-batch 64 --top 5 --out plans
+    """
+    from validation.report_files import check_replaceable
+
+    for name, value in (("--global-batch", global_batch), ("--devices", devices), ("--top", top)):
+        positive(name, value)
+    if out is not None:
+        check_replaceable(out, MARKER)
+    with working() as progress:
+        result, where = _search(model, cluster, global_batch, devices, progress)
+    plans = result.plans[:top]
+    data = {
+        "model": model,
+        "cluster": where.name,
+        "devices": devices or where.size,
+        "global_batch": global_batch,
+        "plans": [ranked_data(r) for r in plans],
+        "ranked": len(result.plans),
+        "considered": result.considered,
+        "infeasible": result.infeasible,
+        "rejected": [{"label": r.label, "reason": r.reason, "count": r.count} for r in result.rejected],
+        "seconds": result.seconds,
+    }
+    if out is not None:
+        _write(out, plans, data)
+        remark(f"{len(plans)} plan files are in {out}")
+    emit(data) if json else _print(data, plans)
+
+
+def _search(model: str, name: str, global_batch: int, devices: int | None, progress: Any) -> tuple[Any, Any]:
+    from costmodels.cluster import load_cluster
+
+    cluster = load_cluster(name)
+    check_size(cluster, devices or cluster.size, "the search")
+    progress(f"tracing {model}", 0.05)
+    from opgraph.batch import trace_workload
+    from opgraph.models import load_workload
+    from planner.search import search as search_plans
+
+    workload = load_workload(model)
+    graph = trace_workload(workload)
+    progress(f"searching plans for {devices or cluster.size} devices", 0.2)
+    result = search_plans(workload, graph, cluster, global_batch, devices=devices)
+    for note in (*graph.notes, *cluster.device.notes):
+        remark(f"note: {note}")
+    if not result.plans:
+        reasons = "".join(f"; {r.label}: {r.reason}" for r in result.rejected[:3])
+        raise ValueError(
+            f"none of the {result.considered} plans considered can run {model} on {devices or cluster.size} devices of "
+            f"{cluster.name}: {result.infeasible} need more than its {size(cluster.device.memory_bytes)}{reasons}; "
+            "use more devices or a smaller batch"
+        )
+    return result, cluster
+
+
+def check_size(cluster: Any, devices: int, what: str) -> None:
+    """ValueError where a cluster has too few devices; ranks may share the cores of a machine."""
+    if devices > cluster.size and not cluster.cores:
+        raise ValueError(
+            f"{what} needs {devices} devices, {cluster.name} has {cluster.size}; "
+            f"use more nodes ('2x NAME') or a smaller plan"
+        )
+
+
+def ranked_data(ranked: Any) -> dict[str, Any]:
+    """One entry of `plans`. peak_bytes is that of the fullest rank."""
+    p = ranked.prediction
+    return {
+        "label": ranked.plan.label,
+        "step_seconds": p.step_seconds,
+        "interval": p.interval,
+        "peak_bytes": max(p.peak_bytes),
+        "peak_bytes_by_rank": p.peak_bytes,
+        "memory_bytes": p.memory_bytes,
+        "fits": p.fits,
+        "mfu": p.mfu,
+        "bound_seconds": ranked.bound_seconds,
+        "gap": ranked.gap,
+        "shares": p.shares,
+        "unpriced": p.unpriced,
+        "notes": p.notes,
+        "plan": ranked.plan.to_dict(),
+    }
+
+
+def _write(out: Path, plans: Any, data: dict[str, Any]) -> None:
+    """A folder with one file per plan, best first, and all of them in plans.json."""
+    import json
+
+    from validation.report_files import assembled, plain
+
+    with assembled(out, MARKER) as folder:
+        for i, ranked in enumerate(plans, start=1):
+            ranked.plan.save(folder / f"{i:02d}-{'-'.join(ranked.plan.label.split())}.json")
+        (folder / MARKER).write_text(json.dumps(plain(data), indent=1) + "\n")
+
+
+def _print(data: dict[str, Any], plans: Any) -> None:
+    rows = []
+    for i, (entry, ranked) in enumerate(zip(data["plans"], plans), start=1):
+        low, high = entry["interval"]
+        rows.append((
+            f"{i}", entry["label"], seconds(entry["step_seconds"]), f"{seconds(low)} – {seconds(high)}",
+            size(entry["peak_bytes"]), "yes" if entry["fits"] else "no", percent(entry["mfu"]),
+            seconds(entry["bound_seconds"]), percent(ranked.gap),
+        ))  # fmt: skip
+    title = f"{data['model']} on {data['devices']} devices of {data['cluster']}, global batch {data['global_batch']}"
+    columns = ("", "plan", "step", "interval", "peak", "fits", "MFU", "bound", "gap")
+    show(table(title, columns, rows, left=2))
+    tied = [r.plan.label for r in plans[1:] if r.prediction.interval[0] <= plans[0].prediction.interval[1]]
+    show(
+        f"{data['considered']} plans considered, {data['infeasible']} do not fit, {data['ranked']} ranked, "
+        f"{data['seconds']:.1f} s. Tied with the first within the error: {len(tied)} of the {len(plans) - 1} below it."
+    )
+    if data["rejected"]:
+        rejected = [(r["label"], r["reason"], str(r["count"])) for r in data["rejected"]]
+        show(table("Left out", ("family", "reason", "plans"), rejected, left=2))

@@ -1,0 +1,118 @@
+"""`parplan simulate`: one plan, its timeline, its breakdown."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from parplan.arguments import ClusterName, Json, Model, positive
+from parplan.cli_search import check_size
+from parplan.console import emit, percent, remark, seconds, show, size, table, working
+
+
+def simulate(
+    model: Model,
+    plan: Annotated[
+        str,
+        typer.Option("--plan", "-p", help="A plan file, or degrees: dp2,tp2,mb4 or 'dp8 fsdp'.", show_default=False),
+    ],
+    cluster: ClusterName,
+    global_batch: Annotated[
+        int | None, typer.Option("--global-batch", "-b", help="By default that of the plan file.", show_default=False)
+    ] = None,
+    trace_file: Annotated[
+        Path | None, typer.Option(help="Timeline for ui.perfetto.dev (JSON).", show_default=False)
+    ] = None,
+    plot: Annotated[Path | None, typer.Option(help="Timeline as a picture (PNG).", show_default=False)] = None,
+    json: Json = False,
+) -> None:
+    """Simulate one training step under one plan.
+
+    Example: parplan simulate gpt2 --plan "dp4 fsdp" --cluster dgx-h100 -b 32 --trace-file step.json
+    """
+    import time
+
+    positive("--global-batch", global_batch)
+    for path in (trace_file, plot):
+        if path is not None and not path.parent.is_dir():
+            raise ValueError(f"there is no folder {path.parent} to write {path.name} into; make it first")
+    began = time.perf_counter()
+    with working() as progress:
+        prediction, timeline = _simulate(model, plan, cluster, global_batch, progress)
+        if trace_file is not None:
+            from simulator import write_perfetto
+
+            write_perfetto(timeline, trace_file)
+        if plot is not None:
+            from parplan.timeline_plot import plot_timeline
+            from validation.report_files import replacing
+
+            with replacing(plot) as partial:
+                plot_timeline(timeline, f"{model}: {prediction.plan.label} on {cluster}", partial)
+    for note in prediction.notes:
+        remark(f"note: {note}")
+    data = {**prediction_data(prediction), "model": model, "cluster": cluster, "seconds": time.perf_counter() - began}
+    emit(data) if json else _print(data)
+
+
+def _simulate(model: str, plan: str, name: str, global_batch: int | None, progress: Any) -> tuple[Any, Any]:
+    from costmodels.cluster import load_cluster
+
+    cluster = load_cluster(name)
+    if plan.endswith(".json"):  # what is wrong with a plan file shows before the model is built
+        from planner.plan import load_plan
+
+        check_size(cluster, load_plan(plan).world_size, f"plan {plan}")
+    progress(f"tracing {model}", 0.1)
+    from opgraph.batch import trace_workload
+    from opgraph.models import load_workload
+    from parplan.inline_plan import read_plan
+    from planner.predict import simulate_plan
+
+    workload = load_workload(model)
+    graph = trace_workload(workload)
+    progress("simulating", 0.7)
+    chosen = read_plan(plan, workload, graph, cluster, global_batch)
+    check_size(cluster, chosen.world_size, f"plan '{chosen.label}'")
+    result: tuple[Any, Any] = simulate_plan(graph, chosen, cluster)
+    return result
+
+
+def prediction_data(p: Any) -> dict[str, Any]:
+    """The JSON of a prediction. peak_bytes is that of the fullest rank."""
+    return {
+        "label": p.plan.label,
+        "step_seconds": p.step_seconds,
+        "interval": p.interval,
+        "breakdown": p.breakdown,
+        "peak_bytes": max(p.peak_bytes),
+        "peak_bytes_by_rank": p.peak_bytes,
+        "memory_bytes": p.memory_bytes,
+        "fits": p.fits,
+        "mfu": p.mfu,
+        "shares": p.shares,
+        "unpriced": p.unpriced,
+        "notes": p.notes,
+        "tasks": p.tasks,
+        "plan": p.plan.to_dict(),
+    }
+
+
+def _print(data: dict[str, Any]) -> None:
+    low, high = data["interval"]
+    step = data["step_seconds"]
+    rows = [
+        ("step", f"{seconds(step)} ({seconds(low)} – {seconds(high)})"),
+        *((f"  {name.replace('_', ' ')}", f"{seconds(part)} ({percent(part / step)})")
+          for name, part in data["breakdown"].items()),
+        ("MFU", percent(data["mfu"])),
+        ("peak memory", f"{size(data['peak_bytes'])} of {size(data['memory_bytes'])}, "
+                        f"{'fits' if data['fits'] else 'DOES NOT FIT'}"),
+        ("prices", ", ".join(f"{percent(share)} {source}" for source, share in data["shares"].items() if share)),
+        ("tasks", f"{data['tasks']:,}, {seconds(data['seconds'])} in all"),
+    ]  # fmt: skip
+    if data["unpriced"]:
+        rows.append(("roofline only", ", ".join(data["unpriced"])))
+    show(table(f"{data['model']}: {data['label']} on {data['cluster']}", ("", ""), rows, left=2))

@@ -1,0 +1,52 @@
+"""`parplan trace`: the operator graph of one training step."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from parplan.arguments import Json, Model, positive
+from parplan.console import emit, number, remark, seconds, show, size, table, working
+
+
+def trace(
+    model: Model,
+    batch: Annotated[int | None, typer.Option(help="By default the model's own.", show_default=False)] = None,
+    json: Json = False,
+) -> None:
+    """Trace one training step of a model and sum it up.
+
+    Example: parplan trace gpt2:layers=4,hidden=256 --batch 8
+    """
+    import time
+
+    positive("--batch", batch)
+    began = time.perf_counter()
+    with working() as progress:
+        progress(f"tracing {model}", 0.1)
+        from opgraph.batch import trace_workload
+        from opgraph.models import load_workload
+        from opgraph.summary import summary
+
+        graph = trace_workload(load_workload(model))
+        graph = graph.at_batch(batch) if batch else graph
+        found = summary(graph)
+    data = {"model": model, "batch": graph.batch, **found, "seconds": time.perf_counter() - began}
+    for note in graph.notes:
+        remark(f"note: {note}")
+    emit(data) if json else _print(data)
+
+
+def _print(data: dict[str, Any]) -> None:
+    flops = data["flops"]
+    rows = [
+        ("parameters", number(data["params"])),
+        ("operators", f"{data['ops']:,}"),
+        *((f"FLOP, {phase}", number(value, "FLOP")) for phase, value in flops.items()),
+        ("activations at their peak", size(data["activation_bytes"])),
+        ("work", number(data["work"], "FLOP")),
+        ("depth", f"{data['depth']:,}"),
+        ("traced in", seconds(data["seconds"])),
+    ]
+    show(table(f"{data['model']}, batch {data['batch']}", ("", ""), rows))
