@@ -1,0 +1,223 @@
+"""Every verb: its JSON keys, its tables, and its one sentence for bad input."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from planner.plan import ParallelPlan
+
+ROOT = Path(__file__).parents[2]
+MODELS = Path(__file__).parent / "models.py"
+MLP = "mlp:layers=2,hidden=32,ffn=64,features=16"
+VERBS = ("trace", "calibrate", "search", "simulate", "validate", "devices", "clusters", "demo")
+
+
+def lines(text: str) -> list[str]:
+    """stderr without progress."""
+    return [line for line in text.splitlines() if line and not line.startswith("[")]
+
+
+# -- help ------------------------------------------------------------------------------------------------------
+
+
+def test_help_is_fast_and_imports_nothing_heavy():
+    code = "import sys; from parplan.cli import main; c = main(['--help']); import parplan; dir(parplan)\n"
+    code += "bad = {'torch', 'numpy', 'scipy', 'matplotlib', 'numba', 'pandas'} & set(sys.modules); sys.exit(c or len(bad))"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True)  # bytecode exists now
+    seconds = []
+    for _ in range(3):
+        began = time.perf_counter()
+        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+        seconds.append(time.perf_counter() - began)
+        assert done.returncode == 0, done.stderr
+    assert all(verb in done.stdout for verb in VERBS)
+    assert min(seconds) < 0.5
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_explains_itself_with_an_example(parplan, verb):
+    result = parplan(verb, "--help")
+    assert result.code == 0 and f"Example: parplan {verb}" in result.out and "--json" in result.out
+
+
+def test_no_arguments_print_the_help(parplan):
+    assert "Usage: parplan" in parplan().out
+
+
+# -- keys and tables -------------------------------------------------------------------------------------------
+
+
+def test_trace(parplan):
+    result = parplan("trace", MLP, "--json", "--batch", 6)
+    assert result.code == 0
+    assert {"params", "ops", "flops", "activation_bytes", "work", "depth", "seconds"} <= set(result.data)
+    assert {"forward", "backward"} <= set(result.data["flops"])
+    assert result.data["params"] == 16 * 32 + 32 + 2 * (32 * 64 + 64 + 64 * 32 + 32) + 32 * 10 + 10
+    assert result.data["batch"] == 6
+    table = parplan("trace", MLP)
+    assert table.code == 0 and "parameters" in table.out
+
+
+def test_what_a_model_prints_does_not_spoil_the_json(parplan, tmp_path):
+    (tmp_path / "loud.py").write_text(
+        "import torch\nfrom torch import nn\nprint('hello')\ndef f():\n    return nn.Linear(4, 4), torch.randn(2, 4)\n"
+    )
+    result = parplan("trace", f"{tmp_path}/loud.py:f", "--json")
+    assert result.code == 0 and result.data["params"] == 20 and "hello" in result.err
+
+
+def test_search(parplan, planner, tmp_path):
+    words = ("search", MLP, "--cluster", "dgx-h100", "--global-batch", 8, "--devices", 2, "--top", 2)
+    result = parplan(*words, "--out", tmp_path / "plans", "--json")
+    assert result.code == 0
+    assert {"plans", "considered", "infeasible", "seconds", "rejected"} <= set(result.data)
+    keys = {"plan", "step_seconds", "interval", "peak_bytes", "mfu", "bound_seconds", "gap"}
+    assert len(result.data["plans"]) == 2 and all(keys <= set(p) for p in result.data["plans"])
+    files = sorted(p.name for p in (tmp_path / "plans").iterdir())
+    assert files == ["01-dp2-ddp.json", "02-dp2-zero1.json", "plans.json"]
+    assert json.loads((tmp_path / "plans" / files[0]).read_text()) == result.data["plans"][0]["plan"]
+    table = parplan(*words)
+    for word in ("dp2 zero1", "20 ms", "25.0%", "nothing to split", "1 MiB"):
+        assert word in table.out
+
+
+def test_simulate_a_file_and_degrees(parplan, planner, tmp_path):
+    ParallelPlan(global_batch=8, dp=2).save(tmp_path / "plan.json")
+    trace, picture = tmp_path / "t.json", tmp_path / "t.png"
+    result = parplan("simulate", MLP, "--plan", tmp_path / "plan.json", "--cluster", "dgx-h100", "--json",
+                     "--trace-file", trace, "--plot", picture)  # fmt: skip
+    assert result.code == 0
+    assert {"step_seconds", "breakdown", "peak_bytes", "tasks", "seconds"} <= set(result.data)
+    assert sum(result.data["breakdown"].values()) == pytest.approx(result.data["step_seconds"])
+    assert json.loads(trace.read_text())["traceEvents"] and picture.read_bytes().startswith(b"\x89PNG")
+    result = parplan("simulate", MLP, "--plan", "dp2 fsdp mb2", "--cluster", "dgx-h100", "-b", 8, "--json")
+    assert result.data["label"] == "dp2 fsdp mb2" and result.data["plan"]["fsdp_units"]
+    result = parplan("simulate", MLP, "--plan", "tp2", "--cluster", "dgx-h100", "-b", 8)
+    assert result.code == 0 and "tp2 on dgx-h100" in result.out and "exposed communication" in result.out
+
+
+def test_devices_and_clusters(parplan):
+    for verb, name in (("devices", "h100-sxm"), ("clusters", "8x dgx-h100")):
+        listed = parplan(verb, "--json").data[verb]
+        assert len(listed) > 5 and all(entry["sources"] for entry in listed if entry["name"] != "local")
+        assert parplan(verb).code == 0
+        (entry,) = parplan(verb, name, "--json").data[verb]
+        assert entry["name"] == name and entry["sources"][0] in parplan(verb, name).out
+
+
+@pytest.mark.executed
+def test_validate_runs_plans_and_writes_a_report(parplan, planner, tmp_path):
+    result = parplan("validate", MLP, "-b", 8, "--ranks", "2", "--plans", 2, "--out", tmp_path, "--name", "n", "--json")
+    assert result.code == 0, result.err
+    keys = {"plan", "predicted_seconds", "measured_seconds", "error", "predicted_peak_bytes", "measured_peak_bytes"}
+    assert len(result.data["runs"]) == 2 and all(keys <= set(run) for run in result.data["runs"])
+    assert all(run["gradient_error"] < 1e-4 and run["steps"] >= 20 for run in result.data["runs"])
+    assert {"median_error", "worst_error", "spearman", "top1_regret"} <= set(result.data["summary"])
+    names = {"results.json", "results.csv", "predicted_vs_measured.png", "report.md", "predictions-mlp.json"}
+    assert {p.name for p in (tmp_path / "n").iterdir()} == names
+    kept = json.loads((tmp_path / "n" / "predictions-mlp.json").read_text())
+    assert [k["step_seconds"] for k in kept] == [run["predicted_seconds"] for run in result.data["runs"]]
+    study = result.data["studies"][0]
+    assert study["predicted_at"] <= study["executed_at"]
+
+
+# -- bad input -------------------------------------------------------------------------------------------------
+
+
+def bad_inputs(folder: Path) -> dict[str, tuple[tuple[object, ...], str]]:
+    (folder / "broken.toml").write_text("name = [")
+    (folder / "broken.json").write_text("{")
+    (folder / "mine").mkdir()
+    (folder / "mine" / "thesis.tex").write_text("x")
+    ParallelPlan(global_batch=64, dp=16).save(folder / "dp16.json")
+    ParallelPlan(global_batch=8, dp=2).save(folder / "dp2.json")
+    on = ("--cluster", "dgx-h100")
+    simulate = ("simulate", MLP, *on, "--plan")
+    return {
+        "model": (("trace", "gpt22"), "did you mean"),
+        "factory": (("trace", f"{MODELS}:nothing"), "no function 'nothing'"),
+        "untraceable": (("trace", f"{MODELS}:untraceable"), "my own mistake"),
+        "cluster": (("search", MLP, "--cluster", "nope", "-b", 8), "no known cluster"),
+        "toml": (("search", MLP, "--cluster", folder / "broken.toml", "-b", 8), "not valid TOML"),
+        "no toml": (("search", MLP, "--cluster", folder / "none.toml", "-b", 8), "no such file"),
+        "device": (("devices", "nope"), "no known device"),
+        "too many": (("search", MLP, *on, "-b", 8, "--devices", 9), "needs 9 devices, dgx-h100 has 8"),
+        "memory": (("search", "mlp:layers=2,hidden=31", *on, "-b", 8), "6 need more than its 80 GiB"),
+        "plan size": ((*simulate, folder / "dp16.json"), "needs 16 devices, dgx-h100 has 8"),
+        "degrees size": ((*simulate, "dp16", "-b", 16), "needs 16 devices, dgx-h100 has 8"),
+        "plan file": ((*simulate, folder / "none.json"), "cannot be read"),
+        "plan json": ((*simulate, folder / "broken.json"), "is not JSON"),
+        "degree": ((*simulate, "dp2,zp3", "-b", 8), "'zp3'"),
+        "no batch": ((*simulate, "dp2"), "--global-batch"),
+        "divisible": ((*simulate, "dp2,mb3", "-b", 8), "use a multiple of 6"),
+        "divisible file": ((*simulate, folder / "dp2.json", "-b", 7), "use a multiple of 2"),
+        "illegal": ((*simulate, "pp2 1f1b mb2", "-b", 8), "finds no legal plan"),
+        "no folder": ((*simulate, "dp2", "-b", 8, "--plot", folder / "no" / "x.png"), "no folder"),
+        "batch": (("search", MLP, *on, "-b", 0), "--global-batch is 0"),
+        "word": (("search", MLP, *on, "-b", "many"), "--global-batch"),
+        "missing": (("search", MLP, *on), "Missing option '--global-batch'"),
+        "verb": (("serach", MLP), "No such command 'serach'"),
+        "ranks": (("validate", MLP, "-b", 8, "--ranks", "2,x"), "--ranks is '2,x'"),
+        "elsewhere": (("validate", MLP, "-b", 8, *on), "validate on --cluster local"),
+        "folder": (("search", MLP, *on, "-b", 8, "--out", folder / "mine"), "holds other files"),
+        "report": (("validate", MLP, "-b", 8, "--out", folder, "--name", "mine"), "holds other files"),
+        "budget": (("calibrate", "--budget", 0), "--budget is 0"),
+        "suffix": (("calibrate", "--out", folder / "device.json"), "ends in .toml"),
+    }  # fmt: skip
+
+
+def test_bad_input_gives_one_sentence_and_code_2(parplan, planner, tmp_path):
+    for case, (words, expected) in bad_inputs(tmp_path).items():
+        result = parplan(*words)
+        said = lines(result.err)
+        assert result.code == 2, f"{case}: {result.code} {result.err}"
+        assert len(said) == 1 and said[0].startswith("parplan: ") and expected in said[0], f"{case}: {said}"
+        assert "Traceback" not in result.err and result.out == "", case
+    assert sorted(p.name for p in tmp_path.iterdir() if p.name.startswith(".")) == []
+
+
+@pytest.mark.executed
+@pytest.mark.parametrize(
+    "how, words", [("dies", "rank 1 died (exit code 7)"), ("raises", "no luck"), ("hangs", "did not finish within")]
+)
+def test_a_rank_that_fails_is_reported(parplan, planner, tmp_path, how, words):
+    options = ("-b", 8, "--ranks", 2, "--plans", 1, "--timeout", 12, "--out", tmp_path, "--name", how, "--json")
+    result = parplan("validate", f"{MODELS}:{how}", *options)
+    assert result.code == 2 and "1 of 1 plans failed" in lines(result.err)[-1] and words in lines(result.err)[-1]
+    assert result.data["runs"][0]["status"] == "failed" and result.data["summary"]["failed"] == 1
+    assert words in (tmp_path / how / "report.md").read_text()
+
+
+# -- interruption ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.executed
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_interrupted_runs_leave_nothing(tmp_path, number, code):
+    words = ["validate", f"{MODELS}:hangs", "-b", "8", "--ranks", "2", "--out", str(tmp_path / "reports")]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tests.parplan.standin", *words], cwd=ROOT, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, text=True, env={**os.environ, "XDG_CACHE_HOME": str(tmp_path)},
+    )  # fmt: skip
+    said = ""
+    while "executing" not in said:
+        said = process.stderr.readline()
+        assert said, "it ended before it executed anything"
+    time.sleep(1.0)
+    ranks = psutil.Process(process.pid).children(recursive=True)
+    assert len(ranks) == 2
+    process.send_signal(number)
+    out, err = process.communicate(timeout=30)
+    assert process.returncode == code, err
+    assert "Traceback" not in err and out == ""
+    assert psutil.wait_procs(ranks, timeout=10)[1] == []
+    assert list((tmp_path / "reports").iterdir()) == []
