@@ -38,12 +38,16 @@ def propagate(graph: OpGraph, plan: ParallelPlan) -> Layout:
     style = plan.style
     _place_parameters(graph, plan, placements)
     reductions: list[Reduction] = []
+    islands: set[int] = set()  # storages that left a DTensor island: autograd forbids changing them in place
     for run in _runs(graph):
         for op in run:
             if op.phase != "optimizer":
                 _place_op(graph, op, placements, plan.tp)
+                _check_in_place(graph, op, islands)
         if run[0].module in style and not accumulates(run[0]):
             _reduce_border(graph, run, placements, reductions)
+            if run[0].phase == "forward":
+                islands.add(graph.tensors[(run[-1].outputs or run[-1].mutates)[0]].storage)
         else:
             _no_partials(graph, run, placements)
     for name, tensor in graph.parameters.items():
@@ -107,6 +111,14 @@ def _place_op(graph: OpGraph, op: Op, placements: list[int], parts: int) -> None
             placements[t] = placement
     except ShardingError as error:
         raise ShardingError(f"tensor parallelism does not reach through '{op.module}' ({op.phase}): {error}") from None
+
+
+def _check_in_place(graph: OpGraph, op: Op, islands: set[int]) -> None:
+    if op.phase == "forward" and any(graph.tensors[t].storage in islands for t in op.mutates):
+        raise ShardingError(
+            f"'{op.module}' changes the output of a sharded module in place ({op.name}), which autograd forbids; "
+            "make it out of place (inplace=False)"
+        )
 
 
 def _reduce_border(graph: OpGraph, run: list[Op], placements: list[int], reductions: list[Reduction]) -> None:

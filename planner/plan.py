@@ -33,7 +33,8 @@ class ParallelPlan:
     fsdp_units: module paths wrapped by `fully_shard`, besides the root (or the stage's root).
     recompute: module paths whose activations are recomputed in backward.
     precision: "fp32", or "bf16" (autocast, fp32 parameters and gradients).
-    bucket_bytes: DDP's bucket size; the first bucket is at most 1 MiB, as torch does it.
+    bucket_bytes: a DDP bucket closes once it holds this much; at the default 25 MiB the first one closes at 1 MiB,
+        as torch does it.
     """
 
     global_batch: int

@@ -115,8 +115,8 @@ def _columns(
 
 
 def _harmless(op: Op, users: dict[int, list[Op]]) -> bool:
-    """In-place work on a column output, or a view of it that only autograd keeps."""
-    return (bool(op.mutates) and not op.outputs) or (op.is_view and not any(users.get(t) for t in op.outputs))
+    """A view of a column output that only autograd keeps."""
+    return op.is_view and not any(users.get(t) for t in op.outputs if t not in op.inputs)
 
 
 def _carries(graph: OpGraph, region: list[Op], columns: dict[str, int], source: int, tp: int) -> bool:

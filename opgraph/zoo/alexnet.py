@@ -25,8 +25,8 @@ class AlexNet(nn.Module):
             conv(3 * w, 6 * w, 3, 1, 1),
             conv(6 * w, 4 * w, 3, 1, 1),
             conv(4 * w, 4 * w, 3, 1, 1, pool=True).extend([nn.AdaptiveAvgPool2d((6, 6)), nn.Flatten()]),
-            nn.Sequential(dropout(s.dropout), nn.Linear(4 * w * 36, s.hidden), nn.ReLU(inplace=True)),
-            nn.Sequential(dropout(s.dropout), nn.Linear(s.hidden, s.hidden), nn.ReLU(inplace=True)),
+            nn.Sequential(dropout(s.dropout), nn.Linear(4 * w * 36, s.hidden), nn.ReLU()),
+            nn.Sequential(dropout(s.dropout), nn.Linear(s.hidden, s.hidden), nn.ReLU()),
         )
         self.head = nn.Linear(s.hidden, s.classes)
 

@@ -42,7 +42,7 @@ class Vgg(nn.Module):
 
 
 def linear(inputs: int, s: sizes.Vgg) -> nn.Sequential:
-    return nn.Sequential(nn.Linear(inputs, s.hidden), nn.ReLU(inplace=True), dropout(s.dropout))
+    return nn.Sequential(nn.Linear(inputs, s.hidden), nn.ReLU(), dropout(s.dropout))
 
 
 def workload(name: str, s: sizes.Vgg) -> Workload:

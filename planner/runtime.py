@@ -1,0 +1,426 @@
+"""The step of one stage as torch's runtimes run it: traced ops, and what DDP, FSDP, checkpoints, tensor parallelism,
+pipeline schedules and the optimizer add, in program order.
+
+Read from torch 2.13 by dry runs (tests/planner/test_lowering.py holds the two together).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from opgraph.graph import Op, OpGraph, Phase
+
+from planner.layout import Layout, Reduction
+from planner.orders import stage_order
+from planner.plan import ParallelPlan
+from planner.runtime_data import (
+    LocalParameter,
+    Unit,
+    ddp_buckets,
+    fsdp_units,
+    gradient_order,
+    local_parameters,
+    padded,
+    zero1_owners,
+)
+from planner.runtime_optimizer import optimizer_work
+from planner.script import (
+    Host,
+    Item,
+    Message,
+    Transfer,
+    Wait,
+    Work,
+    copies_nothing,
+    copy_work,
+    local_work,
+    rephased,
+    tensor_bytes,
+)
+from planner.stages import LOSS, StageOps, shared_parameters, within
+
+
+@dataclass(slots=True)
+class Stage:
+    """What is known about a stage while its script is written; `gathered` are the FSDP units that are whole now."""
+
+    graph: OpGraph
+    plan: ParallelPlan
+    layout: Layout
+    ops: StageOps
+    stages: tuple[StageOps, ...]
+    parameters: dict[str, LocalParameter]
+    ready: dict[str, int]
+    units: list[Unit]
+    reductions: dict[int, list[Reduction]]
+    works: dict[tuple[int, Phase], Work] = field(default_factory=dict)
+    gathered: set[str] = field(default_factory=set)
+
+    def work(self, op: Op, phase: Phase | None = None) -> Work:
+        key = (op.id, phase or op.phase)
+        if key not in self.works:
+            self.works[key] = local_work(self.graph, self.layout, op, phase)
+        return self.works[key]
+
+
+def prepare(graph: OpGraph, plan: ParallelPlan, layout: Layout, stages: tuple[StageOps, ...], index: int) -> Stage:
+    ops = stages[index]
+    parameters = local_parameters(graph, layout, ops.parameters)
+    sharded = plan.dp > 1 and plan.data_parallel == "fsdp"
+    reductions: dict[int, list[Reduction]] = {}
+    for reduction in layout.reductions:
+        reductions.setdefault(reduction.after, []).append(reduction)
+    return Stage(
+        graph, plan, layout, ops, stages, parameters, gradient_order(graph, ops),
+        fsdp_units(plan, ops, parameters) if sharded else [], reductions,
+    )  # fmt: skip
+
+
+def stage_script(stage: Stage, dp_index: int = 0) -> list[Item]:
+    """Everything that a rank of this stage does in one step; `dp_index` matters to ZeRO-1's own part only."""
+    plan, items = stage.plan, list[Item]()
+    last = plan.micro_batches - 1
+    for action in stage_order(plan.schedule, stage.ops.index, plan.pp, plan.micro_batches):
+        if action.kind == "F":
+            items += _forward(stage)
+        elif action.kind == "B":
+            items += _backward(stage, action.micro == 0, action.micro == last)
+        else:
+            items += _transfers(stage, action.kind, action.transfers)
+    if plan.pp > 1:
+        if stage.ops.index == plan.pp - 1:
+            items.append(copy_work("aten.sum.default", plan.micro_batches, "float32", "forward", LOSS))
+        items += _reduce_after_pipeline(stage)
+        items += _tied(stage)
+    items += _update(stage, dp_index)
+    return items
+
+
+# -- forward ------------------------------------------------------------------------------------------------
+
+
+def _forward(stage: Stage) -> Iterator[Item]:
+    plan = stage.plan
+    if plan.pp > 1:
+        yield Host("pp_action", 1, "forward")
+    if plan.dp > 1 and plan.data_parallel != "fsdp":
+        yield Host("ddp_step", 1, "forward")
+    yield from _gather_root(stage, "forward")
+    current: Unit | None = None
+    for op in stage.ops.forward:
+        unit = _unit_of(stage, op)
+        if unit is not current:
+            yield from _leave(stage, current)
+            if unit is not None:
+                yield Host("fsdp_unit_forward", 1, "forward")
+                yield from _gather(stage, unit, "forward", op.module)
+            current = unit
+        yield from _forward_op(stage, op, "forward")
+    yield from _leave(stage, current)
+    yield from _checkpoints(stage)
+    yield Host("dtensor_linear_forward", _sharded_linears(stage), "forward")
+
+
+def _leave(stage: Stage, unit: Unit | None) -> Iterator[Item]:
+    if unit is not None:
+        stage.gathered.discard(unit.path)  # reshard_after_forward frees the whole parameters
+    yield from ()
+
+
+def _checkpoints(stage: Stage) -> Iterator[Item]:
+    regions = sum(any(within(op.module, path) for op in stage.ops.forward) for path in stage.plan.recompute)
+    if regions:
+        yield Host("checkpoint_forward", regions, "forward")
+
+
+def _sharded_linears(stage: Stage) -> int:
+    return len({op.module for op in stage.ops.forward} & set(stage.plan.style)) if stage.plan.tp > 1 else 0
+
+
+def _forward_op(stage: Stage, op: Op, phase: Phase) -> Iterator[Item]:
+    if op.name == "aten.addmm.default" and stage.plan.style.get(op.module) == "rowwise":
+        # every rank adds its part of the bias, so that the all-reduce adds it once
+        bias = stage.graph.tensors[op.inputs[0]]
+        yield copy_work("aten.div.Tensor", bias.numel, bias.dtype, phase, op.module)
+    if not copies_nothing(stage.graph, stage.layout, op):
+        yield stage.work(op, phase)
+    yield from _reduced(stage, op, phase)
+
+
+def _reduced(stage: Stage, op: Op, phase: Phase) -> Iterator[Item]:
+    for reduction in stage.reductions.get(op.id, ()):
+        size = tensor_bytes(stage.graph, stage.layout, reduction.tensor)
+        yield Message("all_reduce", size, "tp", phase, op.module)
+
+
+# -- FSDP ---------------------------------------------------------------------------------------------------
+
+
+def _unit_of(stage: Stage, op: Op) -> Unit | None:
+    found = [u for u in stage.units if u.path and within(op.module, u.path)]
+    return max(found, key=lambda u: len(u.path), default=None)
+
+
+def _gather_root(stage: Stage, phase: Phase) -> Iterator[Item]:
+    if stage.units:
+        yield Host(f"fsdp_unit_{phase}", 1, phase)
+        yield from _gather(stage, stage.units[0], phase, "")
+
+
+def _gather(stage: Stage, unit: Unit, phase: Phase, module: str) -> Iterator[Item]:
+    if unit.path in stage.gathered or not unit.parameters:
+        return
+    yield from _start_gather(stage, unit, phase, module)
+    yield from _finish_gather(stage, unit, phase, module)
+
+
+def _start_gather(stage: Stage, unit: Unit, phase: Phase, module: str) -> Iterator[Item]:
+    dp = stage.plan.dp
+    share = sum(padded(p, dp) for p in unit.parameters) // dp
+    yield Host(f"fsdp_param_{phase}", len(unit.parameters), phase)
+    yield copy_work("fsdp.all_gather_copy_in.default", share, unit.parameters[0].dtype, phase, module)
+    yield Message("all_gather", unit.gathered_bytes(dp), "dp", phase, module, key=f"gather {unit.path}")
+    stage.gathered.add(unit.path)
+
+
+def _finish_gather(stage: Stage, unit: Unit, phase: Phase, module: str) -> Iterator[Item]:
+    whole = sum(padded(p, stage.plan.dp) for p in unit.parameters)
+    yield Wait(f"gather {unit.path}")
+    yield copy_work("fsdp.split_with_sizes_copy.default", whole, unit.parameters[0].dtype, phase, module)
+
+
+def _scatter(stage: Stage, unit: Unit) -> Iterator[Item]:
+    if not unit.parameters:
+        return
+    dp = stage.plan.dp
+    whole = sum(padded(p, dp) for p in unit.parameters)
+    yield Host("fsdp_param_backward", len(unit.parameters), "backward")
+    yield copy_work("fsdp.chunk_cat.default", whole, unit.parameters[0].dtype, "backward", unit.path)
+    yield Message("reduce_scatter", unit.gathered_bytes(dp), "dp", "backward", unit.path, key=f"scatter {unit.path}")
+
+
+# -- backward -----------------------------------------------------------------------------------------------
+
+
+def _backward(stage: Stage, first: bool, last: bool) -> Iterator[Item]:
+    plan = stage.plan
+    if plan.pp > 1:
+        yield Host("pp_action", 1, "backward")
+    ddp = plan.dp > 1 and plan.data_parallel != "fsdp"
+    buckets = _Buckets(stage) if ddp and last else None
+    ready = {op: name for name, op in stage.ready.items()}
+    recomputed: set[str] = set()
+    units = _FsdpBackward(stage, last)
+    for i, op in enumerate(stage.ops.backward):
+        yield from units.before(op)
+        yield from _recompute(stage, op, recomputed)
+        if not copies_nothing(stage.graph, stage.layout, op):
+            yield stage.work(op)
+        yield from _reduced(stage, op, "backward")
+        if op.id in ready:
+            parameter = stage.parameters[ready[op.id]]
+            if not first:
+                yield copy_work("aten.add_.Tensor", parameter.numel, parameter.dtype, "backward", op.module)
+            if buckets is not None:
+                yield from buckets.add(parameter, op.module)
+        yield from units.after(i)
+    if buckets is not None:
+        yield from buckets.finish()
+    yield from units.finish()
+    yield Host("dtensor_linear_backward", _sharded_linears(stage), "backward")
+
+
+def _recompute(stage: Stage, op: Op, done: set[str]) -> Iterator[Item]:
+    for path in stage.plan.recompute:
+        if path in done or not within(op.module, path) or op.module == LOSS:
+            continue
+        done.add(path)
+        yield Host("checkpoint_backward", 1, "recompute")
+        items: list[Item] = []
+        for again in _until_saved(stage, path):
+            items += _forward_op(stage, again, "recompute")
+        yield from rephased(items, "recompute")
+
+
+def _until_saved(stage: Stage, path: str) -> list[Op]:
+    """The forward ops of a region up to the last one that saves something for backward: there a checkpoint stops
+    recomputing (torch.utils.checkpoint early stop). An op that saves only what it reads is not run any more."""
+    ops = [op for op in stage.ops.forward if within(op.module, path)]
+    where = {op.id: i for i, op in enumerate(ops)}
+    made = {t for op in stage.ops.forward for t in op.outputs}
+    saved = {stage.graph.tensors[t].storage for t in made} | {
+        t.storage for t in stage.graph.tensors if t.role == "parameter"
+    }
+    end = 0
+    for back in stage.ops.backward:
+        at = where.get(back.forward)
+        if at is None:
+            continue
+        used = {stage.graph.tensors[t].storage for t in back.inputs} & saved
+        if not used or back.is_view:
+            continue
+        outputs = {stage.graph.tensors[t].storage for t in (*ops[at].outputs, *ops[at].mutates)}
+        end = max(end, at + 1 if used & outputs else at)
+    return ops[:end]
+
+
+class _Buckets:
+    """DDP in the backward that reduces: copies gradients into buckets, sends full ones, copies back at the end."""
+
+    def __init__(self, stage: Stage) -> None:
+        order = [stage.parameters[name] for name in stage.ready]
+        self.buckets = ddp_buckets(stage.plan, order)
+        self.place = {p.name: i for i, bucket in enumerate(self.buckets) for p in bucket}
+        self.missing = [len(bucket) for bucket in self.buckets]
+        self.sent = 0
+
+    def add(self, parameter: LocalParameter, module: str) -> Iterator[Item]:
+        yield Host("ddp_param", 1, "backward")
+        yield copy_work("aten.mul.out", parameter.numel, parameter.dtype, "backward", module)
+        self.missing[self.place[parameter.name]] -= 1
+        while self.sent < len(self.buckets) and self.missing[self.sent] == 0:
+            size = sum(p.bytes for p in self.buckets[self.sent])
+            yield Host("ddp_bucket", 1, "backward")
+            yield Message("all_reduce", size, "dp", "backward", module, key=f"bucket {self.sent}")
+            self.sent += 1
+
+    def finish(self) -> Iterator[Item]:
+        for i, bucket in enumerate(self.buckets):
+            yield Wait(f"bucket {i}")
+            for p in bucket:
+                yield copy_work("aten.copy_.default", p.numel, p.dtype, "backward", "")
+
+
+class _FsdpBackward:
+    """fully_shard in backward: gathers units again, one ahead; frees and reduces each when its backward is over."""
+
+    def __init__(self, stage: Stage, last: bool) -> None:
+        self.stage, self.last = stage, last
+        self.entered: set[str] = set()
+        self.started: set[str] = set()
+        self.end: dict[int, Unit] = {}
+        self.unhooked = _without_gradient_input(stage)
+        for i, op in enumerate(stage.ops.backward):
+            if (unit := _unit_of(stage, op)) is not None:
+                self.end = {k: u for k, u in self.end.items() if u is not unit} | {i: unit}
+
+    def before(self, op: Op) -> Iterator[Item]:
+        stage = self.stage
+        if not stage.units:
+            return
+        if "" not in self.entered and op.module != LOSS:
+            self.entered.add("")
+            yield Host("fsdp_unit_backward", 1, "backward")
+            yield from _gather(stage, stage.units[0], "backward", op.module)
+            if stage.units[0].parameters:
+                yield from self._prefetch(len(stage.units), op.module)
+        unit = _unit_of(stage, op)
+        if unit is None or unit.path in self.entered:
+            return
+        self.entered.add(unit.path)
+        yield Host("fsdp_unit_backward", 1, "backward")
+        if unit.path not in stage.gathered and unit.parameters:
+            yield from _start_gather(stage, unit, "backward", op.module)
+            self.started.add(unit.path)
+        yield from self._prefetch(stage.units.index(unit), op.module)
+        if unit.path in self.started:
+            yield from _finish_gather(stage, unit, "backward", op.module)
+
+    def _prefetch(self, index: int, module: str) -> Iterator[Item]:
+        stage = self.stage
+        if index - 1 < 1 or stage.units[index - 1].path in stage.gathered:
+            return
+        unit = stage.units[index - 1]
+        if unit.parameters:
+            yield from _start_gather(stage, unit, "backward", module)
+            self.started.add(unit.path)
+
+    def after(self, i: int) -> Iterator[Item]:
+        unit = self.end.get(i)
+        if unit is None or self.stage.plan.pp > 1 or unit.path in self.unhooked:
+            return
+        self.stage.gathered.discard(unit.path)
+        if self.last:
+            yield from _scatter(self.stage, unit)
+
+    def finish(self) -> Iterator[Item]:
+        if self.stage.plan.pp > 1:
+            return
+        for unit in self.stage.units:
+            if unit.path == "" or unit.path in self.unhooked:
+                self.stage.gathered.discard(unit.path)
+                if self.last:
+                    yield from _scatter(self.stage, unit)
+
+
+def _without_gradient_input(stage: Stage) -> set[str]:
+    """Units that read nothing that needs a gradient (the first layer of a CNN): FSDP learns that their backward is
+    over only when the whole backward is, after the root."""
+    needing = {t.id for t in stage.graph.tensors if t.role == "parameter"}
+    received = stage.stages[stage.ops.index - 1].sends if stage.ops.index else ()
+    needing |= set(received)
+    made_in: dict[int, str] = {}
+    entered: dict[str, bool] = {}
+    for op in stage.ops.forward:
+        unit = _unit_of(stage, op)
+        path = unit.path if unit else ""
+        outside = [
+            t for t in op.inputs
+            if t in needing and stage.graph.tensors[t].role != "parameter" and made_in.get(t) != path
+        ]  # fmt: skip
+        if unit is not None:
+            entered[path] = entered.get(path, False) or bool(outside)
+        if any(t in needing for t in op.inputs):
+            needing |= set(op.outputs)
+        made_in |= dict.fromkeys(op.outputs, path)
+    return {path for path, needs in entered.items() if not needs}
+
+
+# -- after the backwards ------------------------------------------------------------------------------------
+
+
+def _transfers(stage: Stage, kind: str, transfers: tuple[tuple[int, int, int], ...]) -> Iterator[Item]:
+    for source, target, micro in transfers:
+        sender = stage.stages[min(source, target)]  # gradients go back over what its activations crossed
+        sizes = tuple(tensor_bytes(stage.graph, stage.layout, t) for t in sender.sends)
+        phase: Phase = "forward" if source < target else "backward"
+        transfer = Transfer(source, target, micro, sizes, phase)
+        yield transfer if kind == "start" else Wait(f"{source}>{target}#{micro}")
+
+
+def _reduce_after_pipeline(stage: Stage) -> Iterator[Item]:
+    for unit in stage.units:
+        yield from _scatter(stage, unit)
+        stage.gathered.discard(unit.path)
+
+
+def _tied(stage: Stage) -> Iterator[Item]:
+    for name, users in shared_parameters(stage.stages):
+        if stage.ops.index in users:
+            p = stage.parameters[name]
+            size = p.bytes
+            if stage.units:
+                size = padded(p, stage.plan.dp) // stage.plan.dp * (p.bytes // max(p.numel, 1))
+            yield Message("all_reduce", size, "pp", "backward", key=f"tied {name}", root=-1)
+            yield Wait(f"tied {name}")
+
+
+def _update(stage: Stage, dp_index: int) -> Iterator[Item]:
+    plan = stage.plan
+    owned = list(stage.parameters.values())
+    zero1 = plan.dp > 1 and plan.data_parallel == "zero1"
+    owners = zero1_owners(owned, plan.dp) if zero1 else []
+    mine = owners[dp_index] if zero1 else owned
+    yield Host("optimizer_step", 1, "optimizer")
+    yield Host("optimizer_param", len(mine), "optimizer")
+    if stage.units:
+        yield Host("fsdp_optimizer_param", len(mine), "optimizer")
+    yield from optimizer_work(stage.graph, plan, {p.name: p for p in mine}, dp_index if stage.units else None)
+    for root, parameters in enumerate(owners):
+        if parameters:
+            size = sum(p.bytes for p in parameters)
+            yield Message("broadcast", size, "dp", "optimizer", key=f"owner {root}", root=root)
+    for root, parameters in enumerate(owners):
+        if parameters:
+            yield Wait(f"owner {root}")
