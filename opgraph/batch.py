@@ -1,21 +1,28 @@
-"""One graph for every batch size: two traces give every dim and every storage as `a + b * batch`."""
+"""One graph for every batch size: two traces give every dim, every stride and every storage as `a + b * batch`."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import replace
 from itertools import zip_longest
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from opgraph.flops import Formula
-from opgraph.graph import Op, OpGraph, Storage, Tensor
+from opgraph.flops import FORMULAS, Formula, base_name, flops_of
+from opgraph.graph import Op, OpGraph, Ref, Storage, Tensor
 from opgraph.workload import Workload
+
+if TYPE_CHECKING:
+    from torch import nn
 
 SMALLEST = 2  # a batch of 1 lets torch specialise shapes (squeezes, broadcasts), so both traces stay above it
 
 
 class NotAffineError(ValueError):
     """The step does something else at another batch size, so that one graph cannot serve them all."""
+
+
+# -- fitting ------------------------------------------------------------------------------------------------
 
 
 def fit_batch(first: OpGraph, second: OpGraph) -> OpGraph:
@@ -32,15 +39,24 @@ def fit_batch(first: OpGraph, second: OpGraph) -> OpGraph:
                 f"{first.name} runs other operators at batch {second.batch} than at batch {first.batch}, from op "
                 f"{(a or b).id} ({(a or b).name} in '{(a or b).module}') on; fix the batch size of the plan"
             )
-    if len(first.storages) != len(second.storages):
-        raise NotAffineError(f"{first.name} allocates other tensors at batch {second.batch} than at {first.batch}")
-    tensors = tuple(_fit_tensor(a, b, step) for a, b in zip(first.tensors, second.tensors))
-    storages = tuple(_fit_storage(a, b, step) for a, b in zip(first.storages, second.storages))
-    return replace(first, tensors=tensors, storages=storages)
+    if [_lifetime(s) for s in first.storages] != [_lifetime(s) for s in second.storages]:
+        raise NotAffineError(
+            f"{first.name} keeps other tensors at batch {second.batch} than at {first.batch}; fix the plan's batch size"
+        )
+    return replace(
+        first,
+        ops=tuple(_fit_op(a, b, step) for a, b in zip(first.ops, second.ops)),
+        tensors=tuple(_fit_tensor(a, b, step) for a, b in zip(first.tensors, second.tensors)),
+        storages=tuple(_fit_storage(a, b, step) for a, b in zip(first.storages, second.storages)),
+    )
 
 
 def _signature(op: Op) -> tuple[Any, ...]:
     return op.name, op.phase, op.module, op.inputs, op.outputs, op.mutates
+
+
+def _lifetime(storage: Storage) -> tuple[Any, ...]:
+    return storage.role, storage.birth, storage.death
 
 
 def _slope(low: int, high: int, step: int, what: str) -> int:
@@ -50,42 +66,143 @@ def _slope(low: int, high: int, step: int, what: str) -> int:
     return slope
 
 
+def _fit_op(a: Op, b: Op, step: int) -> Op:
+    args = _arg_slopes(a.args, b.args, step) if a.args != b.args else ()
+    flops = (b.flops - a.flops) // step
+    return replace(a, flops_per_batch=flops, args_per_batch=args) if flops or args else a
+
+
+def _arg_slopes(low: Any, high: Any, step: int) -> Any:
+    """Slopes of the numbers among arguments; what is not a number, or not affine (1 / batch), keeps slope 0."""
+    if isinstance(low, tuple) and isinstance(high, tuple) and len(low) == len(high):
+        return tuple(_arg_slopes(m, n, step) for m, n in zip(low, high))
+    if type(low) is int and type(high) is int:
+        slope, rest = divmod(high - low, step)
+        return 0 if rest else slope
+    return 0
+
+
 def _fit_tensor(a: Tensor, b: Tensor, step: int) -> Tensor:
+    if a.shape == b.shape and a.strides == b.strides:
+        return a
     per_batch = tuple(_slope(m, n, step, f"a dim of tensor {a.id}") for m, n in zip(a.shape, b.shape))
-    return replace(a, per_batch=per_batch)
+    strides = tuple(_slope(m, n, step, f"a stride of tensor {a.id}") for m, n in zip(a.strides, b.strides))
+    return replace(a, per_batch=per_batch, strides_per_batch=strides if any(strides) else ())
 
 
 def _fit_storage(a: Storage, b: Storage, step: int) -> Storage:
-    return replace(a, bytes_per_batch=_slope(a.bytes, b.bytes, step, f"storage {a.id}"))
+    slope = _slope(a.bytes, b.bytes, step, f"storage {a.id}")
+    return replace(a, bytes_per_batch=slope) if slope else a
+
+
+# -- evaluating ---------------------------------------------------------------------------------------------
+
+
+def rescaled(graph: OpGraph, batch: int) -> OpGraph:
+    """`graph` at another batch size."""
+    step = batch - graph.batch
+    tensors = tuple(_rescaled_tensor(t, step) for t in graph.tensors)
+    storages = tuple(
+        replace(s, bytes=s.bytes + step * s.bytes_per_batch) if s.bytes_per_batch else s for s in graph.storages
+    )
+    ops = tuple(
+        _rescaled_op(op, graph, tensors, step) if op.flops or op.args_per_batch else op for op in graph.ops
+    )
+    return replace(graph, batch=batch, tensors=tensors, storages=storages, ops=ops)
+
+
+def _rescaled_op(op: Op, graph: OpGraph, tensors: tuple[Tensor, ...], step: int) -> Op:
+    args = _shifted(op.args, op.args_per_batch, step) if op.args_per_batch else op.args
+    flops = op.flops
+    if flops and base_name(op.name) in FORMULAS and flops == _formula(op, graph.tensors):
+        flops = _formula(replace(op, args=args), tensors)
+    elif flops:  # the user's formula, which the graph does not hold
+        flops += step * op.flops_per_batch
+    return replace(op, flops=flops, args=args)
+
+
+def _formula(op: Op, tensors: tuple[Tensor, ...]) -> int:
+    outputs = op.outputs or op.mutates or op.inputs
+    return flops_of(op.name, [tensors[i] for i in op.inputs], [tensors[i] for i in outputs], op)
+
+
+def _shifted(value: Any, slope: Any, step: int) -> Any:
+    if isinstance(slope, tuple):
+        return tuple(_shifted(v, s, step) for v, s in zip(value, slope))
+    return value + step * slope if slope and not isinstance(value, Ref) else value
+
+
+def _rescaled_tensor(t: Tensor, step: int) -> Tensor:
+    if not any(t.per_batch) and not t.strides_per_batch:
+        return t
+    shape = tuple(n + k * step for n, k in zip(t.shape, t.per_batch))
+    strides = tuple(n + k * step for n, k in zip(t.strides, t.strides_per_batch)) if t.strides_per_batch else t.strides
+    return replace(t, shape=shape, strides=strides)
+
+
+# -- tracing ------------------------------------------------------------------------------------------------
 
 
 def trace_workload(
-    workload: Workload, *, precision: str = "fp32", flops: Mapping[str, Formula] | None = None
+    workload: Workload, *, precision: str = "fp32", flops: Mapping[str, Formula] | None = None, fold: bool = True
 ) -> OpGraph:
     """The workload's step at its own batch size, exact at every other one.
 
-    Built on the meta device (nothing allocated) where the model allows it, else with real weights.
+    Built on the meta device (nothing allocated) where the model allows it, else with real weights. With `fold`, a
+    list of at least `opgraph.fold.LEAST` identical blocks is traced with four of them and unfolded (`graph.repeats`
+    says so); the graph is the one that the whole model's trace gives, and models without such a list are traced whole.
     """
     import torch
 
+    from opgraph.fold import Fold, find_fold, shortened
     from opgraph.trace import TraceError, trace
+    from opgraph.unfold import UnfoldError, unfold
 
     low = max(SMALLEST, workload.batch_size)
 
-    def at(batch: int, device: str) -> OpGraph:
+    def build(device: str) -> nn.Module:
+        with torch.random.fork_rng(devices=[]), torch.device(device):
+            return workload.build()
+
+    def at(batch: int, module: nn.Module) -> OpGraph:
         with torch.random.fork_rng(devices=[]):
             inputs, targets = workload.batch(batch)
-            with torch.device(device):
-                module = workload.build()
             return trace(
                 module, inputs, targets, loss=workload.loss, optimizer=workload.optimizer, precision=precision,
                 name=workload.name, flops=flops,
             )  # fmt: skip
 
+    def fitted(module: nn.Module) -> OpGraph:
+        return fit_batch(at(low, module), at(low + 1, module)).at_batch(workload.batch_size)
+
+    def folded(module: nn.Module, repeat: Fold) -> OpGraph | None:
+        try:
+            with shortened(module, repeat):
+                short = fitted(module)
+            return unfold(short, repeat)
+        except (UnfoldError, ValueError):  # a model that does not fold, or does not trace: the whole trace will tell
+            return None
+
     try:
-        device, first = "meta", at(low, "meta")
-    except (TraceError, NotImplementedError, RuntimeError) as error:
-        if isinstance(error, ValueError) and not isinstance(error, TraceError):
-            raise
-        device, first = "cpu", at(low, "cpu")
-    return fit_batch(first, at(low + 1, device)).at_batch(workload.batch_size)
+        module = build("meta")
+    except (NotImplementedError, RuntimeError, TraceError):
+        return fitted(build("cpu"))
+    try:
+        repeat = find_fold(module, workload.blocks) if fold else None
+        graph = folded(module, repeat) if repeat else None
+        return graph if graph is not None else fitted(module)
+    except TraceError as error:
+        weights = _weight_bytes(module)
+        if weights > _free_bytes() / 4:
+            size = f"{weights / 1e9:.1f} GB of weights"
+            raise TraceError(f"{error} (its {size} are too many to try real ones)") from error
+        del module
+    return fitted(build("cpu"))
+
+
+def _weight_bytes(module: nn.Module) -> int:
+    return sum(t.numel() * t.element_size() for t in (*module.parameters(), *module.buffers()))
+
+
+def _free_bytes() -> int:
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

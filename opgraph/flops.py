@@ -120,7 +120,34 @@ FORMULAS: dict[str, Formula] = {
 
 # Ops whose work is proportional to the bytes they move, and which torch does not tag as pointwise or reduction.
 LIGHT = frozenset(
-    ["_adaptive_avg_pool2d", "_adaptive_avg_pool2d_backward", "_adaptive_avg_pool3d", "_assert_async", "_assert_tensor_metadata", "_embedding_bag", "_embedding_bag_forward_only", "_local_scalar_dense", "_log_softmax", "_log_softmax_backward_data", "_batch_norm_with_update", "batch_norm_backward", "_native_batch_norm_legit", "_native_batch_norm_legit_functional", "_native_batch_norm_legit_no_training", "_pack_padded_sequence", "_pin_memory", "_reshape_copy", "_softmax", "_softmax_backward_data", "_thnn_fused_gru_cell", "_thnn_fused_gru_cell_backward", "_thnn_fused_lstm_cell", "_thnn_fused_lstm_cell_backward_impl", "_to_copy", "_trilinear", "_unique2", "_unsafe_index", "_unsafe_index_put", "_unsafe_view", "adaptive_max_pool2d", "adaptive_max_pool2d_backward", "all", "any", "arange", "argsort", "as_strided_copy", "avg_pool1d", "avg_pool2d", "avg_pool2d_backward", "avg_pool3d", "avg_pool3d_backward", "bernoulli_", "bincount", "bucketize", "cat", "clone", "col2im", "constant_pad_nd", "contiguous", "copy", "copy_", "count_nonzero", "cummax", "cummin", "cumprod", "cumsum", "diagonal_copy", "diff", "embedding", "embedding_backward", "embedding_dense_backward", "embedding_renorm_", "empty", "empty_like", "empty_permuted", "empty_strided", "equal", "eye", "fill_", "flip", "full", "full_like", "gather", "glu", "glu_backward", "grid_sampler_2d", "grid_sampler_2d_backward", "histc", "im2col", "index", "index_add", "index_add_", "index_copy", "index_copy_", "index_fill_", "index_put", "index_put_", "index_select", "isin", "item", "lift", "lift_fresh", "linspace", "log_sigmoid_forward", "logcumsumexp", "logical_not", "logspace", "masked_scatter", "masked_scatter_backward", "masked_select", "max_pool2d_with_indices", "max_pool2d_with_indices_backward", "max_pool3d_with_indices", "max_pool3d_with_indices_backward", "median", "mode", "mkldnn_max_pool2d", "mse_loss", "multinomial", "nan_to_num", "native_batch_norm", "native_batch_norm_backward", "native_channel_shuffle", "native_dropout", "native_dropout_backward", "native_group_norm", "native_group_norm_backward", "native_layer_norm", "native_layer_norm_backward", "_fused_rms_norm", "_fused_rms_norm_backward", "new_empty", "new_empty_strided", "new_full", "new_ones", "new_zeros", "nll_loss2d_backward", "nll_loss2d_forward", "nll_loss_backward", "nll_loss_forward", "nonzero", "normal_", "one_hot", "ones", "ones_like", "pad_sequence", "pixel_shuffle", "pixel_unshuffle", "put_", "rand", "rand_like", "randint", "randint_like", "randn", "randn_like", "random_", "randperm", "reflection_pad1d", "reflection_pad2d", "reflection_pad2d_backward", "repeat", "repeat_interleave", "replication_pad1d", "replication_pad2d", "roll", "rot90", "scalar_tensor", "scatter", "scatter_", "scatter_add", "scatter_add_", "scatter_reduce", "scatter_reduce_", "searchsorted", "select_backward", "select_scatter", "set_", "slice_backward", "slice_scatter", "softplus", "sort", "stack", "std", "std_mean", "take", "take_along_dim", "topk", "trace", "tril", "tril_", "tril_indices", "triu", "triu_", "triu_indices", "uniform_", "unfold_backward", "unique_consecutive", "upsample_bicubic2d", "upsample_bilinear2d", "upsample_bilinear2d_backward", "upsample_nearest2d", "upsample_nearest2d_backward", "var", "var_mean", "where", "zero_", "zeros", "zeros_like"]
+    """
+    _adaptive_avg_pool2d _adaptive_avg_pool2d_backward _adaptive_avg_pool3d _assert_async _assert_tensor_metadata
+    _batch_norm_with_update _embedding_bag _embedding_bag_forward_only _fused_rms_norm _fused_rms_norm_backward
+    _local_scalar_dense _log_softmax _log_softmax_backward_data _native_batch_norm_legit
+    _native_batch_norm_legit_functional _native_batch_norm_legit_no_training _pack_padded_sequence _pin_memory
+    _reshape_copy _softmax _softmax_backward_data _thnn_fused_gru_cell _thnn_fused_gru_cell_backward
+    _thnn_fused_lstm_cell _thnn_fused_lstm_cell_backward_impl _to_copy _trilinear _unique2 _unsafe_index
+    _unsafe_index_put _unsafe_view adaptive_max_pool2d adaptive_max_pool2d_backward all any arange argsort
+    as_strided_copy avg_pool1d avg_pool2d avg_pool2d_backward avg_pool3d avg_pool3d_backward batch_norm_backward
+    bernoulli_ bincount bucketize cat clone col2im constant_pad_nd contiguous copy copy_ count_nonzero cummax cummin
+    cumprod cumsum diagonal_copy diff embedding embedding_backward embedding_dense_backward embedding_renorm_ empty
+    empty_like empty_permuted empty_strided equal eye fill_ flip full full_like gather glu glu_backward
+    grid_sampler_2d grid_sampler_2d_backward histc im2col index index_add index_add_ index_copy index_copy_
+    index_fill_ index_put index_put_ index_select isin item lift lift_fresh linspace log_sigmoid_forward
+    logcumsumexp logical_not logspace masked_scatter masked_scatter_backward masked_select max_pool2d_with_indices
+    max_pool2d_with_indices_backward max_pool3d_with_indices max_pool3d_with_indices_backward median
+    mkldnn_max_pool2d mode mse_loss multinomial nan_to_num native_batch_norm native_batch_norm_backward
+    native_channel_shuffle native_dropout native_dropout_backward native_group_norm native_group_norm_backward
+    native_layer_norm native_layer_norm_backward new_empty new_empty_strided new_full new_ones new_zeros
+    nll_loss2d_backward nll_loss2d_forward nll_loss_backward nll_loss_forward nonzero normal_ one_hot ones ones_like
+    pad_sequence pixel_shuffle pixel_unshuffle put_ rand rand_like randint randint_like randn randn_like random_
+    randperm reflection_pad1d reflection_pad2d reflection_pad2d_backward repeat repeat_interleave replication_pad1d
+    replication_pad2d roll rot90 scalar_tensor scatter scatter_ scatter_add scatter_add_ scatter_reduce
+    scatter_reduce_ searchsorted select_backward select_scatter set_ slice_backward slice_scatter softplus sort
+    stack std std_mean take take_along_dim topk trace tril tril_ tril_indices triu triu_ triu_indices
+    unfold_backward uniform_ unique_consecutive upsample_bicubic2d upsample_bilinear2d upsample_bilinear2d_backward
+    upsample_nearest2d upsample_nearest2d_backward var var_mean where zero_ zeros zeros_like
+    """.split()  # noqa: SIM905
 )
 
 
@@ -152,7 +179,8 @@ def is_light(op: str, tags: Sequence[Any]) -> bool:
     if named & {"pointwise", "reduction", "view_copy"}:
         return True
     plain = name.removesuffix("_")
-    return name in LIGHT or plain in LIGHT or name.startswith(("_foreach_", "_fused_adam", "_fused_sgd", "_fused_adagrad"))
+    lists = ("_foreach_", "_fused_adam", "_fused_sgd", "_fused_adagrad")
+    return name in LIGHT or plain in LIGHT or name.startswith(lists)
 
 
 def check_formula(op: str, tags: Sequence[Any], module: str, extra: Mapping[str, Formula] | None = None) -> None:

@@ -6,9 +6,10 @@ graph answers for every micro-batch: `OpGraph.at_batch(n)` is exact, not scaled.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
+from os import PathLike
 from typing import Any, Literal
 
 Phase = Literal["forward", "backward", "recompute", "optimizer"]
@@ -48,7 +49,8 @@ class Storage:
 class Tensor:
     """A view of a storage as an op saw it; `name` is set for parameters, buffers and inputs.
 
-    dim i at batch n is `shape[i] + per_batch[i] * (n - graph.batch)`.
+    dim i at batch n is `shape[i] + per_batch[i] * (n - graph.batch)`, stride i likewise with `strides_per_batch`
+    (empty: strides do not depend on the batch).
     """
 
     id: int
@@ -59,6 +61,7 @@ class Tensor:
     role: Role
     per_batch: tuple[int, ...]
     name: str = ""
+    strides_per_batch: tuple[int, ...] = ()
 
     @property
     def numel(self) -> int:
@@ -73,7 +76,8 @@ class Tensor:
 @dataclass(frozen=True, slots=True)
 class Op:
     """One aten call. `args` are its arguments with `Ref` in place of tensors; `forward` is the forward op
-    that a backward op differentiates (-1 where autograd does not say); `flops` at the graph's batch size."""
+    that a backward op differentiates (-1 where autograd does not say); `flops` at the graph's batch size.
+    `args_per_batch` is d(args)/d(batch) in the form of `args` (empty: they do not depend on the batch)."""
 
     id: int
     name: str
@@ -87,6 +91,8 @@ class Op:
     flops: int
     is_view: bool
     forward: int = -1
+    flops_per_batch: int = 0
+    args_per_batch: tuple[Any, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -94,8 +100,9 @@ class OpGraph:
     """One training step of one model, in execution order.
 
     `gradient_ops` are (parameter, op) pairs in the order in which backward finishes the gradients: the op is the
-    last one of that gradient. `precision` is the autocast dtype name or "fp32"; `traced_on` is "fake" or "real"; `notes` are sentences
-    that every report about this graph must show.
+    last one of that gradient. `precision` is the autocast dtype name or "fp32"; `traced_on` is "fake" or "real";
+    `notes` are sentences that every report about this graph must show. `repeats` are groups of block paths that
+    tracing found alike: same modules, and all but the first and last of a group run the same ops on the same shapes.
     """
 
     name: str
@@ -107,6 +114,7 @@ class OpGraph:
     precision: str = "fp32"
     traced_on: Literal["fake", "real"] = "fake"
     notes: tuple[str, ...] = field(default=())
+    repeats: tuple[tuple[str, ...], ...] = ()
 
     @cached_property
     def parameters(self) -> dict[str, Tensor]:
@@ -133,32 +141,28 @@ class OpGraph:
 
     def at_batch(self, batch: int) -> OpGraph:
         """The same step at another batch size; exact for every dim that is affine in the batch."""
-        from opgraph.flops import flops_of
-
         if batch == self.batch:
             return self
-        step = batch - self.batch
-        tensors = tuple(_rescaled(t, step) for t in self.tensors)
-        storages = tuple(replace(s, bytes=s.bytes + step * s.bytes_per_batch) for s in self.storages)
-        ops = tuple(
-            replace(op, flops=flops_of(op.name, [tensors[i] for i in op.inputs], [tensors[i] for i in op.outputs], op))
-            if op.flops
-            else op
-            for op in self.ops
-        )
-        return replace(self, batch=batch, tensors=tensors, storages=storages, ops=ops)
+        if batch < 1:
+            raise ValueError(f"the batch size is {batch}; it must be at least 1")
+        from opgraph.batch import rescaled
 
+        return rescaled(self, batch)
 
-def _rescaled(t: Tensor, step: int) -> Tensor:
-    """`t` with `step` more rows of batch; contiguous-like strides are rebuilt in the same dim order."""
-    if not any(t.per_batch):
-        return t
-    shape = tuple(n + k * step for n, k in zip(t.shape, t.per_batch))
-    order = sorted(range(len(shape)), key=lambda d: (t.strides[d], -d))
-    strides, running = [0] * len(shape), 1
-    for d in order:
-        if t.strides[d] == 0:
-            continue
-        strides[d] = running
-        running *= shape[d]
-    return replace(t, shape=shape, strides=tuple(strides))
+    def to_networkx(self) -> Any:
+        """The ops as a `networkx.DiGraph` (see `opgraph.export.to_networkx`)."""
+        from opgraph.export import to_networkx
+
+        return to_networkx(self)
+
+    def to_pandas(self) -> Any:
+        """One row per op (see `opgraph.export.to_pandas`)."""
+        from opgraph.export import to_pandas
+
+        return to_pandas(self)
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Writes the graph to a file that `opgraph.export.load_graph` reads."""
+        from opgraph.export import save
+
+        save(self, path)

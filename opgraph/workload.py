@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -48,6 +48,8 @@ def mean_square(output: Any, *targets: Any) -> torch.Tensor:
     from torch.utils._pytree import tree_leaves
 
     del targets
+    if is_dataclass(output) and not isinstance(output, type):
+        output = [getattr(output, f.name) for f in fields(output)]
     tensors = [t for t in tree_leaves(output) if isinstance(t, torch.Tensor) and t.is_floating_point()]
     if not tensors:
         raise ValueError("the model returns no floating-point tensor, so there is nothing to train: give a loss")
