@@ -36,7 +36,7 @@ def main() -> None:
     workload = parplan.load_workload(f"{__file__}:factory")
     graph = parplan.trace_workload(workload)
     cluster = parplan.load_cluster("dgx-h100")
-    print(f"{graph.param_count / 1e6:.1f} M parameters, {graph.flops() / 1e12:.2f} TFLOP a step of {graph.batch} samples")
+    print(f"{graph.param_count / 1e6:.1f} M parameters, {graph.flops() / 1e12:.2f} TFLOP for {graph.batch} samples")
     for plan in (
         parplan.ParallelPlan(global_batch=64, dp=8),
         parplan.ParallelPlan(global_batch=64, dp=8, data_parallel="fsdp", fsdp_units=workload.blocks),

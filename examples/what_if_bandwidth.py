@@ -13,7 +13,7 @@ def main() -> None:
     cluster = parplan.load_cluster("dgx-h100")
     plan = parplan.ParallelPlan(global_batch=16, dp=4)
     for factor in (4.0, 1.0, 0.25, 0.05):
-        link = replace(cluster.intra, name=f"{factor:g} x {cluster.intra.name}", bandwidth=factor * cluster.intra.bandwidth)
+        link = replace(cluster.intra, bandwidth=factor * cluster.intra.bandwidth)
         prediction = parplan.predict(graph, plan, replace(cluster, intra=link, cache={}))
         exposed = prediction.breakdown["exposed_communication"] / prediction.step_seconds
         print(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -22,7 +22,17 @@ ClusterName = Annotated[
 GlobalBatch = Annotated[
     int, typer.Option("--global-batch", "-b", help="Samples per optimizer step.", show_default=False)
 ]
+PrecisionName = Annotated[str, typer.Option("--precision", help="fp32, or bf16 (autocast).")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
+
+
+def precision_of(name: str) -> Literal["fp32", "bf16"]:
+    """ValueError for a precision that plans do not have."""
+    if name == "fp32":
+        return "fp32"
+    if name == "bf16":
+        return "bf16"
+    raise ValueError(f"--precision is {name}; give fp32 or bf16")
 
 
 def positive(name: str, value: int | None) -> None:

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from parplan.arguments import ClusterName, GlobalBatch, Json, Model, positive
+from parplan.arguments import ClusterName, GlobalBatch, Json, Model, PrecisionName, positive, precision_of
 from parplan.console import emit, percent, remark, seconds, show, size, table, working
 
 MARKER = "plans.json"
@@ -19,6 +19,7 @@ def search(
     global_batch: GlobalBatch,
     devices: Annotated[int | None, typer.Option(help="Devices to use; by default all.", show_default=False)] = None,
     top: Annotated[int, typer.Option(help="How many plans to show and write.")] = 10,
+    precision: PrecisionName = "fp32",
     out: Annotated[Path | None, typer.Option("--out", help="Folder for the plan files.", show_default=False)] = None,
     json: Json = False,
 ) -> None:
@@ -33,7 +34,7 @@ def search(
     if out is not None:
         check_replaceable(out, MARKER)
     with working() as progress:
-        result, where = _search(model, cluster, global_batch, devices, progress)
+        result, where = _search(model, cluster, global_batch, devices, precision, progress)
     plans = result.plans[:top]
     data = {
         "model": model,
@@ -44,6 +45,7 @@ def search(
         "ranked": len(result.plans),
         "considered": result.considered,
         "infeasible": result.infeasible,
+        "undecided": result.undecided,
         "rejected": [{"label": r.label, "reason": r.reason, "count": r.count} for r in result.rejected],
         "seconds": result.seconds,
     }
@@ -53,39 +55,28 @@ def search(
     emit(data) if json else _print(data, plans)
 
 
-def _search(model: str, name: str, global_batch: int, devices: int | None, progress: Any) -> tuple[Any, Any]:
+def _search(
+    model: str, name: str, global_batch: int, devices: int | None, precision: str, progress: Any
+) -> tuple[Any, Any]:
     from costmodels.cluster import load_cluster
 
+    kind = precision_of(precision)
     cluster = load_cluster(name)
-    check_size(cluster, devices or cluster.size, "the search")
-    progress(f"tracing {model}", 0.05)
+    progress(f"tracing {model}", 0.0)
     from opgraph.batch import trace_workload
     from opgraph.models import load_workload
     from planner.search import search as search_plans
+    from planner.space import check_devices
 
+    check_devices(cluster, devices)
     workload = load_workload(model)
-    graph = trace_workload(workload)
-    progress(f"searching plans for {devices or cluster.size} devices", 0.2)
-    result = search_plans(workload, graph, cluster, global_batch, devices=devices)
+    graph = trace_workload(workload, precision=kind)
+    result = search_plans(
+        workload, graph, cluster, global_batch, devices=devices, precision=kind, progress=progress
+    )
     for note in (*graph.notes, *cluster.device.notes):
         remark(f"note: {note}")
-    if not result.plans:
-        reasons = "".join(f"; {r.label}: {r.reason}" for r in result.rejected[:3])
-        raise ValueError(
-            f"none of the {result.considered} plans considered can run {model} on {devices or cluster.size} devices of "
-            f"{cluster.name}: {result.infeasible} need more than its {size(cluster.device.memory_bytes)}{reasons}; "
-            "use more devices or a smaller batch"
-        )
     return result, cluster
-
-
-def check_size(cluster: Any, devices: int, what: str) -> None:
-    """ValueError where a cluster has too few devices; ranks may share the cores of a machine."""
-    if devices > cluster.size and not cluster.cores:
-        raise ValueError(
-            f"{what} needs {devices} devices, {cluster.name} has {cluster.size}; "
-            f"use more nodes ('2x NAME') or a smaller plan"
-        )
 
 
 def ranked_data(ranked: Any) -> dict[str, Any]:
@@ -102,6 +93,7 @@ def ranked_data(ranked: Any) -> dict[str, Any]:
         "mfu": p.mfu,
         "bound_seconds": ranked.bound_seconds,
         "gap": ranked.gap,
+        "tied": ranked.tied,
         "shares": p.shares,
         "unpriced": p.unpriced,
         "notes": p.notes,
@@ -126,17 +118,19 @@ def _print(data: dict[str, Any], plans: Any) -> None:
     for i, (entry, ranked) in enumerate(zip(data["plans"], plans), start=1):
         low, high = entry["interval"]
         rows.append((
-            f"{i}", entry["label"], seconds(entry["step_seconds"]), f"{seconds(low)} – {seconds(high)}",
+            f"{i}{' ~' * (entry['tied'] and i > 1)}", entry["label"],
+            seconds(entry["step_seconds"]), f"{seconds(low)} – {seconds(high)}",
             size(entry["peak_bytes"]), "yes" if entry["fits"] else "no", percent(entry["mfu"]),
             seconds(entry["bound_seconds"]), percent(ranked.gap),
         ))  # fmt: skip
     title = f"{data['model']} on {data['devices']} devices of {data['cluster']}, global batch {data['global_batch']}"
     columns = ("", "plan", "step", "interval", "peak", "fits", "MFU", "bound", "gap")
     show(table(title, columns, rows, left=2))
-    tied = [r.plan.label for r in plans[1:] if r.prediction.interval[0] <= plans[0].prediction.interval[1]]
+    proof = f"{data['undecided']} others might be faster" if data["undecided"] else "none of the others can be faster"
     show(
-        f"{data['considered']} plans considered, {data['infeasible']} do not fit, {data['ranked']} ranked, "
-        f"{data['seconds']:.1f} s. Tied with the first within the error: {len(tied)} of the {len(plans) - 1} below it."
+        f"{data['considered']} plans considered, {data['infeasible']} do not fit, {data['ranked']} simulated in "
+        f"{data['seconds']:.1f} s; {proof} than the first by their lower bounds. "
+        "Gap: step time over the lower bound of the whole space. ~: tied with the first within the intervals."
     )
     if data["rejected"]:
         rejected = [(r["label"], r["reason"], str(r["count"])) for r in data["rejected"]]

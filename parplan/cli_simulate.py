@@ -8,7 +8,6 @@ from typing import Annotated, Any
 import typer
 
 from parplan.arguments import ClusterName, Json, Model, positive
-from parplan.cli_search import check_size
 from parplan.console import emit, percent, remark, seconds, show, size, table, working
 
 
@@ -59,24 +58,24 @@ def simulate(
 
 def _simulate(model: str, plan: str, name: str, global_batch: int | None, progress: Any) -> tuple[Any, Any]:
     from costmodels.cluster import load_cluster
+    from parplan.inline_plan import read_plan
 
     cluster = load_cluster(name)
-    if plan.endswith(".json"):  # what is wrong with a plan file shows before the model is built
-        from planner.plan import load_plan
-
-        check_size(cluster, load_plan(plan).world_size, f"plan {plan}")
+    world, precision, finish = read_plan(plan, global_batch)  # what is wrong with it shows before the model is built
     progress(f"tracing {model}", 0.1)
     from opgraph.batch import trace_workload
     from opgraph.models import load_workload
-    from parplan.inline_plan import read_plan
     from planner.predict import simulate_plan
+    from planner.space import check_devices
 
+    try:
+        check_devices(cluster, world)
+    except ValueError as error:
+        raise ValueError(f"plan {plan}: {error}") from None
     workload = load_workload(model)
-    graph = trace_workload(workload)
+    graph = trace_workload(workload, precision=precision)
     progress("simulating", 0.7)
-    chosen = read_plan(plan, workload, graph, cluster, global_batch)
-    check_size(cluster, chosen.world_size, f"plan '{chosen.label}'")
-    result: tuple[Any, Any] = simulate_plan(graph, chosen, cluster)
+    result: tuple[Any, Any] = simulate_plan(graph, finish(workload, graph, cluster), cluster)
     return result
 
 

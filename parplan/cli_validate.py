@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from parplan.arguments import GlobalBatch, Json, Model, positive
+from parplan.arguments import GlobalBatch, Json, Model, PrecisionName, positive, precision_of
 from parplan.console import emit, percent, remark, seconds, show, size, table, working
 
 if TYPE_CHECKING:
@@ -26,6 +26,7 @@ def validate(
     ] = "local",
     ranks: Annotated[str, typer.Option(help="Numbers of ranks, separated by commas.")] = "2,4",
     plans: Annotated[int, typer.Option(help="Plans to execute for each number of ranks.")] = 8,
+    precision: PrecisionName = "fp32",
     steps: Annotated[int, typer.Option(help="Least number of timed steps of a plan.")] = 20,
     timeout: Annotated[float, typer.Option(help="Seconds after which the ranks of a plan are killed.")] = 300.0,
     name: Annotated[str | None, typer.Option(help="Name of the report.", show_default=False)] = None,
@@ -40,7 +41,7 @@ def validate(
         positive(option, value)
     if timeout <= 0:
         raise ValueError(f"--timeout is {timeout:g}; give seconds above 0")
-    worlds = read_ranks(ranks)
+    worlds, kind = read_ranks(ranks), precision_of(precision)
     target = out / (name or slug(model))
 
     def studies(progress: Any, keep: Any) -> list[Study]:
@@ -50,7 +51,7 @@ def validate(
 
         options = Options(min_steps=steps, timeout_seconds=timeout)
         where = load_cluster(cluster)
-        return [study(model, where, global_batch, worlds, plans, options, progress, keep=keep)]
+        return [study(model, where, global_batch, worlds, plans, options, progress, keep=keep, precision=kind)]
 
     title = f"{model}: predicted and measured on {cluster}"
     made, data = reported(target, title, studies)

@@ -37,8 +37,8 @@ def plot(comparisons: Sequence[Comparison], summary: Summary, title: str, path: 
     _label(left, "step time", "ms", f"median |error| {summary.median_error:.1%}, worst {summary.worst_error:.1%}")
     sized = [c for c in runs if c.measured_peaks]
     _panel(right, sized, lambda c: c.measured_peak_bytes / 2**20, lambda c: c.predicted_peak_bytes / 2**20)
-    memory = f"median |error| {summary.memory_median_error:.1%}, worst {summary.memory_worst_error:.1%} of any rank"
-    _label(right, "peak memory of the fullest rank", "MiB", memory if sized else "not measured")
+    memory = f"median |error| {summary.memory_median_error:.1%}, worst rank {summary.memory_worst_error:.1%}"
+    _label(right, "peak memory", "MiB", memory if sized else "not measured")
     handles = _handles(runs)
     if handles:
         figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 7), frameon=False)
@@ -81,9 +81,10 @@ def _time_bars(axes: Any, c: Comparison, colour: str) -> None:
 
 def _ticks(axes: Any, low: float, high: float) -> None:
     """Plain numbers at 1, 2, 5 times powers of ten (more where the range is narrow)."""
+    narrow = (1, 1.5, 2, 3, 4, 5, 7) if high / low > 3 else (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 7, 8, 9)
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-    steps = (1, 2, 5) if high / low > 4 else (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 7, 8, 9)
+    steps = (1, 2, 5) if high / low > 20 else narrow
     ticks = [s * 10.0**e for e in range(-6, 10) for s in steps if low <= s * 10.0**e <= high]
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_locator(FixedLocator(ticks))

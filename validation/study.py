@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from costmodels.cluster import Cluster
 from costmodels.device import rescale
+from planner.plan import Precision
 from validation.compare import Comparison, compare
 from validation.environment import RANK_ENV
 from validation.launch import ROOT, run_plans
@@ -80,6 +81,7 @@ def validate(
     progress: Progress = lambda what, fraction: None,
     choose: Choose | None = None,
     keep: Callable[[str, Sequence[Any]], None] = lambda model, predictions: None,
+    precision: Precision = "fp32",
 ) -> Study:
     """Searches plans of `model` for each number of `ranks`, predicts `count` diverse ones of each, executes them.
 
@@ -87,6 +89,10 @@ def validate(
     that runs this. `choose(result, ranks)` picks the plans to execute; by default `planner.search.diverse`.
     `keep(model, predictions)` is called before anything is executed.
     """
+    from opgraph.batch import trace_workload
+    from opgraph.models import load_workload
+    from planner.search import search
+
     began = time.monotonic()
     torchrun = "RANK" in os.environ and "WORLD_SIZE" in os.environ
     _check(cluster, ranks, count, torchrun)
@@ -95,7 +101,18 @@ def validate(
         progress("anchor: how fast is this machine now", 0.0)
         ratio = anchor_ratio(cluster)
         cluster = replace(cluster, device=rescale(cluster.device, ratio), cache={})
-    chosen, searches = _predicted(model, cluster, global_batch, ranks, choose or _diverse(count), progress)
+    progress(f"tracing {model}", 0.02)
+    workload = load_workload(model)
+    graph = trace_workload(workload, precision=precision)
+    chosen: list[Ranked] = []
+    searches = []
+    for world in ranks:
+        progress(f"searching plans for {world} rank{'s' * (world > 1)}", 0.05)
+        result = search(workload, graph, cluster, global_batch, devices=world, precision=precision)
+        chosen += (choose or _diverse(count))(result, world)
+        searches.append(_note(result, world))
+    if not chosen:
+        raise ValueError(f"the search found plans of {model}, but none of them was chosen; choose other ranks")
     predictions = [ranked.prediction for ranked in chosen]
     predicted_at = _now()
     keep(model, predictions)
@@ -113,7 +130,7 @@ def validate(
     after = anchor_ratio(cluster) * ratio if cluster.device.anchor_seconds and not torchrun else float("nan")
     return Study(
         model, cluster.name, cluster.device.name, global_batch,
-        tuple(compare(model, p, m) for p, m in zip(predictions, measurements)), searches,
+        tuple(compare(model, p, m) for p, m in zip(predictions, measurements)), tuple(searches),
         ratio if cluster.device.anchor_seconds else float("nan"), after, predicted_at, executed_at,
         time.monotonic() - began, cluster.device.notes,
     )  # fmt: skip
@@ -137,34 +154,9 @@ def _check(cluster: Cluster, ranks: Sequence[int], count: int, torchrun: bool) -
         raise ValueError(f"{max(ranks)} ranks need {max(ranks)} devices, {cluster.name} has {cluster.size}")
 
 
-def _predicted(
-    model: str, cluster: Cluster, global_batch: int, ranks: Sequence[int], choose: Choose, progress: Progress
-) -> tuple[list[Ranked], tuple[SearchNote, ...]]:
-    from opgraph.batch import trace_workload
-    from opgraph.models import load_workload
-    from planner.search import search
-
-    progress(f"tracing {model}", 0.02)
-    workload = load_workload(model)
-    graph = trace_workload(workload)
-    chosen: list[Ranked] = []
-    notes = []
-    for i, world in enumerate(ranks):
-        progress(f"searching plans for {world} rank{'s' * (world > 1)}", 0.04 + 0.06 * i / len(ranks))
-        result = search(workload, graph, cluster, global_batch, devices=world)
-        picked = choose(result, world)
-        if not picked:
-            reasons = "".join(f"; {r.label}: {r.reason}" for r in result.rejected[:2])
-            raise ValueError(
-                f"no plan of {model} with global batch {global_batch} can run on {world} ranks of {cluster.name} "
-                f"({result.considered} considered, {result.infeasible} out of memory{reasons})"
-            )
-        chosen += picked
-        rejected = tuple((r.label, r.reason, r.count) for r in result.rejected)
-        notes.append(
-            SearchNote(world, result.considered, result.infeasible, len(result.plans), result.seconds, rejected)
-        )
-    return chosen, tuple(notes)
+def _note(result: SearchResult, ranks: int) -> SearchNote:
+    rejected = tuple((r.label, r.reason, r.count) for r in result.rejected)
+    return SearchNote(ranks, result.considered, result.infeasible, len(result.plans), result.seconds, rejected)
 
 
 def _diverse(count: int) -> Choose:

@@ -37,22 +37,22 @@ def simulate_plan(graph: Any, plan: ParallelPlan, cluster: Any) -> Any:
     return prediction(plan), simulate(builder.build())
 
 
-def search(workload: Any, graph: Any, cluster: Any, global_batch: int, *, devices: int | None = None, **rest: Any) -> Any:
+def search(workload: Any, graph: Any, cluster: Any, batch: int, *, devices: int | None = None, **more: Any) -> Any:
     devices = devices or cluster.size
     rejected = (SimpleNamespace(label="tp", reason="nothing to split", count=3),)
-    empty = SimpleNamespace(plans=(), considered=9, infeasible=6, rejected=rejected, seconds=0.01)
     if "hidden=31" in workload.name:  # the model that fits nowhere
-        return empty
+        raise ValueError("no plan of the model fits; use more devices")
     plans = [
-        ParallelPlan(global_batch, dp=devices, data_parallel=kind, fsdp_units=workload.blocks if kind == "fsdp" else ())
+        ParallelPlan(batch, dp=devices, data_parallel=kind, fsdp_units=workload.blocks if kind == "fsdp" else ())
         for kind in (("ddp", "zero1", "fsdp") if devices > 1 else ("ddp",))
     ]
     ranked = tuple(
-        SimpleNamespace(plan=p, prediction=prediction(p, 0.010 * (i + 1)), bound_seconds=0.008, gap=0.25)
+        SimpleNamespace(plan=p, prediction=prediction(p, 0.010 * (i + 1)), bound_seconds=0.008, gap=0.25, tied=i < 2)
         for i, p in enumerate(plans)
     )
-    empty.plans = ranked
-    return empty
+    return SimpleNamespace(
+        plans=ranked, considered=9, infeasible=6, undecided=1, rejected=rejected, seconds=0.01
+    )
 
 
 def diverse(result: Any, count: int) -> Any:
