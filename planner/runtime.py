@@ -238,12 +238,12 @@ def _recompute(stage: Stage, op: Op, done: set[str]) -> Iterator[Item]:
         done.add(path)
         yield Host("checkpoint_backward", 1, "recompute")
         items: list[Item] = []
-        for again in _until_saved(stage, path):
+        for again in recomputed_ops(stage, path):
             items += _forward_op(stage, again, "recompute")
         yield from rephased(items, "recompute")
 
 
-def _until_saved(stage: Stage, path: str) -> list[Op]:
+def recomputed_ops(stage: Stage, path: str) -> list[Op]:
     """The forward ops of a region up to the last one that saves something for backward: there a checkpoint stops
     recomputing (torch.utils.checkpoint early stop). An op that saves only what it reads is not run any more."""
     ops = [op for op in stage.ops.forward if within(op.module, path)]

@@ -1,0 +1,233 @@
+"""Lowering: plan, graph and cluster become a Program of tasks on compute and communication resources.
+
+Ops between two messages are merged into one task; ranks of one stage run the same script, so it is priced once.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from costmodels.cluster import Cluster
+from costmodels.collectives import collective_price
+from costmodels.families import is_known
+from costmodels.ops import price_many
+from opgraph.graph import OpGraph
+from planner.layout import propagate
+from planner.plan import ParallelPlan
+from planner.runtime import Stage, prepare, stage_script
+from planner.script import Host, Item, Message, Transfer, Wait, Work, transfer_key
+from planner.stages import shared_parameters, stage_ops
+from simulator import Program, ProgramBuilder
+
+
+@dataclass(frozen=True, slots=True)
+class Lowered:
+    """A plan as a program.
+
+    stages: what each pipeline stage runs. flops: of all ranks in one step (recomputation included). seconds_by_source:
+    how much of the work and of the messages rests on which kind of price, summed over ranks. deviation: of the sum,
+    in seconds (errors of one law or table add up, those of different ones add in squares). unpriced: ops that no
+    model covers, priced by their bytes.
+    """
+
+    plan: ParallelPlan
+    program: Program
+    stages: tuple[Stage, ...]
+    flops: int
+    seconds_by_source: dict[str, float]
+    deviation: float
+    unpriced: tuple[str, ...]
+
+
+@dataclass(slots=True)
+class _Block:
+    """Work between two messages: seconds by phase in order."""
+
+    seconds: float
+    phase: str
+
+
+@dataclass(slots=True)
+class _Tally:
+    """What the prices of one rank rest on."""
+
+    by_source: Counter[str] = field(default_factory=Counter)
+    by_law: Counter[str] = field(default_factory=Counter)
+    unpriced: set[str] = field(default_factory=set)
+    flops: int = 0
+
+
+def lower(graph: OpGraph, plan: ParallelPlan, cluster: Cluster) -> Lowered:
+    """The program of one step. ValueError where the plan does not fit the model (a shape that does not divide, a cut
+    that is not reached, an op that cannot be sharded)."""
+    graph = graph.at_batch(plan.micro_batch)
+    layout = propagate(graph, plan)
+    stages = stage_ops(graph, plan.cuts)
+    prepared = tuple(prepare(graph, plan, layout, stages, i) for i in range(plan.pp))
+    builder = _Builder(plan, cluster, shared_parameters(stages))
+    tally = _Tally()
+    for stage in prepared:
+        scripts = [stage_script(stage, dp) for dp in (range(plan.dp) if plan.data_parallel == "zero1" else (0,))]
+        blocks = [_merge(script, cluster, tally) for script in scripts]
+        builder.stage(stage.ops.index, blocks)
+    program = builder.tasks.build()
+    ranks_per_script = plan.tp * (1 if plan.data_parallel == "zero1" else plan.dp)
+    by_source = {k: v * ranks_per_script for k, v in (tally.by_source + builder.by_source).items()}
+    squares = sum((v * ranks_per_script) ** 2 for v in (tally.by_law + builder.by_law).values())
+    return Lowered(
+        plan, program, prepared, tally.flops * ranks_per_script, by_source, squares**0.5, tuple(sorted(tally.unpriced))
+    )
+
+
+def _merge(script: Iterable[Item], cluster: Cluster, tally: _Tally) -> list[_Block | Message | Transfer | Wait]:
+    """Prices the work and joins what runs without a message in between."""
+    script = list(script)
+    works = [i for i in script if isinstance(i, Work)]
+    prices = iter(price_many(cluster.device, [w.shape for w in works]))
+    host = cluster.device.host
+    merged: list[_Block | Message | Transfer | Wait] = []
+    for item in script:
+        if isinstance(item, Work):
+            found = next(prices)
+            per_op = host.get("op_backward" if item.phase == "backward" else "op_forward", 0.0)
+            seconds = found.seconds + (per_op if item.phase != "optimizer" else 0.0)
+            tally.by_source[found.source] += found.seconds
+            tally.by_source["measured"] += seconds - found.seconds
+            tally.by_law[item.shape.name] += found.seconds * found.error
+            tally.flops += item.shape.flops
+            if not is_known(item.shape.name) or found.source == "roofline":
+                tally.unpriced.add(item.shape.name)
+        elif isinstance(item, Host):
+            seconds = host.get(item.kind, 0.0) * item.count
+            tally.by_source["measured"] += seconds
+        else:
+            merged.append(item)
+            continue
+        if merged and isinstance(last := merged[-1], _Block) and last.phase == item.phase:
+            last.seconds += seconds
+        elif seconds > 0:
+            merged.append(_Block(seconds, item.phase))
+    return merged
+
+
+class _Builder:
+    """Makes tasks rank by rank; `last[r]` is what rank r must finish before it goes on."""
+
+    def __init__(self, plan: ParallelPlan, cluster: Cluster, shared: tuple[tuple[str, tuple[int, ...]], ...]) -> None:
+        self.plan, self.cluster, self.shared = plan, cluster, dict(shared)
+        self.tasks = ProgramBuilder()
+        self.by_source: Counter[str] = Counter()
+        self.by_law: Counter[str] = Counter()
+        nodes = sorted({cluster.node_of(r) for r in range(plan.world_size)})
+        pools = {n: self.tasks.pool(f"node {n} cores", float(cluster.cores)) if cluster.cores else -1 for n in nodes}
+        self.compute, self.comm = [], []
+        for r in range(plan.world_size):
+            pool = pools[cluster.node_of(r)]
+            self.compute.append(self.tasks.resource(f"rank {r} compute", pool=pool, rank=r))
+            self.comm.append(self.tasks.resource(f"rank {r} communication", pool=pool, rank=r, kind="communication"))
+        self.last: list[int] = [-1] * plan.world_size
+        self.last_message: list[int] = [-1] * plan.world_size
+        self.done: dict[tuple[str, int], int] = {}  # (key, rank) -> the task that a Wait waits for
+        self.joins: dict[str, int] = {}  # transfers and tied reductions whose other end is another stage
+
+    def stage(self, index: int, blocks: list[list[_Block | Message | Transfer | Wait]]) -> None:
+        """Adds all ranks of one stage in step: they all run the same items."""
+        stride = self.plan.dp * self.plan.tp
+        ranks = range(index * stride, (index + 1) * stride)
+        of_rank = {r: blocks[self.plan.coordinates(r)["dp"] % len(blocks)] for r in ranks}
+        at = dict.fromkeys(ranks, 0)
+        while True:
+            for r in ranks:
+                at[r] = self._work(r, of_rank[r], at[r])
+            if at[ranks[0]] >= len(of_rank[ranks[0]]):
+                return
+            items = {r: of_rank[r][at[r]] for r in ranks}
+            for r in ranks:
+                at[r] += 1
+            self._communicate(items)
+
+    def _work(self, rank: int, items: list[_Block | Message | Transfer | Wait], at: int) -> int:
+        while at < len(items) and isinstance(block := items[at], _Block):
+            self.last[rank] = self.tasks.task(
+                block.phase, block.phase, block.seconds, self.compute[rank], self._after(self.last[rank])
+            )
+            at += 1
+        return at
+
+    def _communicate(self, items: dict[int, _Block | Message | Transfer | Wait]) -> None:
+        joins: dict[tuple[int, ...], int] = {}
+        for r, item in items.items():
+            if isinstance(item, Wait):
+                self._wait(r, item.key)
+            elif isinstance(item, Transfer):
+                self._transfer(r, item)
+            elif isinstance(item, Message):
+                self._message(r, item, joins)
+
+    def _message(self, rank: int, item: Message, joins: dict[tuple[int, ...], int]) -> None:
+        ranks = self.plan.group(rank, item.axis)
+        tied = item.key.startswith("tied ")
+        if tied:
+            stride = self.plan.dp * self.plan.tp
+            ranks = tuple(rank % stride + s * stride for s in self.shared[item.key.removeprefix("tied ")])
+            name = f"{item.key}@{rank % stride}"
+            if name not in self.joins:
+                self.joins[name] = self.tasks.task(name, item.kind, 0.0)
+            join = self.joins[name]
+        else:
+            if ranks not in joins:
+                joins[ranks] = self.tasks.task(f"{item.kind} {item.axis} enter", item.kind, 0.0)
+            join = joins[ranks]
+        for before in (self.last[rank], self.last_message[rank]):
+            if before >= 0:
+                self.tasks.edge(before, join)
+        cost = collective_price(self.cluster, item.kind, item.bytes, ranks)
+        self._count(cost.seconds, cost.source, cost.error, item.kind)
+        task = self.tasks.task(
+            f"{item.kind} {item.axis} {item.bytes} B", item.kind, cost.seconds, self.comm[rank], (join,), cost.demand
+        )
+        self.last_message[rank] = task
+        # gloo's collectives of FSDP and tensor parallelism block the thread that calls them; DDP's buckets do not
+        asynchronous = item.key and not (self.cluster.backend == "gloo" and item.kind in ("all_gather", "reduce_scatter"))
+        if asynchronous:
+            self.done[item.key, rank] = task
+        else:
+            self.last[rank] = task
+            self.done.pop((item.key, rank), None)
+
+    def _transfer(self, rank: int, item: Transfer) -> None:
+        stride = self.plan.dp * self.plan.tp
+        name = f"{transfer_key(item)}@{rank % stride}"
+        if name not in self.joins:
+            self.joins[name] = self.tasks.task(f"{name} enter", "send", 0.0)
+        join = self.joins[name]
+        if self.last[rank] >= 0:
+            self.tasks.edge(self.last[rank], join)
+        ends = (item.source * stride + rank % stride, item.target * stride + rank % stride)
+        seconds = demand = 0.0
+        for size in item.bytes:
+            cost = collective_price(self.cluster, "send", size, ends)
+            self._count(cost.seconds, cost.source, cost.error, "send")
+            seconds, demand = seconds + cost.seconds, max(demand, cost.demand)
+        kind = "send" if ends[0] == rank else "recv"
+        self.done[transfer_key(item), rank] = self.tasks.task(
+            f"{kind} {transfer_key(item)}", kind, seconds, self.comm[rank], (join,), demand
+        )
+
+    def _count(self, seconds: float, source: str, error: float, kind: str) -> None:
+        share = 1.0 / (self.plan.tp * (1 if self.plan.data_parallel == "zero1" else self.plan.dp))
+        self.by_source[source] += seconds * share
+        self.by_law[f"message {kind}"] += seconds * error * share
+
+    def _wait(self, rank: int, key: str) -> None:
+        task = self.done.pop((key, rank), -1)
+        if task < 0 or task == self.last[rank]:
+            return
+        before = self._after(self.last[rank], task)
+        self.last[rank] = task if len(before) == 1 else self.tasks.task(f"wait {key}", "wait", 0.0, -1, before, 0.0, rank)
+
+    @staticmethod
+    def _after(*tasks: int) -> tuple[int, ...]:
+        return tuple(t for t in tasks if t >= 0)

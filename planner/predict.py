@@ -1,0 +1,100 @@
+"""A plan's step time, memory, and how sure we are of them."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+from costmodels.cluster import Cluster
+from costmodels.ops import peak_of
+from opgraph.graph import OpGraph
+from planner.lower import Lowered, lower
+from planner.memory import peak_bytes
+from planner.plan import ParallelPlan
+from simulator import Timeline, breakdown, overall, simulate
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """What one plan will do. Times in seconds, sizes in bytes.
+
+    interval: the step time lies between these where the errors of the laws and tables are what they were on held-out
+    samples (one standard deviation). peak_bytes: tensor bytes at the worst moment, by rank; memory_bytes: what a rank
+    has. breakdown: compute, exposed_communication, bubble, idle, averaged over ranks; they sum to the step. mfu: model
+    FLOP (without recomputation) per second over the peak of all devices. shares: of the time by kind of price.
+    unpriced: ops that no model covers. tasks: simulated.
+    """
+
+    plan: ParallelPlan
+    step_seconds: float
+    interval: tuple[float, float]
+    peak_bytes: tuple[int, ...]
+    memory_bytes: int
+    fits: bool
+    breakdown: dict[str, float]
+    mfu: float
+    shares: dict[str, float]
+    unpriced: tuple[str, ...]
+    notes: tuple[str, ...]
+    tasks: int
+
+
+def predict(graph: OpGraph, plan: ParallelPlan, cluster: Cluster) -> Prediction:
+    """Lowers, simulates and judges one plan. ValueError with one sentence where it is illegal for the model."""
+    return simulate_plan(graph, plan, cluster)[0]
+
+
+def simulate_plan(graph: OpGraph, plan: ParallelPlan, cluster: Cluster) -> tuple[Prediction, Timeline]:
+    """The prediction with the simulated timeline of every task."""
+    _check_size(plan, cluster)
+    if plan.precision != graph.precision:
+        raise ValueError(
+            f"the plan computes in {plan.precision}, but the graph was traced in {graph.precision}; "
+            f"trace with precision={plan.precision!r}"
+        )
+    lowered = lower(graph, plan, cluster)
+    timeline = simulate(lowered.program)
+    return _judge(graph, plan, cluster, lowered, timeline), timeline
+
+
+def _check_size(plan: ParallelPlan, cluster: Cluster) -> None:
+    if plan.world_size > cluster.size and not cluster.cores:
+        raise ValueError(
+            f"the plan needs {plan.world_size} devices (pp {plan.pp} x dp {plan.dp} x tp {plan.tp}), but "
+            f"{cluster.name} has {cluster.size}; use fewer, or more nodes"
+        )
+
+
+def _judge(
+    graph: OpGraph, plan: ParallelPlan, cluster: Cluster, lowered: Lowered, timeline: Timeline
+) -> Prediction:
+    step = timeline.makespan
+    total = sum(lowered.seconds_by_source.values()) or 1.0
+    spread = lowered.deviation / total
+    peaks = peak_bytes(lowered.stages, plan, cluster.backend)
+    capacity = memory_per_rank(cluster, plan)
+    model_flops = graph.at_batch(plan.micro_batch).flops() * plan.micro_batches * plan.dp
+    dtype = "bfloat16" if plan.precision == "bf16" else "float32"
+    devices = min(plan.world_size, cluster.size)
+    peak = peak_of(cluster.device, dtype) * devices
+    return Prediction(
+        plan=plan,
+        step_seconds=step,
+        interval=(step * max(0.0, 1 - spread), step * (1 + spread)),
+        peak_bytes=peaks,
+        memory_bytes=capacity,
+        fits=max(peaks) <= capacity,
+        breakdown=asdict(overall(breakdown(timeline))),
+        mfu=model_flops / (step * peak) if step else 0.0,
+        shares={k: v / total for k, v in sorted(lowered.seconds_by_source.items())},
+        unpriced=lowered.unpriced,
+        notes=(*graph.notes, *cluster.notes, *cluster.device.notes),
+        tasks=len(lowered.program),
+    )
+
+
+def memory_per_rank(cluster: Cluster, plan: ParallelPlan) -> int:
+    """Bytes that one rank may use: its device's, or its share of the node's."""
+    if not cluster.node_memory:
+        return cluster.device.memory_bytes
+    ranks = max(1, -(-plan.world_size // cluster.nodes))
+    return cluster.node_memory // ranks
