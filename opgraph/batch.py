@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
@@ -156,12 +158,13 @@ def trace_workload(
 
     from opgraph.fold import Fold, find_fold, shortened
     from opgraph.trace import TraceError, trace
+    from opgraph.tracer import without_meta_init
     from opgraph.unfold import UnfoldError, unfold
 
     low = max(SMALLEST, workload.batch_size)
 
     def build(device: str) -> nn.Module:
-        with torch.random.fork_rng(devices=[]), torch.device(device):
+        with torch.random.fork_rng(devices=[]), torch.device(device), without_meta_init():
             return workload.build()
 
     def at(batch: int, module: nn.Module) -> OpGraph:
@@ -179,7 +182,8 @@ def trace_workload(
         try:
             with shortened(module, repeat):
                 short = fitted(module)
-            return unfold(short, repeat)
+            with _no_collection():
+                return unfold(short, repeat)
         except (UnfoldError, ValueError):  # a model that does not fold, or does not trace: the whole trace will tell
             return None
 
@@ -198,6 +202,18 @@ def trace_workload(
             raise TraceError(f"{error} (its {size} are too many to try real ones)") from error
         del module
     return fitted(build("cpu"))
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Keeps Python from searching 100,000 fresh objects for cycles again and again."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _weight_bytes(module: nn.Module) -> int:

@@ -96,30 +96,32 @@ def find(source: Source, block: int) -> int:
 
 
 def pieces(graph: OpGraph, ops: Things, block_of: BlockOf) -> Iterator[tuple[int | None, range, bool]]:
-    """The short graph cut into segments: block, ops, whether blocks run backwards there."""
+    """The short graph cut into segments: block, ops, whether blocks run backwards there.
+
+    Blocks may run several times one after the other, as in optimizers that go over the parameters twice.
+    """
     done = 0
     for kind, group in groupby(graph.ops, lambda op: "backward" if op.phase == "recompute" else op.phase):
         here = list(group)
-        reverse = kind == "backward"
+        end, reverse = done + len(here), kind == "backward"
         order = (3, 2, 1, 0) if reverse else (0, 1, 2, 3)
-        first: dict[int, int] = {}
-        for op in here:
-            block = block_of(op.module)
-            if block is not None:
-                first.setdefault(block, op.id)
-        end = done + len(here)
-        if first:
-            need(sorted(first) == [0, 1, 2, 3], "not every block takes part in the step")
-            last = max(op.id for op in here if block_of(op.module) == order[-1]) + 1
-            cuts = [*(first[b] for b in order), last]
-            need(cuts == sorted(set(cuts)), "the blocks do not run one after the other")
+        marked = ((block_of(op.module), op.id) for op in here)
+        runs = [
+            (block, [op for _, op in run])
+            for block, run in groupby(((b, op) for b, op in marked if b is not None), lambda mark: mark[0])
+        ]
+        need(len(runs) % KEPT == 0, "not every block takes part in the step")
+        for turn in range(0, len(runs), KEPT):
+            four = runs[turn : turn + KEPT]
+            need(tuple(block for block, _ in four) == order, "the blocks do not run one after the other")
+            cuts = [*(marks[0] for _, marks in four), four[-1][1][-1] + 1]
             if done < cuts[0]:
                 yield None, range(done, cuts[0]), reverse
             for block, low, high in zip(order, cuts, cuts[1:]):
-                for op_id in range(low, high):
-                    ops.own(op_id, block, (kind, op_id - low))
+                for op in range(low, high):
+                    ops.own(op, block, (kind, turn, op - low))
                 yield block, range(low, high), reverse
-            done = last
+            done = cuts[-1]
         if done < end:
             yield None, range(done, end), reverse
         done = end

@@ -13,6 +13,7 @@ from typing import Any, cast
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -109,8 +110,8 @@ class StepTracer(TorchDispatchMode):
         if self.part == "optimizer":
             return "optimizer", "", -1
         node = torch._C._current_autograd_node()
-        # Backward runs with gradients off: where they are on, a checkpoint recomputes.
-        if self.part == "forward" or self._stack or torch.is_grad_enabled():
+        # Nodes run with gradients off: where they are on, a checkpoint recomputes.
+        if self.part == "forward" or self._stack or (node is not None and torch.is_grad_enabled()):
             module = self._stack[-1] if self._stack else self._of_node(node)[0] if node is not None else LOSS
             self._nodes.setdefault(torch._C._autograd._get_sequence_nr() - 1, (module, len(self.ops)))
             return ("forward" if self.part == "forward" else "recompute"), module, -1
@@ -214,3 +215,19 @@ def module_hooks(tracer: StepTracer) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+class without_meta_init(TorchFunctionMode):  # noqa: N801 - used like a function
+    """Skips filling meta tensors, which have no values: Python code that takes longer than the rest of the build."""
+
+    FILLS = frozenset({"normal_", "uniform_", "zero_", "fill_", "constant_", "kaiming_uniform_"})
+
+    def __torch_function__(
+        self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__name__", "") in self.FILLS:
+            filled = args[0] if args else kwargs.get("tensor")
+            if isinstance(filled, torch.Tensor) and filled.is_meta:
+                return filled
+        return func(*args, **kwargs)

@@ -117,19 +117,26 @@ def _write_ops(
     def grown(items: tuple[int, ...]) -> tuple[int, ...]:
         return tuple(tensors.id_of(t, b) for t, b in expanded(items, tensors))
 
-    def grown_args(value: Any) -> Any:
-        if isinstance(value, tuple) and value and all(isinstance(v, Ref) for v in value):
+    def grown_args(value: Any, model: tuple[Any, ...]) -> Any:
+        """Lists of tensors grow; lists of as many numbers (step sizes per parameter) grow like `model`."""
+        if isinstance(value, Ref):
+            return Ref(grown((value.tensor,))[0])
+        if not isinstance(value, tuple):
+            return value
+        if value and all(isinstance(v, Ref) for v in value):
             return tuple(Ref(t) for t in grown(tuple(v.tensor for v in value)))
-        if isinstance(value, tuple):
-            return tuple(grown_args(v) for v in value)
-        return Ref(grown((value.tensor,))[0]) if isinstance(value, Ref) else value
+        if model and len(value) == len(model) and not any(isinstance(v, tuple) for v in value):
+            place = {ref.tensor: n for n, ref in enumerate(model)}
+            return tuple(value[place[t]] for t, _ in expanded(list(place), tensors))
+        return tuple(grown_args(v, model) for v in value)
 
     for new, (i, block) in enumerate(order):
         op, owner = graph.ops[i], ops.owner[i]
         if owner is None and op.name.startswith(LISTS):
+            model = next((a for a in op.args if isinstance(a, tuple) and a and isinstance(a[0], Ref)), ())
             yield Op(
                 new, op.name, op.phase, op.module, grown(op.inputs), grown(op.outputs), grown(op.mutates),
-                grown_args(op.args), grown_args(op.kwargs), op.flops, op.is_view, op.forward, op.flops_per_batch,
+                tuple(grown_args(a, model) for a in op.args), grown_args(op.kwargs, ()), op.flops, op.is_view, op.forward, op.flops_per_batch,
                 op.args_per_batch,
             )  # fmt: skip
             continue
