@@ -10,12 +10,12 @@ from dataclasses import dataclass, field
 
 
 from opgraph.graph import DTYPE_BYTES, Op
-from planner.layout import Layout
+from planner.layout import Layout, accumulates
 from planner.orders import stage_order
 from planner.plan import ParallelPlan
 from planner.runtime import Stage, recomputed_ops
 from planner.runtime_data import Unit, padded, zero1_owners
-from planner.stages import within
+from planner.stages import LOSS, shared_parameters, within
 
 
 def peak_bytes(stages: tuple[Stage, ...], plan: ParallelPlan, backend: str = "gloo") -> tuple[int, ...]:
@@ -101,7 +101,7 @@ class _Replay:
         received = {graph.tensors[t].storage for t in _received(stage)}
         owner = _gradient_owners(stage)
         end = stage.ops.backward[-1].id if stage.ops.backward else stage.ops.forward[-1].id
-        kept = {graph.tensors[t].storage for t in stage.ops.sends}
+        kept = {graph.tensors[t].storage for t in (*stage.ops.sends, *_outputs(stage))}
         for storage in graph.storages:
             s = storage.id
             if storage.birth not in mine or s in received:
@@ -152,6 +152,7 @@ class _Replay:
             self._forget(op, i, micro)
         if current is not None:
             self._drop(f"whole {current.path}")
+        self._drop("last gather")
 
     def _forget(self, op: Op, index: int, micro: int) -> None:
         """At the end of a checkpointed region, what its backward will make again is freed."""
@@ -188,15 +189,14 @@ class _Replay:
         last_of = {_path(stage, op): i for i, op in enumerate(stage.ops.backward)}
         for i, op in enumerate(stage.ops.backward):
             unit = _unit(stage, op)
-            if stage.units and "" not in entered and op.module != "<loss>":
+            if stage.units and "" not in entered and op.module != LOSS:
                 entered.add("")
                 self._gather(stage.units[0], "backward")
                 self._prefetch(len(stage.units))
             if unit is not None and unit.path not in entered:
                 entered.add(unit.path)
-                self._start(unit)
-                self._prefetch(stage.units.index(unit))
                 self._gather(unit, "backward")
+                self._prefetch(stage.units.index(unit))
             for path, ops in self.again.items():
                 if path not in made_again and within(op.module, path):
                     made_again.add(path)
@@ -282,6 +282,14 @@ def _received(stage: Stage) -> tuple[int, ...]:
     return stage.stages[stage.ops.index - 1].sends if stage.ops.index else ()
 
 
+def _outputs(stage: Stage) -> set[int]:
+    """The model's outputs, which torch's pipeline stage keeps until their backward; a plain step keeps only the loss."""
+    if stage.plan.pp == 1 or stage.ops.index + 1 < stage.plan.pp:
+        return set()
+    read = {t for op in stage.ops.forward if op.module == LOSS for t in op.inputs}
+    return read & {t for op in stage.ops.forward if op.module != LOSS for t in op.outputs}
+
+
 def _message_bytes(stage: Stage) -> list[int]:
     """Receive buffers of one micro-batch: activations from the stage before, gradients from the stage after."""
     tensors = stage.graph.tensors
@@ -300,6 +308,15 @@ def _gradient_owners(stage: Stage) -> dict[int, str]:
     for name, op in stage.ready.items():
         for t in (where[op].outputs or where[op].inputs)[:1]:
             owners[stage.graph.tensors[t].storage] = name
+    shared = {name: stage.graph.parameters[name].shape for name, _ in shared_parameters(stage.stages)}
+    mine = {t for op in stage.ops.backward for t in op.outputs}
+    everywhere = {op.id for s in stage.stages for op in s.backward}
+    for op in stage.graph.ops:  # the sum of a tied weight's gradients is a message; every stage keeps its own term
+        if accumulates(op) and op.id not in everywhere:
+            for t in mine & set(op.inputs):
+                name = next((n for n, shape in shared.items() if shape == stage.graph.tensors[t].shape), "")
+                if name:
+                    owners[stage.graph.tensors[t].storage] = name
     return owners
 
 

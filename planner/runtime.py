@@ -323,9 +323,9 @@ class _FsdpBackward:
         if unit.path not in stage.gathered and unit.parameters:
             yield from _start_gather(stage, unit, "backward", op.module)
             self.started.add(unit.path)
-        yield from self._prefetch(stage.units.index(unit), op.module)
         if unit.path in self.started:
             yield from _finish_gather(stage, unit, "backward", op.module)
+        yield from self._prefetch(stage.units.index(unit), op.module)
 
     def _prefetch(self, index: int, module: str) -> Iterator[Item]:
         stage = self.stage

@@ -1,0 +1,239 @@
+"""Search: every legal plan is estimated and bounded, the promising ones are simulated, the best come first."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from math import log
+from time import perf_counter
+
+import numpy as np
+from numpy.typing import NDArray
+
+from costmodels.cluster import Cluster
+from opgraph.graph import OpGraph
+from opgraph.workload import Workload
+from planner.estimate import Estimates, estimate
+from planner.plan import AXES, ParallelPlan, Precision
+from planner.predict import Prediction, memory_per_rank, predict
+from planner.space import Rejection, Space, enumerate_plans
+
+DEFAULT_LIMIT = 48  # plans that are simulated; there are at most 46 families, so that each has its best among them
+
+
+@dataclass(frozen=True, slots=True)
+class Ranked:
+    """A simulated plan. bound_seconds: its own lower bound. gap: step / least bound of all legal plans that may fit,
+    minus 1; no plan of the space is better by more. tied: the predictions' intervals do not tell it from the best."""
+
+    plan: ParallelPlan
+    prediction: Prediction
+    bound_seconds: float
+    gap: float
+    tied: bool
+
+
+@dataclass(frozen=True, slots=True)
+class SearchResult:
+    """plans: simulated plans that fit, by predicted step. considered: legal plans, all of them estimated. infeasible:
+    those that do not fit. undecided: plans that were not simulated and whose bound is below the best step (0: the best
+    is proved the best of the space under the cost model). seconds: what the search took."""
+
+    plans: tuple[Ranked, ...]
+    considered: int
+    infeasible: int
+    rejected: tuple[Rejection, ...]
+    seconds: float
+    undecided: int = 0
+
+
+@dataclass(slots=True)
+class _State:
+    """What is known of every plan of the space: simulated, or out (does not fit, or cannot be predicted)."""
+
+    space: Space
+    estimates: Estimates
+    out: NDArray[np.bool_]
+    found: dict[int, Prediction] = field(default_factory=dict)
+    short: dict[str, tuple[float, int, int]] = field(default_factory=dict)  # family -> least shortage, rank, count
+    refused: dict[tuple[str, str], int] = field(default_factory=dict)
+
+    def lacks(self, index: int, nbytes: float, rank: int) -> None:
+        self.out[index] = True
+        name = " ".join(map(str, family(self.space.plans[index])[:-1]))
+        before = self.short.get(name, (nbytes, rank, 0))
+        least = min(before[:2], (nbytes, rank))
+        self.short[name] = (*least, before[2] + 1)
+
+
+def search(
+    workload: Workload,
+    graph: OpGraph,
+    cluster: Cluster,
+    global_batch: int,
+    *,
+    devices: int | None = None,
+    limit: int | None = None,
+    precision: Precision = "fp32",
+    progress: Callable[[str, float], None] | None = None,
+) -> SearchResult:
+    """Ranks the plans of `global_batch` samples on `devices` devices (default: all of the cluster's).
+
+    All legal plans are estimated, bounded and checked for memory; the best `limit` of them, the best of every family
+    among them, are simulated. `progress` gets a text and the done fraction. ValueError if no plan is legal or none
+    fits.
+    """
+    began = perf_counter()
+    if limit is not None and limit < 1:
+        raise ValueError(f"a search that simulates {limit} plans finds none; give 1 or more")
+    if graph.precision != precision:
+        raise ValueError(f"the graph was traced in {graph.precision}; trace it in {precision} to plan in {precision}")
+    space = enumerate_plans(workload, graph, cluster, global_batch, devices, precision)
+    if not space.plans:
+        why = "; ".join(dict.fromkeys(f"{r.label}: {r.reason}" for r in space.rejected))
+        raise ValueError(f"no plan of {workload.name} is legal on these devices ({why})")
+    estimates = estimate(space.costs, space.plans)
+    state = _State(space, estimates, np.zeros(len(space.plans), bool))
+    _drop_what_cannot_fit(state, cluster)
+    _simulate(state, graph, cluster, DEFAULT_LIMIT if limit is None else limit, progress)
+    infeasible = sum(count for _, _, count in state.short.values())
+    rejected = (*space.rejected, *_memory_rejections(state), *_refusals(state))
+    if not state.found:
+        raise ValueError(_nothing(state, workload, cluster))
+    plans, undecided = _ranked(state)
+    return SearchResult(plans, len(space.plans), infeasible, rejected, perf_counter() - began, undecided)
+
+
+def _drop_what_cannot_fit(state: _State, cluster: Cluster) -> None:
+    need = state.estimates.need_bytes
+    for i, plan in enumerate(state.space.plans):
+        lacking, rank = shortage(plan, cluster, np.repeat(need[i, : plan.pp], plan.dp * plan.tp))
+        if lacking > 0:
+            state.lacks(i, lacking, rank)
+
+
+def shortage(plan: ParallelPlan, cluster: Cluster, by_rank: Sequence[float] | NDArray[np.float64]) -> tuple[float, int]:
+    """Bytes that are missing on the rank where most are (0 or less: it fits), and that rank."""
+    held = np.asarray(by_rank, float)
+    rank = int(np.argmax(held))
+    return float(held[rank]) - memory_per_rank(cluster, plan), rank
+
+
+def _simulate(
+    state: _State, graph: OpGraph, cluster: Cluster, limit: int, progress: Callable[[str, float], None] | None
+) -> None:
+    """Simulates the best of every family, then the best of all, by estimate; what does not fit makes room for more."""
+    order = [int(i) for i in np.argsort(state.estimates.seconds, kind="stable")]
+    while len(state.found) < limit:
+        index = _next(state, order)
+        if index is None:
+            return
+        plan = state.space.plans[index]
+        if progress:
+            progress(f"simulating {plan.label}", len(state.found) / limit)
+        try:
+            prediction = predict(graph, plan, cluster)
+        except ValueError as error:
+            state.out[index] = True
+            key = plan.label, str(error)
+            state.refused[key] = state.refused.get(key, 0) + 1
+            continue
+        if prediction.fits:
+            state.found[index] = prediction
+        else:
+            lacking, rank = shortage(plan, cluster, prediction.peak_bytes)
+            state.lacks(index, max(lacking, 0.0), rank)
+
+
+def _next(state: _State, order: list[int]) -> int | None:
+    """The best plan by estimate of a family that has none yet, else the best of all; dropped from `order`."""
+    plans = state.space.plans
+    seen = {family(plans[i]) for i in state.found}
+    left = [i for i in order if not state.out[i]]
+    index = next((i for i in left if family(plans[i]) not in seen), left[0] if left else None)
+    if index is not None:
+        left.remove(index)
+    order[:] = left
+    return index
+
+
+def _ranked(state: _State) -> tuple[tuple[Ranked, ...], int]:
+    bounds = state.estimates.bound_seconds
+    least = float(bounds[~state.out].min())
+    order = sorted(state.found, key=lambda i: (state.found[i].step_seconds, i))
+    best = state.found[order[0]]
+    ranked = tuple(
+        Ranked(
+            state.space.plans[i], state.found[i], float(bounds[i]), state.found[i].step_seconds / least - 1,
+            _tied(state.found[i], best),
+        )
+        for i in order
+    )  # fmt: skip
+    open_ = [i for i in np.flatnonzero(~state.out) if i not in state.found and bounds[i] < best.step_seconds]
+    return ranked, len(open_)
+
+
+def _tied(one: Prediction, best: Prediction) -> bool:
+    return one is best or one.interval[0] <= best.step_seconds or one.step_seconds <= best.interval[1]
+
+
+def _memory_rejections(state: _State) -> tuple[Rejection, ...]:
+    return tuple(
+        Rejection(name, f"out of memory on rank {rank}: the plan that lacks least lacks {nbytes:.0f} bytes", count)
+        for name, (nbytes, rank, count) in state.short.items()
+    )
+
+
+def _refusals(state: _State) -> tuple[Rejection, ...]:
+    return tuple(Rejection(label, reason, count) for (label, reason), count in state.refused.items())
+
+
+def _nothing(state: _State, workload: Workload, cluster: Cluster) -> str:
+    if not state.short:
+        (_, reason), _ = next(iter(state.refused.items()))
+        return f"no plan of {workload.name} can be predicted: {reason}"
+    capacity = memory_per_rank(cluster, state.space.plans[0])
+    name = min(state.short, key=lambda n: state.short[n])
+    lacking, rank, _ = state.short[name]
+    return (
+        f"no plan of {workload.name} fits {cluster.name}: the smallest ({name}) needs {capacity + lacking:.4g} bytes "
+        f"on rank {rank}, which has {capacity:.4g}; use more devices, a smaller batch or devices with more memory"
+    )
+
+
+# -- families and variety -------------------------------------------------------------------------------------------
+
+
+def family(plan: ParallelPlan) -> tuple[str, ...]:
+    """Axes that the plan splits, how it keeps the model, its schedule, and whether it recomputes."""
+    axes = " x ".join(axis for axis in AXES if getattr(plan, axis) > 1) or "single"
+    kind = (plan.data_parallel,) if plan.dp > 1 else ()
+    schedule = (plan.schedule,) if plan.pp > 1 else ()
+    return (axes, *kind, *schedule, "recompute" if plan.recompute else "")
+
+
+def _group(plan: ParallelPlan) -> str:
+    """The coarse families that a validation has to cover."""
+    axes = family(plan)[0]
+    if axes == "dp":
+        return plan.data_parallel
+    return f"pp {plan.schedule}" if axes == "pp" else axes
+
+
+GROUPS = ("ddp", "zero1", "fsdp", "tp", "pp gpipe", "pp 1f1b", "dp x tp", "pp x dp", "pp x tp", "pp x dp x tp")
+
+
+def diverse(result: SearchResult, count: int) -> tuple[Ranked, ...]:
+    """Up to `count` plans to execute: the best of each group, best first, then those whose predicted steps lie
+    farthest from all picked ones (by ratio), so that fast and slow plans are among them."""
+    best: dict[str, Ranked] = {}
+    for ranked in result.plans:
+        best.setdefault(_group(ranked.plan), ranked)
+    picked = sorted((best[g] for g in GROUPS if g in best), key=lambda r: r.prediction.step_seconds)[:count]
+    picked = picked or list(result.plans[:count])
+    left = [r for r in result.plans if r not in picked]
+    while left and len(picked) < count:
+        times = np.array([log(r.prediction.step_seconds) for r in picked])
+        far = [float(np.abs(times - log(r.prediction.step_seconds)).min()) for r in left]
+        picked.append(left.pop(int(np.argmax(far))))
+    return tuple(picked)
