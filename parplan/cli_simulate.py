@@ -113,5 +113,7 @@ def _print(data: dict[str, Any]) -> None:
         ("tasks", f"{data['tasks']:,}, {seconds(data['seconds'])} in all"),
     ]  # fmt: skip
     if data["unpriced"]:
-        rows.append(("roofline only", ", ".join(data["unpriced"])))
+        names = [name.removeprefix("aten.").removesuffix(".default") for name in data["unpriced"]]
+        more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+        rows.append(("roofline only", ", ".join(names[:8]) + more))
     show(table(f"{data['model']}: {data['label']} on {data['cluster']}", ("", ""), rows, left=2))

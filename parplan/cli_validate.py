@@ -86,7 +86,7 @@ def reported(
     from validation.study import predictions_path
 
     command = shlex.join(["parplan", *sys.argv[1:]])
-    if os.environ.get("RANK", "0") != "0":  # under torchrun rank 0 writes the report
+    if not first_rank():  # under torchrun rank 0 writes the report
         with working() as progress:
             return (made := make(progress, lambda model, predictions: None)), results(made, environment(command))
     with assembled(target, MARKER) as folder:
@@ -104,14 +104,20 @@ def reported(
     return made, data
 
 
+def first_rank() -> bool:
+    """Whether this process speaks for all: it does unless torchrun says that it is another rank."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def finish(studies: Sequence[Study], data: dict[str, Any], target: Path, json: bool) -> None:
     """Prints the outcome; RuntimeError where a plan failed."""
-    remark(f"the report is in {target}")
-    if json:
-        emit(data)
-    else:
-        for study in studies:
-            _print(study)
+    if first_rank():
+        remark(f"the report is in {target}")
+        if json:
+            emit(data)
+        else:
+            for study in studies:
+                _print(study)
     failures = [c for s in studies for c in s.failures]
     if failures:
         first, count = failures[0], sum(len(s.comparisons) for s in studies)

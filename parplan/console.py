@@ -10,6 +10,7 @@ from contextlib import contextmanager, redirect_stdout
 from typing import Any
 
 Progress = Callable[[str, float], None]
+QUIET_SECONDS = 5.0  # between two lines of progress of one kind, where there is no terminal
 
 
 def seconds(value: float) -> str:
@@ -85,7 +86,7 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], lef
 def working() -> Iterator[Progress]:
     """While a verb works, what models or libraries print goes to stderr: stdout carries the result alone.
 
-    Yields a callback `(what, fraction)`: a bar where stderr is a terminal, else one plain line per new `what`.
+    Yields a callback `(what, fraction)`: a bar where stderr is a terminal, else plain lines, few of one kind.
     """
     with redirect_stdout(sys.stderr), _progress() as update:
         yield update
@@ -104,20 +105,27 @@ def _progress() -> Iterator[Progress]:
         task = bars.add_task("", total=1.0)
 
         def update(what: str, fraction: float) -> None:
-            if "measured" in what or "FAILED" in what:  # results stay on the screen
+            if is_result(what):  # results stay on the screen
                 bars.console.print(what, markup=False)
             bars.update(task, description=what.replace("[", "\\["), completed=fraction)
 
         yield update
 
 
+def is_result(what: str) -> bool:
+    """Whether a line of progress says what came out of executing a plan."""
+    return ", measured " in what or ": FAILED, " in what
+
+
 def _lines() -> Progress:
-    began, last = time.monotonic(), ""
+    began, said, last = time.monotonic(), 0.0, ""
 
     def update(what: str, fraction: float) -> None:
-        nonlocal last
-        if what != last:
-            last = what
-            remark(f"[{time.monotonic() - began:5.1f} s] {what}")
+        nonlocal said, last
+        now = time.monotonic() - began
+        other_kind = what.partition(" ")[0] != last.partition(" ")[0]
+        if what != last and (is_result(what) or other_kind or now > said + QUIET_SECONDS):
+            said, last = now, what
+            remark(f"[{now:5.1f} s] {what}")
 
     return update
