@@ -158,13 +158,13 @@ def trace_workload(
 
     from opgraph.fold import Fold, find_fold, shortened
     from opgraph.trace import TraceError, trace
-    from opgraph.tracer import without_meta_init
+    from opgraph.tracer import WithoutMetaInit
     from opgraph.unfold import UnfoldError, unfold
 
     low = max(SMALLEST, workload.batch_size)
 
     def build(device: str) -> nn.Module:
-        with torch.random.fork_rng(devices=[]), torch.device(device), without_meta_init():
+        with torch.random.fork_rng(devices=[]), torch.device(device), WithoutMetaInit():
             return workload.build()
 
     def at(batch: int, module: nn.Module) -> OpGraph:

@@ -217,7 +217,7 @@ def module_hooks(tracer: StepTracer) -> Iterator[None]:
             handle.remove()
 
 
-class without_meta_init(TorchFunctionMode):  # noqa: N801 - used like a function
+class WithoutMetaInit(TorchFunctionMode):
     """Skips filling meta tensors, which have no values: Python code that takes longer than the rest of the build."""
 
     FILLS = frozenset({"normal_", "uniform_", "zero_", "fill_", "constant_", "kaiming_uniform_"})

@@ -136,8 +136,8 @@ def _write_ops(
             model = next((a for a in op.args if isinstance(a, tuple) and a and isinstance(a[0], Ref)), ())
             yield Op(
                 new, op.name, op.phase, op.module, grown(op.inputs), grown(op.outputs), grown(op.mutates),
-                tuple(grown_args(a, model) for a in op.args), grown_args(op.kwargs, ()), op.flops, op.is_view, op.forward, op.flops_per_batch,
-                op.args_per_batch,
+                tuple(grown_args(a, model) for a in op.args), grown_args(op.kwargs, ()), op.flops, op.is_view,
+                op.forward, op.flops_per_batch, op.args_per_batch,
             )  # fmt: skip
             continue
         if i not in sources:
