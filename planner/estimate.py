@@ -98,15 +98,51 @@ def _row(costs: StepCosts, plan: ParallelPlan, stages: StageCosts, kind: str) ->
     units = max(len(plan.fsdp_units) / plan.pp, 1) + 1  # FSDP holds two of them whole, and the gradient of one
     copied = {"ddp": 1.0, "zero1": 1.0, "fsdp": 3 / units}[kind] if plan.dp > 1 else 0.0  # DDP: its buckets
     shared = ("send", "saved", "transient", "held", "sums", "messages", "message_work")
-    return {name: getattr(stages, name) for name in shared} | _data_messages(costs, plan, stages.params) | {
+    row = {name: getattr(stages, name) for name in shared} | _data_messages(costs, plan, stages.params)
+    row |= {
         "forward": stages.forward, "backward": stages.backward,
+        "copies": np.zeros(plan.pp), "least_copies": np.zeros(plan.pp),
         "overlaps": np.full(plan.pp, float(kind != "fsdp" or plan.pp == 1)),  # FSDP in a pipeline: at the end
         "optimizer": optimizer_seconds(costs, stages.params / parts),
-        "copies": stages.copies if plan.dp > 1 and kind != "fsdp" else np.zeros(plan.pp),
         "params": stages.params / shards, "grads": stages.params / shards,
         "state": costs.state_ratio * stages.params / parts, "inflight": inflight,
         "extra": stages.input_bytes * plan.micro_batches + copied * stages.params,
     }  # fmt: skip
+    _add_runtime(costs, plan, stages, kind, row)
+    return row
+
+
+def _add_runtime(costs: StepCosts, plan: ParallelPlan, stages: StageCosts, kind: str, row: dict[str, Floats]) -> None:
+    """Host seconds and copies of data parallelism and the optimizer."""
+    host, n = costs.cluster.device.host, stages.tensors
+
+    def cost(name: str) -> float:
+        return host.get(name, 0.0)
+
+    row["optimizer"] = (
+        row["optimizer"] + cost("optimizer_step") + cost("optimizer_param") * n / (plan.dp if kind == "zero1" else 1)
+    )
+    if plan.dp == 1:
+        return
+    if kind != "fsdp":
+        buckets = np.maximum(np.floor(stages.params / plan.bucket_bytes), 1)
+        row["forward"] = row["forward"] + cost("ddp_step")
+        row["copies"] = stages.copies + cost("ddp_param") * n + cost("ddp_bucket") * buckets
+        row["least_copies"] = row["copies"]
+        return
+    units = np.full(plan.pp, len(plan.fsdp_units) / plan.pp + 1)
+    copy = np.array([_copy_seconds(costs, v / u) * u for v, u in zip(stages.params.tolist(), units)])
+    row["optimizer"] = row["optimizer"] + cost("fsdp_optimizer_param") * n
+    row["gather"] = row["gather"] + cost("fsdp_unit_forward") * units + cost("fsdp_param_forward") * n + copy
+    row["regather"] = row["regather"] + cost("fsdp_unit_backward") * units + cost("fsdp_param_backward") * n + copy
+    row["gather_least"] = row["gather_least"] + cost("fsdp_unit_forward") + cost("fsdp_param_forward") * n
+    row["copies"] = cost("fsdp_param_backward") * n + copy
+    row["least_copies"] = cost("fsdp_param_backward") * n
+
+
+def _copy_seconds(costs: StepCosts, nbytes: float) -> float:
+    shape = copy_work("fsdp.split_with_sizes_copy.default", round(nbytes / 4), "float32", "backward", "").shape
+    return price_many(costs.cluster.device, [shape])[0].seconds
 
 
 def _data_messages(costs: StepCosts, plan: ParallelPlan, volume: Floats) -> dict[str, Floats]:
@@ -178,7 +214,8 @@ def _chain(costs: StepCosts, t: dict[str, Any], least: bool) -> Floats:
     """
     m = t["m"][:, None]
     forward, backward, gather = t["forward"], t["backward"], t["gather_least" if least else "gather"]
-    copies = t["copies"] + (m - 1) * t["sums"]
+    copied = t["least_copies"] if least else t["copies"]
+    copies = copied + (m - 1) * t["sums"]
     end = t["optimizer"] + t["after_least" if least else "after"]
     up = np.cumsum(forward + gather + t["send"], 1) - forward - gather - t["send"]
     down = np.cumsum(backward + t["send"], 1) - backward - t["send"]
@@ -188,10 +225,10 @@ def _chain(costs: StepCosts, t: dict[str, Any], least: bool) -> Floats:
         hides = t["overlaps"] * (0.0 if costs.cluster.cores else OVERLAP)
         hidden = hides * backward
         exposed = np.maximum(t["reduce"] + t["regather"] * repeats - hidden * repeats, t["tail"])
-        gather, end = gather * repeats, end + exposed
+        gather, end = gather * m, end + exposed
         back = m * backward + copies + end + np.where(m > 1, m * t["send"], 0.0)
-    last = copies[:, :1] + end[:, :1]
-    own = up + gather + m * forward + np.maximum(back, m * backward + copies + down + last)
+    last = np.where(np.arange(down.shape[1]) > 0, copied[:, :1], copies) + end[:, :1]
+    own = up + gather + m * forward + np.maximum(back, m * backward + down + last)
     result = np.asarray(own.max(1))
     cores = costs.cluster.cores * costs.cluster.nodes
     if not cores:
@@ -235,8 +272,9 @@ class StageCosts:
 
     forward, backward: ops with their host time, what is recomputed, and tensor-parallel messages, which are `messages`
     of these seconds and keep `message_work` core seconds busy. send: of the message to the next stage. copies: into and
-    out of DDP's buckets. sums: adding one micro-batch's gradients to the others'. saved: activations kept for
-    backward. transient: most bytes of short-lived tensors. held: buffers. input_bytes: of the model's inputs.
+    out of DDP's buckets. sums: adding one micro-batch's gradients to the others'. params: bytes of parameters; tensors:
+    how many there are. saved: activations kept for backward. transient: most bytes of short-lived tensors. held:
+    buffers. input_bytes: of the model's inputs.
     """
 
     forward: Floats
@@ -247,6 +285,7 @@ class StageCosts:
     copies: Floats
     sums: Floats
     params: Floats
+    tensors: Floats
     saved: Floats
     transient: Floats
     held: Floats
@@ -269,6 +308,7 @@ class Curves:
     sums: Floats
     transient: Floats
     params: Floats
+    tensors: Floats
     held: Floats
     bytes: Floats
     reads: Floats
@@ -344,12 +384,29 @@ def _stage_costs(costs: StepCosts, plan: ParallelPlan) -> StageCosts:
         send[s] = collective_price(costs.cluster, "send", float(c.reads[crossing].sum()), ranks).seconds
     inputs = sum(s.bytes_per_batch * plan.micro_batch for s in graph.storages if s.role == "input")
     messages = per_stage(c.messages.sum(0) + np.where(again > 0, c.messages[0], 0.0))
+    around = _runtime_host(costs, plan)
     return StageCosts(
-        forward=per_stage(c.forward), backward=per_stage(c.backward + again), messages=messages,
+        forward=per_stage(c.forward + around[0]), backward=per_stage(c.backward + again + around[1]), messages=messages,
         message_work=messages * c.demand, send=send, copies=per_stage(c.copies), sums=per_stage(c.sums), params=params,
+        tensors=per_stage(c.tensors),
         saved=per_stage(saved), transient=np.maximum.reduceat(c.transient, starts) + dropped, held=held,
         input_bytes=float(inputs),
     )  # fmt: skip
+
+
+def _runtime_host(costs: StepCosts, plan: ParallelPlan) -> Floats:
+    """Host seconds of pipelines, checkpoints and sharded Linears, in forward and backward [2], by forward op."""
+    host, found = costs.cluster.device.host, np.zeros((2, costs.forward_ops))
+    starts = [0, *(cut_start(costs, cut) for cut in plan.cuts)] if plan.pp > 1 else []
+    places = {
+        "pp_action": starts,
+        "checkpoint": [costs.spans[path][0] for path in plan.recompute if path in costs.spans],
+        "dtensor_linear": [costs.spans[path][0] for path, _ in plan.shardings] if plan.tp > 1 else [],
+    }
+    for kind, where in places.items():
+        for i, phase in enumerate(("forward", "backward")):
+            np.add.at(found[i], where, host.get(kind if kind == "pp_action" else f"{kind}_{phase}", 0.0))
+    return found
 
 
 def _kept(costs: StepCosts, plan: ParallelPlan, c: Curves) -> tuple[Floats, Floats, float]:
@@ -459,7 +516,7 @@ def _curves(costs: StepCosts, plan: ParallelPlan) -> Curves:
     whole = {graph.tensors[i].storage for i, p in enumerate(layout.placements) if p >= 0}
     sizes = [(s.bytes + step * s.bytes_per_batch) / (plan.tp if s.id in whole else 1) for s in graph.storages]
     nbytes_of = np.array(sizes, float)
-    params, held, copies, sums = np.zeros(n), np.zeros(n), np.zeros(n), np.zeros(n)
+    params, tensors, held, copies, sums = np.zeros((5, n))
     uses, _ = _uses(costs)
     for s in graph.storages:
         if s.role in ("parameter", "buffer") and s.id in uses:
@@ -467,7 +524,7 @@ def _curves(costs: StepCosts, plan: ParallelPlan) -> Curves:
             (params if s.role == "parameter" else held)[at] += nbytes_of[s.id]
             if s.role == "parameter":
                 moved, added = _runtime_copies(costs, nbytes_of[s.id])
-                copies[at], sums[at] = copies[at] + moved, sums[at] + added
+                copies[at], sums[at], tensors[at] = copies[at] + moved, sums[at] + added, tensors[at] + 1
     reads = nbytes_of.copy()
     for t in {i for op in graph.ops[:n] for i in op.inputs}:
         tensor = _at(graph.tensors[t], step)
@@ -478,7 +535,7 @@ def _curves(costs: StepCosts, plan: ParallelPlan) -> Curves:
 
     return Curves(
         along(before) + messages[0], along(after) + messages[1], messages, demand, copies, sums,
-        _transient(costs, nbytes_of), params, held, nbytes_of, reads,
+        _transient(costs, nbytes_of), params, tensors, held, nbytes_of, reads,
     )  # fmt: skip
 
 
