@@ -9,7 +9,8 @@ from opgraph.graph import OpGraph
 from planner.apply_record import Collective, LocalOp
 from planner.layout import propagate
 from planner.plan import ParallelPlan
-from planner.runtime import prepare, stage_script
+from planner.runtime import stage_script
+from planner.runtime_stage import prepare
 from planner.script import Item, Message, Transfer, Work
 from planner.stages import shared_parameters, stage_ops
 
@@ -63,11 +64,11 @@ def compare(graph: OpGraph, plan: ParallelPlan, rank: int, records: tuple[LocalO
     lowered = lowered_messages(graph, plan, rank)
     dry: list[MessageKey] = [(r.kind, r.bytes, r.ranks, r.phase) for r in records if isinstance(r, Collective)]
     length = max(len(lowered), len(dry))
-    pairs = [
-        (lowered[i] if i < len(lowered) else None, dry[i] if i < len(dry) else None) for i in range(length)
+    pairs = [(lowered[i] if i < len(lowered) else None, dry[i] if i < len(dry) else None) for i in range(length)]
+    works: list[OpKey] = [
+        (w.shape.name, w.phase, w.shape.in_shapes) for w in _compute(lowered_script(graph, plan, rank))
     ]
-    works = [(w.shape.name, w.phase, w.shape.in_shapes) for w in _compute(lowered_script(graph, plan, rank))]
-    recorded = [(r.name, r.phase, r.in_shapes) for r in records if isinstance(r, LocalOp) and _counts(r)]
+    recorded: list[OpKey] = [(r.name, r.phase, r.in_shapes) for r in records if isinstance(r, LocalOp) and _counts(r)]
     ours, theirs = Counter(_keys(works)), Counter(_keys(recorded))
     return Mismatch(
         rank,

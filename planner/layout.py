@@ -128,8 +128,7 @@ def _reduce_border(graph: OpGraph, run: list[Op], placements: list[int], reducti
         for t in op.outputs:
             if placements[t] == PARTIAL:
                 partial[graph.tensors[t].storage] = t
-    for tensor in partial.values():
-        reductions.append(Reduction(run[-1].id, tensor))
+    reductions.extend(Reduction(run[-1].id, tensor) for tensor in partial.values())
     reduced = set(partial)
     for op in run:
         for t in op.outputs:

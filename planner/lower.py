@@ -5,7 +5,7 @@ Ops between two messages are merged into one task; ranks of one stage run the sa
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -16,7 +16,8 @@ from costmodels.ops import price_many
 from opgraph.graph import OpGraph
 from planner.layout import propagate
 from planner.plan import ParallelPlan
-from planner.runtime import Stage, prepare, stage_script
+from planner.runtime import stage_script
+from planner.runtime_stage import Stage, prepare
 from planner.script import Host, Item, Message, Transfer, Wait, Work, transfer_key
 from planner.stages import shared_parameters, stage_ops
 from simulator import Program, ProgramBuilder
@@ -53,8 +54,8 @@ class _Block:
 class _Tally:
     """What the prices of one rank rest on."""
 
-    by_source: Counter[str] = field(default_factory=Counter)
-    by_law: Counter[str] = field(default_factory=Counter)
+    by_source: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    by_law: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     unpriced: set[str] = field(default_factory=set)
     flops: int = 0
 
@@ -74,10 +75,20 @@ def lower(graph: OpGraph, plan: ParallelPlan, cluster: Cluster) -> Lowered:
         builder.stage(stage.ops.index, blocks)
     program = builder.tasks.build()
     ranks_per_script = plan.tp * (1 if plan.data_parallel == "zero1" else plan.dp)
-    by_source = {k: v * ranks_per_script for k, v in (tally.by_source + builder.by_source).items()}
-    squares = sum((v * ranks_per_script) ** 2 for v in (tally.by_law + builder.by_law).values())
+    by_source: dict[str, float] = defaultdict(float)
+    for found in (tally.by_source, builder.by_source):
+        for source, seconds in found.items():
+            by_source[source] += seconds * ranks_per_script
+    laws = (*tally.by_law.values(), *builder.by_law.values())
+    squares = sum((seconds * ranks_per_script) ** 2 for seconds in laws)
     return Lowered(
-        plan, program, prepared, tally.flops * ranks_per_script, by_source, squares**0.5, tuple(sorted(tally.unpriced))
+        plan,
+        program,
+        prepared,
+        tally.flops * ranks_per_script,
+        dict(by_source),
+        squares**0.5,
+        tuple(sorted(tally.unpriced)),
     )
 
 
@@ -118,8 +129,8 @@ class _Builder:
     def __init__(self, plan: ParallelPlan, cluster: Cluster, shared: tuple[tuple[str, tuple[int, ...]], ...]) -> None:
         self.plan, self.cluster, self.shared = plan, cluster, dict(shared)
         self.tasks = ProgramBuilder()
-        self.by_source: Counter[str] = Counter()
-        self.by_law: Counter[str] = Counter()
+        self.by_source: dict[str, float] = defaultdict(float)
+        self.by_law: dict[str, float] = defaultdict(float)
         nodes = sorted({cluster.node_of(r) for r in range(plan.world_size)})
         pools = {n: self.tasks.pool(f"node {n} cores", float(cluster.cores)) if cluster.cores else -1 for n in nodes}
         self.compute, self.comm = [], []
@@ -189,9 +200,9 @@ class _Builder:
             f"{item.kind} {item.axis} {item.bytes} B", item.kind, cost.seconds, self.comm[rank], (join,), cost.demand
         )
         self.last_message[rank] = task
-        # gloo's collectives of FSDP and tensor parallelism block the thread that calls them; DDP's buckets do not
-        asynchronous = item.key and not (self.cluster.backend == "gloo" and item.kind in ("all_gather", "reduce_scatter"))
-        if asynchronous:
+        # with gloo FSDP's collectives block the thread that calls them; DDP's buckets do not
+        blocks = self.cluster.backend == "gloo" and item.kind in ("all_gather", "reduce_scatter")
+        if item.key and not blocks:
             self.done[item.key, rank] = task
         else:
             self.last[rank] = task
@@ -226,7 +237,8 @@ class _Builder:
         if task < 0 or task == self.last[rank]:
             return
         before = self._after(self.last[rank], task)
-        self.last[rank] = task if len(before) == 1 else self.tasks.task(f"wait {key}", "wait", 0.0, -1, before, 0.0, rank)
+        joined = len(before) == 1
+        self.last[rank] = task if joined else self.tasks.task(f"wait {key}", "wait", 0.0, -1, before, 0.0, rank)
 
     @staticmethod
     def _after(*tasks: int) -> tuple[int, ...]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-
 from opgraph.graph import DTYPE_BYTES, Op
 from planner.layout import Layout, accumulates
 from planner.orders import stage_order
@@ -264,7 +263,8 @@ class _Replay:
         graph = self.stage.graph
         self._drop("last scatter")
         self._drop("last gather")
-        share = sum(p.bytes for p in self.stage.parameters.values()) / max(1, sum(t.bytes for t in graph.parameters.values()))
+        whole = sum(t.bytes for t in graph.parameters.values())
+        share = sum(p.bytes for p in self.stage.parameters.values()) / max(1, whole)
         live = 0
         events = [
             (s.birth, s.bytes) for s in graph.storages
@@ -283,7 +283,7 @@ def _received(stage: Stage) -> tuple[int, ...]:
 
 
 def _outputs(stage: Stage) -> set[int]:
-    """The model's outputs, which torch's pipeline stage keeps until their backward; a plain step keeps only the loss."""
+    """The model's outputs, which a pipeline stage keeps until their backward; a plain step keeps only the loss."""
     if stage.plan.pp == 1 or stage.ops.index + 1 < stage.plan.pp:
         return set()
     read = {t for op in stage.ops.forward if op.module == LOSS for t in op.inputs}
@@ -311,9 +311,9 @@ def _gradient_owners(stage: Stage) -> dict[int, str]:
     shared = {name: stage.graph.parameters[name].shape for name, _ in shared_parameters(stage.stages)}
     mine = {t for op in stage.ops.backward for t in op.outputs}
     everywhere = {op.id for s in stage.stages for op in s.backward}
-    for op in stage.graph.ops:  # the sum of a tied weight's gradients is a message; every stage keeps its own term
-        if accumulates(op) and op.id not in everywhere:
-            for t in mine & set(op.inputs):
+    for summing in stage.graph.ops:  # the sum of a tied weight's gradients is a message; every stage keeps its own term
+        if accumulates(summing) and summing.id not in everywhere:
+            for t in mine & set(summing.inputs):
                 name = next((n for n, shape in shared.items() if shape == stage.graph.tensors[t].shape), "")
                 if name:
                     owners[stage.graph.tensors[t].storage] = name
@@ -330,7 +330,8 @@ def _share_bytes(stage: Stage, name: str, dp_index: int) -> int:
 
 def _buffer_bytes(stage: Stage) -> list[int]:
     graph = stage.graph
-    used = {graph.tensors[t].storage for op in stage.ops.forward for t in op.inputs if graph.tensors[t].role == "buffer"}
+    read = (graph.tensors[t] for op in stage.ops.forward for t in op.inputs)
+    used = {t.storage for t in read if t.role == "buffer"}
     return [graph.storages[s].bytes for s in used]
 
 
@@ -342,6 +343,3 @@ def _unit(stage: Stage, op: Op) -> Unit | None:
 def _path(stage: Stage, op: Op) -> str:
     unit = _unit(stage, op)
     return unit.path if unit else ""
-
-
-

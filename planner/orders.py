@@ -1,4 +1,4 @@
-"""The order of actions on each stage, as torch's schedules make it: forwards, backwards, transfers started and awaited."""
+"""The order of a stage's actions, as torch's schedules make it: forwards, backwards, transfers started and awaited."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def stage_order(schedule: str, stage: int, stages: int, micro_batches: int) -> t
     """Actions of one stage. Source: torch.distributed.pipelining.schedules, `_step_microbatches` of ScheduleGPipe and
     Schedule1F1B (torch 2.13); one stage alone runs forward and backward of each micro-batch in turn."""
     if stages == 1:
-        return tuple(Action(kind, i) for i in range(micro_batches) for kind in ("F", "B"))  # type: ignore[arg-type]
+        return tuple(Action(kind, i) for i in range(micro_batches) for kind in ("F", "B"))
     return _gpipe(stage, stages, micro_batches) if schedule == "gpipe" else _one_f_one_b(stage, stages, micro_batches)
 
 

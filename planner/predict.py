@@ -64,9 +64,7 @@ def _check_size(plan: ParallelPlan, cluster: Cluster) -> None:
         )
 
 
-def _judge(
-    graph: OpGraph, plan: ParallelPlan, cluster: Cluster, lowered: Lowered, timeline: Timeline
-) -> Prediction:
+def _judge(graph: OpGraph, plan: ParallelPlan, cluster: Cluster, lowered: Lowered, timeline: Timeline) -> Prediction:
     step = timeline.makespan
     total = sum(lowered.seconds_by_source.values()) or 1.0
     spread = lowered.deviation / total

@@ -7,74 +7,15 @@ Read from torch 2.13 by dry runs (tests/planner/test_lowering.py holds the two t
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 
-from opgraph.graph import Op, OpGraph, Phase
-
-from planner.layout import Layout, Reduction
+from opgraph.graph import Op, Phase
 from planner.orders import stage_order
-from planner.plan import ParallelPlan
-from planner.runtime_data import (
-    LocalParameter,
-    Unit,
-    ddp_buckets,
-    fsdp_units,
-    gradient_order,
-    local_parameters,
-    padded,
-    zero1_owners,
-)
+from planner.runtime_data import LocalParameter, Unit, ddp_buckets, padded, zero1_owners
+from planner.runtime_fsdp import FsdpBackward, gather, gather_root, scatter, unit_of
 from planner.runtime_optimizer import optimizer_work
-from planner.script import (
-    Host,
-    Item,
-    Message,
-    Transfer,
-    Wait,
-    Work,
-    copies_nothing,
-    copy_work,
-    local_work,
-    rephased,
-    tensor_bytes,
-)
-from planner.stages import LOSS, StageOps, shared_parameters, within
-
-
-@dataclass(slots=True)
-class Stage:
-    """What is known about a stage while its script is written; `gathered` are the FSDP units that are whole now."""
-
-    graph: OpGraph
-    plan: ParallelPlan
-    layout: Layout
-    ops: StageOps
-    stages: tuple[StageOps, ...]
-    parameters: dict[str, LocalParameter]
-    ready: dict[str, int]
-    units: list[Unit]
-    reductions: dict[int, list[Reduction]]
-    works: dict[tuple[int, Phase], Work] = field(default_factory=dict)
-    gathered: set[str] = field(default_factory=set)
-
-    def work(self, op: Op, phase: Phase | None = None) -> Work:
-        key = (op.id, phase or op.phase)
-        if key not in self.works:
-            self.works[key] = local_work(self.graph, self.layout, op, phase)
-        return self.works[key]
-
-
-def prepare(graph: OpGraph, plan: ParallelPlan, layout: Layout, stages: tuple[StageOps, ...], index: int) -> Stage:
-    ops = stages[index]
-    parameters = local_parameters(graph, layout, ops.parameters)
-    sharded = plan.dp > 1 and plan.data_parallel == "fsdp"
-    reductions: dict[int, list[Reduction]] = {}
-    for reduction in layout.reductions:
-        reductions.setdefault(reduction.after, []).append(reduction)
-    return Stage(
-        graph, plan, layout, ops, stages, parameters, gradient_order(graph, ops),
-        fsdp_units(plan, ops, parameters) if sharded else [], reductions,
-    )  # fmt: skip
+from planner.runtime_stage import Stage
+from planner.script import Host, Item, Message, Transfer, Wait, copies_nothing, copy_work, rephased, tensor_bytes
+from planner.stages import LOSS, shared_parameters, within
 
 
 def stage_script(stage: Stage, dp_index: int = 0) -> list[Item]:
@@ -106,15 +47,15 @@ def _forward(stage: Stage) -> Iterator[Item]:
         yield Host("pp_action", 1, "forward")
     if plan.dp > 1 and plan.data_parallel != "fsdp":
         yield Host("ddp_step", 1, "forward")
-    yield from _gather_root(stage, "forward")
+    yield from gather_root(stage, "forward")
     current: Unit | None = None
     for op in stage.ops.forward:
-        unit = _unit_of(stage, op)
+        unit = unit_of(stage, op)
         if unit is not current:
             yield from _leave(stage, current)
             if unit is not None:
                 yield Host("fsdp_unit_forward", 1, "forward")
-                yield from _gather(stage, unit, "forward", op.module)
+                yield from gather(stage, unit, "forward", op.module)
             current = unit
         yield from _forward_op(stage, op, "forward")
     yield from _leave(stage, current)
@@ -154,52 +95,6 @@ def _reduced(stage: Stage, op: Op, phase: Phase) -> Iterator[Item]:
         yield Message("all_reduce", size, "tp", phase, op.module)
 
 
-# -- FSDP ---------------------------------------------------------------------------------------------------
-
-
-def _unit_of(stage: Stage, op: Op) -> Unit | None:
-    found = [u for u in stage.units if u.path and within(op.module, u.path)]
-    return max(found, key=lambda u: len(u.path), default=None)
-
-
-def _gather_root(stage: Stage, phase: Phase) -> Iterator[Item]:
-    if stage.units:
-        yield Host(f"fsdp_unit_{phase}", 1, phase)
-        yield from _gather(stage, stage.units[0], phase, "")
-
-
-def _gather(stage: Stage, unit: Unit, phase: Phase, module: str) -> Iterator[Item]:
-    if unit.path in stage.gathered or not unit.parameters:
-        return
-    yield from _start_gather(stage, unit, phase, module)
-    yield from _finish_gather(stage, unit, phase, module)
-
-
-def _start_gather(stage: Stage, unit: Unit, phase: Phase, module: str) -> Iterator[Item]:
-    dp = stage.plan.dp
-    share = sum(padded(p, dp) for p in unit.parameters) // dp
-    yield Host(f"fsdp_param_{phase}", len(unit.parameters), phase)
-    yield copy_work("fsdp.all_gather_copy_in.default", share, unit.parameters[0].dtype, phase, module)
-    yield Message("all_gather", unit.gathered_bytes(dp), "dp", phase, module, key=f"gather {unit.path}")
-    stage.gathered.add(unit.path)
-
-
-def _finish_gather(stage: Stage, unit: Unit, phase: Phase, module: str) -> Iterator[Item]:
-    whole = sum(padded(p, stage.plan.dp) for p in unit.parameters)
-    yield Wait(f"gather {unit.path}")
-    yield copy_work("fsdp.split_with_sizes_copy.default", whole, unit.parameters[0].dtype, phase, module)
-
-
-def _scatter(stage: Stage, unit: Unit) -> Iterator[Item]:
-    if not unit.parameters:
-        return
-    dp = stage.plan.dp
-    whole = sum(padded(p, dp) for p in unit.parameters)
-    yield Host("fsdp_param_backward", len(unit.parameters), "backward")
-    yield copy_work("fsdp.chunk_cat.default", whole, unit.parameters[0].dtype, "backward", unit.path)
-    yield Message("reduce_scatter", unit.gathered_bytes(dp), "dp", "backward", unit.path, key=f"scatter {unit.path}")
-
-
 # -- backward -----------------------------------------------------------------------------------------------
 
 
@@ -211,7 +106,7 @@ def _backward(stage: Stage, first: bool, last: bool) -> Iterator[Item]:
     buckets = _Buckets(stage) if ddp and last else None
     ready = {op: name for name, op in stage.ready.items()}
     recomputed: set[str] = set()
-    units = _FsdpBackward(stage, last)
+    units = FsdpBackward(stage, last)
     for i, op in enumerate(stage.ops.backward):
         yield from units.before(op)
         yield from _recompute(stage, op, recomputed)
@@ -292,91 +187,6 @@ class _Buckets:
                 yield copy_work("aten.copy_.default", p.numel, p.dtype, "backward", "")
 
 
-class _FsdpBackward:
-    """fully_shard in backward: gathers units again, one ahead; frees and reduces each when its backward is over."""
-
-    def __init__(self, stage: Stage, last: bool) -> None:
-        self.stage, self.last = stage, last
-        self.entered: set[str] = set()
-        self.started: set[str] = set()
-        self.end: dict[int, Unit] = {}
-        self.unhooked = _without_gradient_input(stage)
-        for i, op in enumerate(stage.ops.backward):
-            if (unit := _unit_of(stage, op)) is not None:
-                self.end = {k: u for k, u in self.end.items() if u is not unit} | {i: unit}
-
-    def before(self, op: Op) -> Iterator[Item]:
-        stage = self.stage
-        if not stage.units:
-            return
-        if "" not in self.entered and op.module != LOSS:
-            self.entered.add("")
-            yield Host("fsdp_unit_backward", 1, "backward")
-            yield from _gather(stage, stage.units[0], "backward", op.module)
-            if stage.units[0].parameters:
-                yield from self._prefetch(len(stage.units), op.module)
-        unit = _unit_of(stage, op)
-        if unit is None or unit.path in self.entered:
-            return
-        self.entered.add(unit.path)
-        yield Host("fsdp_unit_backward", 1, "backward")
-        if unit.path not in stage.gathered and unit.parameters:
-            yield from _start_gather(stage, unit, "backward", op.module)
-            self.started.add(unit.path)
-        if unit.path in self.started:
-            yield from _finish_gather(stage, unit, "backward", op.module)
-        yield from self._prefetch(stage.units.index(unit), op.module)
-
-    def _prefetch(self, index: int, module: str) -> Iterator[Item]:
-        stage = self.stage
-        if index - 1 < 1 or stage.units[index - 1].path in stage.gathered:
-            return
-        unit = stage.units[index - 1]
-        if unit.parameters:
-            yield from _start_gather(stage, unit, "backward", module)
-            self.started.add(unit.path)
-
-    def after(self, i: int) -> Iterator[Item]:
-        unit = self.end.get(i)
-        if unit is None or self.stage.plan.pp > 1 or unit.path in self.unhooked:
-            return
-        self.stage.gathered.discard(unit.path)
-        if self.last:
-            yield from _scatter(self.stage, unit)
-
-    def finish(self) -> Iterator[Item]:
-        if self.stage.plan.pp > 1:
-            return
-        for unit in self.stage.units:
-            if unit.path == "" or unit.path in self.unhooked:
-                self.stage.gathered.discard(unit.path)
-                if self.last:
-                    yield from _scatter(self.stage, unit)
-
-
-def _without_gradient_input(stage: Stage) -> set[str]:
-    """Units that read nothing that needs a gradient (the first layer of a CNN): FSDP learns that their backward is
-    over only when the whole backward is, after the root."""
-    needing = {t.id for t in stage.graph.tensors if t.role == "parameter"}
-    received = stage.stages[stage.ops.index - 1].sends if stage.ops.index else ()
-    needing |= set(received)
-    made_in: dict[int, str] = {}
-    entered: dict[str, bool] = {}
-    for op in stage.ops.forward:
-        unit = _unit_of(stage, op)
-        path = unit.path if unit else ""
-        outside = [
-            t for t in op.inputs
-            if t in needing and stage.graph.tensors[t].role != "parameter" and made_in.get(t) != path
-        ]  # fmt: skip
-        if unit is not None:
-            entered[path] = entered.get(path, False) or bool(outside)
-        if any(t in needing for t in op.inputs):
-            needing |= set(op.outputs)
-        made_in |= dict.fromkeys(op.outputs, path)
-    return {path for path, needs in entered.items() if not needs}
-
-
 # -- after the backwards ------------------------------------------------------------------------------------
 
 
@@ -391,7 +201,7 @@ def _transfers(stage: Stage, kind: str, transfers: tuple[tuple[int, int, int], .
 
 def _reduce_after_pipeline(stage: Stage) -> Iterator[Item]:
     for unit in stage.units:
-        yield from _scatter(stage, unit)
+        yield from scatter(stage, unit)
         stage.gathered.discard(unit.path)
 
 

@@ -104,7 +104,7 @@ def ddp_buckets(plan: ParallelPlan, parameters: list[LocalParameter]) -> list[li
 
 
 def zero1_owners(parameters: list[LocalParameter], dp: int) -> list[list[LocalParameter]]:
-    """Parameters by owner. Source: `ZeroRedundancyOptimizer._partition_parameters`: largest first to the least laden."""
+    """Parameters by owner: largest first, to the least laden (`ZeroRedundancyOptimizer._partition_parameters`)."""
     owned: list[list[LocalParameter]] = [[] for _ in range(dp)]
     sizes = [0] * dp
     for p in sorted(parameters, key=lambda p: -p.numel):

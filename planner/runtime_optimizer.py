@@ -41,14 +41,12 @@ def _owners(graph: OpGraph) -> dict[int, str]:
         if t.role in ("parameter", "optimizer_state") and t.name:
             by_storage[t.storage] = t.name
     for name, op in graph.gradient_ops:
-        for t in graph.ops[op].outputs or graph.ops[op].inputs:
-            by_storage.setdefault(graph.tensors[t].storage, name)
+        for tensor in graph.ops[op].outputs or graph.ops[op].inputs:
+            by_storage.setdefault(graph.tensors[tensor].storage, name)
     return by_storage
 
 
-def _restricted(
-    graph: OpGraph, op: Op, owners: dict[int, str], shares: dict[str, tuple[int, ...]]
-) -> Work | None:
+def _restricted(graph: OpGraph, op: Op, owners: dict[int, str], shares: dict[str, tuple[int, ...]]) -> Work | None:
     lists = _tensor_lists(op.args)
     names = _names(graph, lists, owners)
     ins: list[tuple[int, ...]] = []
@@ -62,7 +60,8 @@ def _restricted(
             if name and name not in shares:
                 continue
             tensor = graph.tensors[t]
-            shape = shares[name] if name and tensor.numel > 1 and tensor.shape == graph.parameters[name].shape else tensor.shape
+            divided = name and tensor.numel > 1 and tensor.shape == graph.parameters[name].shape
+            shape = shares[name] if divided else tensor.shape
             size = prod(shape) * DTYPE_BYTES[tensor.dtype]
             ins.append(shape)
             read += size
@@ -74,8 +73,8 @@ def _restricted(
     for t in op.outputs:
         outs.append(graph.tensors[t].shape)
         written += graph.tensors[t].bytes
-    shape = OpShape(op.name, "optimizer", tuple(ins), tuple(outs), dtype, 0, read, written)
-    return Work(shape, "optimizer", op.module, op.is_view, op.id)
+    whole = OpShape(op.name, "optimizer", tuple(ins), tuple(outs), dtype, 0, read, written)
+    return Work(whole, "optimizer", op.module, op.is_view, op.id)
 
 
 def _tensor_lists(args: Sequence[Any]) -> list[list[int]]:

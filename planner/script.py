@@ -114,9 +114,8 @@ def copies_nothing(graph: OpGraph, layout: Layout, op: Op) -> bool:
         return False
     t = graph.tensors[op.inputs[0]]
     local = tensor_shape(graph, layout, t.id)
-    return not _contiguous(t.shape, t.strides) and _contiguous(
-        tuple(n for n in local if n > 1), tuple(s for n, s in zip(local, _local_strides(t.shape, t.strides, local)) if n > 1)
-    )
+    strides = tuple(_local_strides(t.shape, t.strides, local))
+    return not _contiguous(t.shape, t.strides) and _contiguous(local, strides)
 
 
 def _local_strides(shape: tuple[int, ...], strides: tuple[int, ...], local: tuple[int, ...]) -> list[int]:

@@ -41,9 +41,7 @@ def stage_ops(graph: OpGraph, cuts: tuple[str, ...]) -> tuple[StageOps, ...]:
     backward = _backward_stages(graph, stage_of, count)
     parameters = [_used_parameters(graph, ops) for ops in forward]
     sends = _crossing(graph, stage_of, constants, count)
-    return tuple(
-        StageOps(s, tuple(forward[s]), tuple(backward[s]), parameters[s], sends[s]) for s in range(count)
-    )
+    return tuple(StageOps(s, tuple(forward[s]), tuple(backward[s]), parameters[s], sends[s]) for s in range(count))
 
 
 def shared_parameters(stages: tuple[StageOps, ...]) -> tuple[tuple[str, tuple[int, ...]], ...]:
@@ -124,9 +122,12 @@ def _is_parameter_sum(graph: OpGraph, op: Op) -> bool:
 
 
 def _used_parameters(graph: OpGraph, ops: list[Op]) -> tuple[str, ...]:
+    """In the order of first use, as a stage's module registers what it calls (all of them: the model's own order)."""
     by_storage = {t.storage: name for name, t in graph.parameters.items()}
-    used = {by_storage[s] for op in ops for t in op.inputs if (s := graph.tensors[t].storage) in by_storage}
-    return tuple(name for name in graph.parameters if name in used)
+    used = dict.fromkeys(
+        by_storage[s] for op in ops for t in op.inputs if (s := graph.tensors[t].storage) in by_storage
+    )
+    return tuple(graph.parameters) if len(used) == len(graph.parameters) else tuple(used)
 
 
 def _crossing(graph: OpGraph, stage_of: dict[int, int], constants: set[int], count: int) -> list[tuple[int, ...]]:

@@ -110,8 +110,8 @@ def _columns(
     if not columns or not _carries(graph, sorted(region.values(), key=lambda o: o.id), columns, source, tp):
         return ()
     inside = set(region) | {op.id for op in graph.ops if op.module == path and op.phase == "forward"}
-    leaks = (op for t in columns.values() for op in users.get(t, []) if op.id not in inside and not _harmless(op, users))
-    return () if any(leaks) else tuple(columns)
+    outside = (op for t in columns.values() for op in users.get(t, []) if op.id not in inside)
+    return () if any(not _harmless(op, users) for op in outside) else tuple(columns)
 
 
 def _harmless(op: Op, users: dict[int, list[Op]]) -> bool:
@@ -136,9 +136,7 @@ def _carries(graph: OpGraph, region: list[Op], columns: dict[str, int], source: 
     return placed.get(source, REPLICATE) == len(graph.tensors[source].shape) - 1
 
 
-def _legal(
-    graph: OpGraph, shardings: tuple[tuple[str, Sharding], ...], tp: int
-) -> tuple[tuple[str, Sharding], ...]:
+def _legal(graph: OpGraph, shardings: tuple[tuple[str, Sharding], ...], tp: int) -> tuple[tuple[str, Sharding], ...]:
     """The pairs that the whole step (backward too) accepts: all of them, or those that work one pair at a time."""
     if not shardings:
         return ()

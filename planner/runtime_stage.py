@@ -1,0 +1,48 @@
+"""What is known about one pipeline stage while its script is written."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from opgraph.graph import Op, OpGraph, Phase
+from planner.layout import Layout, Reduction
+from planner.plan import ParallelPlan
+from planner.runtime_data import LocalParameter, Unit, fsdp_units, gradient_order, local_parameters
+from planner.script import Work, local_work
+from planner.stages import StageOps
+
+
+@dataclass(slots=True)
+class Stage:
+    """What is known about a stage while its script is written; `gathered` are the FSDP units that are whole now."""
+
+    graph: OpGraph
+    plan: ParallelPlan
+    layout: Layout
+    ops: StageOps
+    stages: tuple[StageOps, ...]
+    parameters: dict[str, LocalParameter]
+    ready: dict[str, int]
+    units: list[Unit]
+    reductions: dict[int, list[Reduction]]
+    works: dict[tuple[int, Phase], Work] = field(default_factory=dict)
+    gathered: set[str] = field(default_factory=set)
+
+    def work(self, op: Op, phase: Phase | None = None) -> Work:
+        key = (op.id, phase or op.phase)
+        if key not in self.works:
+            self.works[key] = local_work(self.graph, self.layout, op, phase)
+        return self.works[key]
+
+
+def prepare(graph: OpGraph, plan: ParallelPlan, layout: Layout, stages: tuple[StageOps, ...], index: int) -> Stage:
+    ops = stages[index]
+    parameters = local_parameters(graph, layout, ops.parameters)
+    sharded = plan.dp > 1 and plan.data_parallel == "fsdp"
+    reductions: dict[int, list[Reduction]] = {}
+    for reduction in layout.reductions:
+        reductions.setdefault(reduction.after, []).append(reduction)
+    return Stage(
+        graph, plan, layout, ops, stages, parameters, gradient_order(graph, ops),
+        fsdp_units(plan, ops, parameters) if sharded else [], reductions,
+    )  # fmt: skip

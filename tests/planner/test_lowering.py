@@ -1,0 +1,71 @@
+"""Lowering equals the dry run of the real program: every message, every op, and the peak memory."""
+
+import pytest
+
+from planner.check import compare
+from planner.dryrun import dry_run
+from planner.lower import lower
+from planner.memory import peak_bytes
+from planner.plan import ParallelPlan
+from planner.tensor_parallel import tp_shardings
+from tests.planner.conftest import ALEXNET, GPT, LLAMA, VIT, model
+
+KINDS = {
+    "single": {},
+    "micro-batches": {"micro_batches": 2},
+    "ddp": {"dp": 2},
+    "ddp mb": {"dp": 2, "micro_batches": 2},
+    "zero1": {"dp": 2, "data_parallel": "zero1"},
+    "fsdp": {"dp": 2, "data_parallel": "fsdp"},
+    "fsdp mb": {"dp": 2, "data_parallel": "fsdp", "micro_batches": 2},
+    "tp": {"tp": 2},
+    "gpipe": {"pp": 2, "micro_batches": 4, "schedule": "gpipe"},
+    "1f1b": {"pp": 2, "micro_batches": 4},
+    "ddp x tp": {"dp": 2, "tp": 2},
+    "fsdp x tp": {"dp": 2, "tp": 2, "data_parallel": "fsdp"},
+    "pp x ddp": {"pp": 2, "dp": 2, "micro_batches": 2},
+    "pp x zero1": {"pp": 2, "dp": 2, "micro_batches": 2, "data_parallel": "zero1"},
+    "pp x fsdp": {"pp": 2, "dp": 2, "micro_batches": 2, "data_parallel": "fsdp"},
+    "pp x tp": {"pp": 2, "tp": 2, "micro_batches": 2},
+    "recompute": {"recompute": True, "dp": 2},
+    "recompute fsdp": {"recompute": True, "dp": 2, "data_parallel": "fsdp"},
+    "recompute tp": {"recompute": True, "tp": 2},
+}
+SOME = ("ddp", "fsdp", "tp", "1f1b", "fsdp x tp", "pp x fsdp")
+CASES = [(GPT, k) for k in KINDS] + [(spec, k) for spec in (ALEXNET, LLAMA, VIT) for k in SOME]
+
+
+def plan_of(spec, kind):
+    workload, graph = model(spec)
+    options = dict(KINDS[kind])
+    if options.get("pp", 1) > 1:
+        options["cuts"] = (workload.blocks[len(workload.blocks) // 2],)
+    if options.get("tp", 1) > 1:
+        options["shardings"] = tp_shardings(graph, 2)
+    if options.get("data_parallel") == "fsdp":
+        options["fsdp_units"] = workload.blocks
+    if options.pop("recompute", False):
+        options["recompute"] = workload.blocks
+    return ParallelPlan(8, **options)
+
+
+@pytest.mark.parametrize(("spec", "kind"), CASES, ids=[f"{s.partition(':')[0]}-{k}" for s, k in CASES])
+def test_messages_ops_and_peak_equal_the_dry_run(spec, kind, uncalibrated):
+    workload, graph = model(spec)
+    plan = plan_of(spec, kind)
+    peaks = peak_bytes(lower(graph, plan, uncalibrated).stages, plan)
+    for rank in sorted({0, plan.world_size - 1}):
+        run = dry_run(plan, workload, rank)
+        mismatch = compare(graph, plan, rank, run.records)
+        assert not mismatch, mismatch
+        assert peaks[rank] == pytest.approx(run.peak_bytes, rel=0.05)
+
+
+def test_a_wrong_lowering_is_noticed():
+    workload, graph = model(GPT)
+    plan = plan_of(GPT, "ddp")
+    records = dry_run(plan, workload, 0).records
+    other = ParallelPlan(8, dp=2, bucket_bytes=2**16)
+    mismatch = compare(graph, other, 0, records)
+    assert mismatch.messages and not mismatch.only_lowered
+    assert compare(graph, plan, 0, records[:-1]).only_lowered

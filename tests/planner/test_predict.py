@@ -1,0 +1,67 @@
+"""Predictions: sums that must hold, and refusals that must be clear."""
+
+from dataclasses import replace
+
+import pytest
+
+from costmodels.cluster import load_cluster
+from planner.plan import ParallelPlan
+from planner.predict import predict, simulate_plan
+from tests.planner.conftest import GPT, model
+from tests.planner.test_lowering import KINDS, plan_of
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_breakdown_sums_to_the_step_and_shares_to_one(kind, uncalibrated):
+    _, graph = model(GPT)
+    found = predict(graph, plan_of(GPT, kind), uncalibrated)
+    assert sum(found.breakdown.values()) == pytest.approx(found.step_seconds)
+    assert sum(found.shares.values()) == pytest.approx(1)
+    assert found.interval[0] <= found.step_seconds <= found.interval[1]
+    assert found.fits and len(found.peak_bytes) == found.plan.world_size
+
+
+def test_a_single_device_step_is_the_sum_of_its_ops(uncalibrated):
+    from costmodels.ops import price_many, shape_of
+
+    _, graph = model(GPT)
+    prices = price_many(uncalibrated.device, [shape_of(graph, op) for op in graph.ops])
+    host = sum(
+        uncalibrated.device.host.get("op_backward" if op.phase == "backward" else "op_forward", 0)
+        for op in graph.ops if op.phase != "optimizer"
+    )  # fmt: skip
+    step = predict(graph, ParallelPlan(8), uncalibrated).step_seconds
+    assert step == pytest.approx(sum(p.seconds for p in prices) + host, rel=1e-9)
+
+
+def test_more_ranks_than_cores_share_them(uncalibrated):
+    _, graph = model(GPT)
+    plan = ParallelPlan(8, dp=4)
+    few, many = (predict(graph, plan, replace(uncalibrated, cores=c, cache={})) for c in (2, 4))
+    assert few.step_seconds > 1.3 * many.step_seconds
+
+
+def test_faster_links_never_make_a_plan_slower():
+    _, graph = model(GPT)
+    slow = load_cluster("dgx-a100")
+    fast = replace(slow, intra=replace(slow.intra, bandwidth=4 * slow.intra.bandwidth), cache={})
+    for kind in ("ddp", "fsdp", "tp", "1f1b", "pp x fsdp"):
+        plan = plan_of(GPT, kind)
+        assert predict(graph, plan, fast).step_seconds <= predict(graph, plan, slow).step_seconds
+
+
+def test_what_does_not_fit_the_cluster_or_the_trace_is_said():
+    _, graph = model(GPT)
+    with pytest.raises(ValueError, match="needs 16 devices"):
+        predict(graph, ParallelPlan(16, dp=16), load_cluster("dgx-a100"))
+    with pytest.raises(ValueError, match="precision"):
+        predict(graph, ParallelPlan(8, precision="bf16"), load_cluster("dgx-a100"))
+    with pytest.raises(ValueError, match="never reached"):
+        predict(graph, ParallelPlan(8, pp=2, cuts=("nowhere",)), load_cluster("dgx-a100"))
+
+
+def test_the_same_plan_gives_the_same_timeline(uncalibrated):
+    _, graph = model(GPT)
+    plan = plan_of(GPT, "pp x fsdp")
+    first, second = (simulate_plan(graph, plan, uncalibrated)[1] for _ in range(2))
+    assert (first.start == second.start).all() and (first.finish == second.finish).all()
