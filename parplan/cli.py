@@ -45,6 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, _terminated)
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler in the ranks prints its own phases otherwise
     try:
         return _run(words)
     except (ValueError, OSError, MemoryError, RuntimeError) as error:

@@ -43,10 +43,11 @@ def _print(data: dict[str, Any]) -> None:
     rows = [
         ("parameters", number(data["params"])),
         ("operators", f"{data['ops']:,}"),
-        *((f"FLOP, {phase}", number(value, "FLOP")) for phase, value in flops.items()),
-        ("activations at their peak", size(data["activation_bytes"])),
-        ("work", number(data["work"], "FLOP")),
-        ("depth", f"{data['depth']:,}"),
+        *((f"FLOP, {phase}", number(value, "FLOP")) for phase, value in flops.items() if value),
+        ("activations kept for backward", size(data["activation_bytes"])),
+        ("peak memory of the step", size(data["peak_bytes"])),
+        ("work", f"{number(data['work'])} operations"),
+        ("depth", f"{number(data['depth'])} steps of the longest chain"),
         ("traced in", seconds(data["seconds"])),
     ]
     show(table(f"{data['model']}, batch {data['batch']}", ("", ""), rows))

@@ -111,6 +111,8 @@ def first_rank() -> bool:
 
 def finish(studies: Sequence[Study], data: dict[str, Any], target: Path, json: bool) -> None:
     """Prints the outcome; RuntimeError where a plan failed."""
+    from validation.study import drift_warning
+
     if first_rank():
         remark(f"the report is in {target}")
         if json:
@@ -118,6 +120,8 @@ def finish(studies: Sequence[Study], data: dict[str, Any], target: Path, json: b
         else:
             for study in studies:
                 _print(study)
+        for warning in filter(None, map(drift_warning, studies)):
+            remark(f"note: {warning}")
     failures = [c for s in studies for c in s.failures]
     if failures:
         first, count = failures[0], sum(len(s.comparisons) for s in studies)

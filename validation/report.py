@@ -84,7 +84,7 @@ def _study_data(s: Study) -> dict[str, Any]:
     return {
         "model": s.model, "cluster": s.cluster, "device": s.device, "global_batch": s.global_batch,
         "predicted_at": s.predicted_at, "executed_at": s.executed_at, "seconds": s.seconds,
-        "anchor_before": s.anchor_before, "anchor_after": s.anchor_after,
+        "anchor_before": s.anchor_before, "anchor_after": s.anchor_after, "drift": s.drift,
         "searches": [{**asdict(n), "rejected": [dict(zip(("label", "reason", "count"), r)) for r in n.rejected]}
                      for n in s.searches],
         "notes": s.notes,

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from validation.compare import Summary, summarise
-from validation.study import Study
+from validation.study import Study, drift_warning
 
 
 def markdown(studies: Sequence[Study], about: dict[str, Any], title: str) -> str:
@@ -88,6 +88,8 @@ def _study_lines(study: Study) -> list[str]:
             f"the machine took {study.anchor_before:.3f} times its calibrated anchor time before the predictions "
             f"(which use this factor) and {study.anchor_after:.3f} times after the runs"
         )
+    if warning := drift_warning(study):
+        lines.append(f"**{warning}**")
     lines.append(f"predictions kept at {study.predicted_at}, first run started at {study.executed_at} (UTC)")
     unpriced = sorted({op for c in study.comparisons for op in c.unpriced})
     if unpriced:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from planner.search import Ranked, SearchResult
 
 Progress = Callable[[str, float], None]
+STEADY = 1.1  # a machine whose anchor time changes by more than this factor was disturbed
 Choose = Callable[["SearchResult", int], "Sequence[Ranked]"]
 ANCHOR = (
     "import torch; torch.set_num_threads(1);"
@@ -65,6 +66,11 @@ class Study:
     executed_at: str
     seconds: float
     notes: tuple[str, ...] = ()
+
+    @property
+    def drift(self) -> float:
+        """How many times slower the machine became while the plans ran; nan where that was not measured."""
+        return self.anchor_after / self.anchor_before
 
     @property
     def failures(self) -> tuple[Comparison, ...]:
@@ -134,6 +140,16 @@ def validate(
         ratio if cluster.device.anchor_seconds else float("nan"), after, predicted_at, executed_at,
         time.monotonic() - began, cluster.device.notes,
     )  # fmt: skip
+
+
+def drift_warning(study: Study) -> str:
+    """A sentence where the machine became slower or faster while the plans ran; empty where it did not."""
+    if not (study.drift > STEADY or study.drift < 1 / STEADY):
+        return ""
+    return (
+        f"this machine took {study.drift:.2f} times as long for the same work after the runs as before the "
+        "predictions: something else ran on it, and the errors of the step times contain that; repeat this on a quiet machine"
+    )
 
 
 def _check(cluster: Cluster, ranks: Sequence[int], count: int, torchrun: bool) -> None:

@@ -198,6 +198,38 @@ def test_a_rank_that_fails_is_reported(parplan, planner, tmp_path, how, words):
     assert words in (tmp_path / how / "report.md").read_text()
 
 
+# -- with the real planner -------------------------------------------------------------------------------------
+
+
+def test_a_typed_label_is_the_plan_that_the_search_shows(parplan):
+    found = parplan("search", MLP, "--cluster", "dgx-h100", "-b", 8, "--devices", 4, "--top", 50, "--json").data
+    assert found["plans"] and found["considered"] >= len(found["plans"])
+    for wanted in ("pp2", "tp2", "zero1", "recompute"):
+        entry = next(p for p in found["plans"] if wanted in p["label"])
+        typed = parplan("simulate", MLP, "--plan", entry["label"], "--cluster", "dgx-h100", "-b", 8, "--json").data
+        assert typed["plan"] == entry["plan"] and typed["step_seconds"] == pytest.approx(entry["step_seconds"])
+
+
+def test_what_the_planner_refuses_is_one_sentence(parplan, tmp_path):
+    ParallelPlan(global_batch=8, pp=2, cuts=("nowhere",), micro_batches=2).save(tmp_path / "cut.json")
+    (tmp_path / "tiny.toml").write_text(
+        'name = "tiny"\ndevice = "tiny-device.toml"\nnodes = 1\ndevices_per_node = 2\n'
+        '[intra]\nname = "wire"\nbandwidth = 1e9\nlatency = 1e-6\n'
+    )
+    (tmp_path / "tiny-device.toml").write_text(
+        'name = "tiny"\nkind = "gpu"\nmemory_bytes = 1000\nmemory_bandwidth = 1e9\n[peak_flops]\nfloat32 = 1e12\n'
+    )
+    tiny = ("--cluster", tmp_path / "tiny.toml")
+    for words, expected in (
+        (("simulate", MLP, "--plan", tmp_path / "cut.json", "--cluster", "dgx-h100"), "nowhere"),
+        (("simulate", MLP, "--plan", "tp7", "--cluster", "dgx-h100", "-b", 7), "tp = 7"),
+        (("simulate", MLP, "--plan", "pp8 gpipe mb8", "--cluster", "dgx-h100", "-b", 8), "pp = 8 needs 7 cuts"),
+        (("search", MLP, *tiny, "-b", 8), "use more devices"),
+    ):
+        result = parplan(*words)
+        assert result.code == 2 and len(lines(result.err)) == 1 and expected in result.err, result.err
+
+
 # -- interruption ----------------------------------------------------------------------------------------------
 
 

@@ -29,7 +29,7 @@ def study(model: str = "gpt2:layers=2") -> Study:
         Comparison(model, PLANS["pipe"], "failed", "rank 1 died", 0.2, (0.1, 0.3), math.nan, (7, 7), ()),
     )
     note = SearchNote(2, 40, 3, 37, 0.5, (("tp2", "no Linear", 4),))
-    return Study(model, "local", "CPU", 8, runs, (note,), 1.05, 1.1, "2026-01-01", "2026-01-02", 9.0, ("a note",))
+    return Study(model, "local", "CPU", 8, runs, (note,), 1.05, 1.26, "2026-01-01", "2026-01-02", 9.0, ("a note",))
 
 
 def test_report_holds_every_file_and_key(tmp_path: Path):
@@ -52,6 +52,7 @@ def test_report_holds_every_file_and_key(tmp_path: Path):
     page = (target / "report.md").read_text()
     for part in ("rank 1 died", "a note", "1.050", "no Linear", "parplan validate gpt2", "| dp2 ddp | 2 | 100.0 |"):
         assert part in page
+    assert "took 1.20 times as long" in page
     assert target.stat().st_mode & 0o777 == 0o755
     assert [p.name for p in target.parent.iterdir()] == ["x"]
 
