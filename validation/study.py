@@ -148,7 +148,8 @@ def drift_warning(study: Study) -> str:
         return ""
     return (
         f"this machine took {study.drift:.2f} times as long for the same work after the runs as before the "
-        "predictions: something else ran on it, and the errors of the step times contain that; repeat this on a quiet machine"
+        "predictions: something else ran on it, and the errors of the step times contain that; "
+        "repeat this on a quiet machine"
     )
 
 
