@@ -234,6 +234,8 @@ def _chain(costs: StepCosts, t: dict[str, Any], least: bool) -> Floats:
     if not cores:
         return result
     local = m * (forward + backward - t["messages"]) + copies + t["optimizer"] + m * t["message_work"] + t["data_work"]
+    if not least:  # the ranks of a stage do the same at the same time
+        result = result * np.maximum(t["replicas"] / cores, 1.0)
     return np.maximum(result, (t["replicas"][:, None] * local).sum(1) / cores)
 
 

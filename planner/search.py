@@ -179,7 +179,9 @@ def _tied(one: Prediction, best: Prediction) -> bool:
 
 def _memory_rejections(state: _State) -> tuple[Rejection, ...]:
     return tuple(
-        Rejection(name, f"out of memory on rank {rank}: the plan that lacks least lacks {nbytes:.0f} bytes", count)
+        Rejection(
+            name, f"out of memory on rank {rank}: the plan that lacks least lacks {nbytes:.0f} bytes or more", count
+        )
         for name, (nbytes, rank, count) in state.short.items()
     )
 
@@ -197,7 +199,7 @@ def _nothing(state: _State, workload: Workload, cluster: Cluster) -> str:
     lacking, rank, _ = state.short[name]
     return (
         f"no plan of {workload.name} fits {cluster.name}: the smallest ({name}) needs {capacity + lacking:.4g} bytes "
-        f"on rank {rank}, which has {capacity:.4g}; use more devices, a smaller batch or devices with more memory"
+        f"or more on rank {rank}, which has {capacity:.4g}; use more devices, a smaller batch or larger memories"
     )
 
 

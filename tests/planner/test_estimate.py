@@ -1,0 +1,154 @@
+"""Estimates and bounds against the simulation: the bound holds for every plan, the estimate ranks like it."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from scipy.stats import spearmanr
+
+from costmodels.cluster import load_cluster, uncalibrated_core
+from costmodels.ops import price_many, shape_of
+from opgraph.batch import trace_workload
+from opgraph.models import load_workload
+from planner.estimate import bound_seconds, crossings, curves, estimate, step_costs
+from planner.plan import ParallelPlan
+from planner.predict import predict
+from planner.space import enumerate_plans
+from tests.planner.models import BLOCKS, SHARDINGS, gpt, mlp, norm_net
+
+HOST = {
+    "op_forward": 3e-6, "op_backward": 4e-6, "optimizer_step": 5e-5, "optimizer_param": 2e-6, "ddp_step": 3e-5,
+    "ddp_param": 3e-6, "ddp_bucket": 2e-5, "fsdp_unit_forward": 1e-4, "fsdp_unit_backward": 2e-4,
+    "fsdp_param_forward": 1e-5, "fsdp_param_backward": 2e-5, "fsdp_optimizer_param": 1e-5, "checkpoint_forward": 5e-5,
+    "checkpoint_backward": 1e-4, "dtensor_linear_forward": 1e-4, "dtensor_linear_backward": 1e-4, "pp_action": 5e-5,
+}  # fmt: skip
+
+
+def cores(count: int = 2):
+    """A machine whose ranks share `count` cores, the same wherever the tests run."""
+    device = replace(uncalibrated_core(2**34), host=HOST)
+    nccl = load_cluster("dgx-a100")
+    link = replace(nccl.intra, bandwidth=1e9, latency=5e-5)
+    return replace(
+        nccl, name="cores", device=device, nodes=1, devices_per_node=count, intra=link, inter=link, backend="gloo",
+        cores=count, node_memory=2**34, cache={},
+    )  # fmt: skip
+
+
+PROBLEMS = {
+    "gpt on GPUs": (gpt, lambda: load_cluster("dgx-a100"), 4, 40),
+    "gpt on cores": (gpt, cores, 4, 40),
+    "mlp on two nodes": (mlp, lambda: load_cluster("2x dgx-a100"), 16, 100),
+    "mlp on cores": (mlp, cores, 4, 100),
+    "cnn on GPUs": (norm_net, lambda: load_cluster("dgx-a100"), 4, 100),
+    "cnn on cores": (norm_net, cores, 4, 100),
+}
+
+
+@pytest.fixture(scope="module", params=PROBLEMS)
+def simulated(request):
+    """Plans of a problem (all of them, or so many picked at random), their estimates, and predictions."""
+    make, cluster, devices, most = PROBLEMS[request.param]
+    workload, cluster = make(), cluster()
+    graph = trace_workload(workload)
+    space = enumerate_plans(workload, graph, cluster, max(devices, 8), devices)
+    chosen = np.random.default_rng(0).permutation(len(space.plans))[:most]
+    plans = [space.plans[i] for i in chosen]
+    return plans, estimate(space.costs, plans), [predict(graph, p, cluster) for p in plans]
+
+
+def test_bound_holds_for_every_plan(simulated):
+    plans, estimates, predictions = simulated
+    for plan, bound, p in zip(plans, estimates.bound_seconds, predictions):
+        assert 0 < bound <= p.step_seconds * (1 + 1e-9), plan
+    assert np.median(estimates.bound_seconds / [p.step_seconds for p in predictions]) > 0.4
+
+
+def test_memory_need_holds_for_every_rank_of_every_plan(simulated):
+    plans, estimates, predictions = simulated
+    for plan, need, p in zip(plans, estimates.need_bytes, predictions):
+        for rank, peak in enumerate(p.peak_bytes):
+            assert 0 < need[plan.coordinates(rank)["pp"]] <= peak, plan
+
+
+def test_estimate_ranks_like_the_simulation(simulated):
+    _, estimates, predictions = simulated
+    steps = np.array([p.step_seconds for p in predictions])
+    assert np.all(estimates.seconds >= estimates.bound_seconds)
+    assert spearmanr(estimates.seconds, steps).statistic > 0.85
+    assert 0.5 < np.median(estimates.seconds / steps) < 1.2
+    peaks = np.array([max(p.peak_bytes) for p in predictions])
+    assert spearmanr(estimates.peak_bytes.max(1), peaks).statistic > 0.5
+
+
+def test_bound_holds_in_bf16():
+    graph, cluster = trace_workload(gpt(), precision="bf16"), load_cluster("dgx-h100")
+    for plan in enumerate_plans(gpt(), graph, cluster, 8, 2, "bf16").plans[::3]:
+        assert plan.precision == "bf16"
+        assert bound_seconds(graph, plan, cluster) <= predict(graph, plan, cluster).step_seconds
+
+
+def test_single_device_estimate_is_the_sum_of_its_ops():
+    graph, cluster = trace_workload(gpt()), load_cluster("dgx-a100")
+    prices = price_many(cluster.device, [shape_of(graph, op) for op in graph.ops if not op.is_view])
+    plan = ParallelPlan(8)
+    whole = sum(p.seconds for p in prices)
+    assert bound_seconds(graph, plan, cluster) == pytest.approx(whole, rel=0.05)  # constants are left out
+    assert predict(graph, plan, cluster).step_seconds == pytest.approx(whole)
+
+
+def test_curves_hold_every_op_at_local_shapes():
+    graph, cluster = trace_workload(gpt()), load_cluster("dgx-a100")
+    costs = step_costs(graph, cluster)
+    whole, half = curves(costs, ParallelPlan(8)), curves(costs, ParallelPlan(8, tp=2, shardings=SHARDINGS))
+    assert whole.params.sum() == sum(t.bytes for t in graph.parameters.values())
+    sharded = [n for n in graph.parameters if any(n.startswith(f"{path}.") for path, _ in SHARDINGS)]
+    kept = [n for n in sharded if n.endswith("bias") and n.split(".")[-2] in ("out", "down")]
+    split = sum(graph.parameters[n].bytes for n in sharded if n not in kept)
+    assert half.params.sum() == whole.params.sum() - split / 2
+    assert half.messages.sum() > 0 == whole.messages.sum()
+    assert curves(costs, ParallelPlan(16, dp=2)) is whole
+
+
+def test_stages_share_the_work():
+    """Pipeline stages and recomputation: what the curves lose nowhere."""
+    graph, cluster = trace_workload(gpt(tied=False)), load_cluster("dgx-a100")
+    single = bound_seconds(graph, ParallelPlan(8), cluster)
+    cut = ParallelPlan(8, pp=2, cuts=("blocks.2",), schedule="gpipe")
+    again = ParallelPlan(8, recompute=BLOCKS)
+    assert single < bound_seconds(graph, again, cluster) < 1.5 * single
+    one_after_the_other = bound_seconds(graph, cut, cluster)
+    assert 0.95 * single < one_after_the_other < 1.1 * single
+
+
+def test_crossings_of_a_cut():
+    graph = trace_workload(gpt())
+    costs = step_costs(graph, load_cluster("dgx-a100"))
+    at_block = crossings(costs, costs.spans["blocks.1"][0])
+    assert len(at_block) == 1 and at_block[0] >= 0
+    inside = crossings(costs, costs.spans["blocks.1.norm2"][0])
+    assert len(inside) == 1
+    skipping = crossings(costs, costs.spans["blocks.1.attention"][0])
+    assert len(skipping) == 2  # the residual too
+    assert -1 in crossings(costs, costs.spans["embed"][0])  # the token ids
+
+
+def test_unknown_cut_is_refused():
+    with pytest.raises(ValueError, match="cut 'nowhere' is no module path"):
+        bound_seconds(trace_workload(gpt()), ParallelPlan(8, pp=2, cuts=("nowhere",)), load_cluster("dgx-a100"))
+
+
+def test_estimates_take_microseconds_a_plan():
+    workload, cluster = load_workload("gpt2:layers=4,hidden=128,heads=4,seq=64,vocab=512"), load_cluster("dgx-a100")
+    space = enumerate_plans(workload, trace_workload(workload), cluster, 64)
+    plans = list(space.plans) * 10
+    estimate(space.costs, plans)
+    took = []
+    for _ in range(3):
+        began = time.perf_counter()
+        estimate(space.costs, plans)
+        took.append(time.perf_counter() - began)
+    assert min(took) / len(plans) < 1e-3

@@ -1,0 +1,150 @@
+"""The search: the same best plan as brute force, honest gaps, memory, and a choice of varied plans."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from costmodels.cluster import load_cluster
+from opgraph.batch import trace_workload
+from planner import search as module
+from planner.predict import predict
+from planner.search import diverse, family, search, shortage
+from planner.space import enumerate_plans
+from tests.planner.models import gpt, mlp, norm_net
+from tests.planner.test_estimate import cores
+
+
+def with_memory(cluster, nbytes):
+    return replace(cluster, device=replace(cluster.device, memory_bytes=nbytes, cache={}), cache={})
+
+
+@pytest.fixture(scope="module")
+def mlp_graph():
+    return trace_workload(mlp())
+
+
+@pytest.fixture(scope="module")
+def found(mlp_graph):
+    return search(mlp(), mlp_graph, cores(), 8, devices=4)
+
+
+@pytest.mark.parametrize("cluster", [cores(), load_cluster("dgx-a100")], ids=["cores", "GPUs"])
+@pytest.mark.parametrize("make", [mlp, norm_net])
+def test_best_plan_equals_brute_force(make, cluster):
+    workload = make()
+    graph = trace_workload(workload)
+    space = enumerate_plans(workload, graph, cluster, 8, 4)
+    every = [predict(graph, plan, cluster).step_seconds for plan in space.plans]
+    result = search(workload, graph, cluster, 8, devices=4)
+    assert result.considered == len(every) and result.infeasible == 0
+    assert result.plans[0].prediction.step_seconds == min(every)
+    whole = search(workload, graph, cluster, 8, devices=4, limit=len(every))
+    assert sorted(every) == [r.prediction.step_seconds for r in whole.plans] and whole.undecided == 0
+
+
+def test_plans_are_sorted_bounded_and_certified(found):
+    steps = [r.prediction.step_seconds for r in found.plans]
+    assert steps == sorted(steps) and len(steps) == module.DEFAULT_LIMIT
+    assert all(r.bound_seconds <= r.prediction.step_seconds and r.plan == r.prediction.plan for r in found.plans)
+    least = found.plans[0].prediction.step_seconds / (1 + found.plans[0].gap)
+    assert least <= min(r.bound_seconds for r in found.plans)
+    assert all(r.gap == pytest.approx(r.prediction.step_seconds / least - 1) and r.gap >= 0 for r in found.plans)
+    assert 0 <= found.undecided <= found.considered - len(steps)
+
+
+def test_every_family_is_simulated(found, mlp_graph):
+    plans = enumerate_plans(mlp(), mlp_graph, cores(), 8, 4).plans
+    assert {family(r.plan) for r in found.plans} == {family(p) for p in plans}
+
+
+def test_ties_are_those_that_the_intervals_do_not_tell_apart(found):
+    best = found.plans[0]
+    assert best.tied
+    for r in found.plans:
+        overlap = r.prediction.step_seconds <= best.prediction.interval[1]
+        assert r.tied == (r is best or overlap or r.prediction.interval[0] <= best.prediction.step_seconds)
+
+
+def test_search_is_deterministic(found, mlp_graph):
+    again = search(mlp(), mlp_graph, cores(), 8, devices=4)
+    assert [r.plan for r in again.plans] == [r.plan for r in found.plans]
+
+
+def test_limit_and_progress(mlp_graph):
+    heard = []
+    result = search(
+        mlp(), mlp_graph, cores(), 8, devices=2, limit=3, progress=lambda text, share: heard.append((text, share))
+    )
+    assert len(result.plans) == 3 and result.undecided > 0
+    assert len(heard) == 3 and all(text.startswith("simulating ") and 0 <= share < 1 for text, share in heard)
+
+
+def test_memory_decides(mlp_graph):
+    """Just too little memory for the plan that needs most: it is rejected, with its shortage, others stay."""
+    cluster = load_cluster("dgx-a100")
+    plans = enumerate_plans(mlp(), mlp_graph, cluster, 8, 2).plans
+    peaks = {p: max(predict(mlp_graph, p, cluster).peak_bytes) for p in plans}
+    limit = sorted(peaks.values())[len(peaks) // 2]
+    result = search(mlp(), mlp_graph, with_memory(cluster, limit), 8, devices=2, limit=len(plans))
+    assert {r.plan for r in result.plans} == {p for p, peak in peaks.items() if peak <= limit}
+    assert result.infeasible == sum(peak > limit for peak in peaks.values())
+    short = [r for r in result.rejected if "out of memory on rank" in r.reason]
+    assert sum(r.count for r in short) == result.infeasible
+    name = short[0].label
+    lacking = [peaks[p] - limit for p in plans if peaks[p] > limit and name == " ".join(family(p)[:-1])]
+    assert 0 < int(short[0].reason.split("least lacks ")[1].split()[0]) <= min(lacking)
+
+
+def test_nothing_fits(mlp_graph):
+    small = with_memory(load_cluster("dgx-a100"), 1000)
+    with pytest.raises(
+        ValueError, match=r"no plan of mlp-test fits .* needs .* bytes or more on rank \d.* use more devices"
+    ):
+        search(mlp(), mlp_graph, small, 8, devices=2)
+
+
+def test_bad_questions(mlp_graph):
+    cluster = load_cluster("dgx-a100")
+    with pytest.raises(ValueError, match="traced in fp32; trace it in bf16"):
+        search(mlp(), mlp_graph, cluster, 8, devices=2, precision="bf16")
+    with pytest.raises(ValueError, match="simulates 0 plans"):
+        search(mlp(), mlp_graph, cluster, 8, devices=2, limit=0)
+    with pytest.raises(ValueError, match="takes 1 to 8"):
+        search(mlp(), mlp_graph, cluster, 8, devices=16)
+    with pytest.raises(ValueError, match=r"no plan of norm-test is legal .*not divisible by dp = 7"):
+        search(norm_net(), trace_workload(norm_net()), cluster, 8, devices=7)
+
+
+def test_shortage_is_of_the_worst_rank():
+    plan = enumerate_plans(mlp(), trace_workload(mlp()), cores(), 8, 2).plans[0]
+    cluster = with_memory(load_cluster("dgx-a100"), 100)
+    assert shortage(plan, cluster, [50, 130]) == (30, 1)
+    assert shortage(plan, replace(cluster, node_memory=240), [50, 130]) == (10, 1)
+
+
+def test_refused_plans_are_named(mlp_graph, monkeypatch):
+    def picky(graph, plan, cluster):
+        if plan.pp > 1:
+            raise ValueError("stages are not for today")
+        return predict(graph, plan, cluster)
+
+    monkeypatch.setattr(module, "predict", picky)
+    result = search(mlp(), mlp_graph, cores(), 8, devices=2)
+    assert result.plans and all(r.plan.pp == 1 for r in result.plans)
+    assert any(r.reason == "stages are not for today" for r in result.rejected)
+
+
+def test_diverse_covers_the_families_and_the_range():
+    graph = trace_workload(gpt())
+    result = search(gpt(), graph, load_cluster("dgx-a100"), 8, devices=4, limit=30)
+    some = diverse(result, 12)
+    assert len(some) == len({r.plan for r in some}) == 12
+    covered = {family(r.plan)[0] for r in some}
+    assert {"dp", "tp", "pp", "pp x dp", "pp x tp", "dp x tp"} <= covered
+    assert {r.plan.data_parallel for r in some if r.plan.dp == 4} == {"ddp", "zero1", "fsdp"}
+    assert {r.plan.schedule for r in some if r.plan.pp == 4} == {"gpipe", "1f1b"}
+    assert some[0] == result.plans[0]
+    assert result.plans[-1] in diverse(result, 14)
+    assert diverse(result, 2) == some[:2] and len(diverse(result, 1000)) == len(result.plans)
