@@ -12,8 +12,10 @@ from opgraph.graph import DTYPE_BYTES, Op
 from planner.layout import Layout, accumulates
 from planner.orders import stage_order
 from planner.plan import ParallelPlan
-from planner.runtime import Stage, recomputed_ops
+from planner.runtime import recomputed_ops
 from planner.runtime_data import Unit, padded, zero1_owners
+from planner.runtime_fsdp import unit_of
+from planner.runtime_stage import Stage
 from planner.stages import LOSS, shared_parameters, within
 
 
@@ -140,7 +142,7 @@ class _Replay:
             self._gather(stage.units[0], "forward")
         current: Unit | None = None
         for i, op in enumerate(stage.ops.forward):
-            unit = _unit(stage, op)
+            unit = unit_of(stage, op)
             if unit is not current:
                 if current is not None:
                     self._drop(f"whole {current.path}")
@@ -187,7 +189,7 @@ class _Replay:
         made_again: set[str] = set()
         last_of = {_path(stage, op): i for i, op in enumerate(stage.ops.backward)}
         for i, op in enumerate(stage.ops.backward):
-            unit = _unit(stage, op)
+            unit = unit_of(stage, op)
             if stage.units and "" not in entered and op.module != LOSS:
                 entered.add("")
                 self._gather(stage.units[0], "backward")
@@ -335,11 +337,6 @@ def _buffer_bytes(stage: Stage) -> list[int]:
     return [graph.storages[s].bytes for s in used]
 
 
-def _unit(stage: Stage, op: Op) -> Unit | None:
-    found = [u for u in stage.units if u.path and within(op.module, u.path)]
-    return max(found, key=lambda u: len(u.path), default=None)
-
-
 def _path(stage: Stage, op: Op) -> str:
-    unit = _unit(stage, op)
+    unit = unit_of(stage, op)
     return unit.path if unit else ""
