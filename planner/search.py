@@ -18,7 +18,8 @@ from planner.plan import AXES, ParallelPlan, Precision
 from planner.predict import Prediction, memory_per_rank, predict
 from planner.space import Rejection, Space, enumerate_plans
 
-DEFAULT_LIMIT = 48  # plans that are simulated; there are at most 46 families, so that each has its best among them
+DEFAULT_LIMIT = 48  # plans that are simulated; half as many of a graph of many ops
+MANY_OPS = 2000
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +61,7 @@ class _State:
 
     def lacks(self, index: int, nbytes: float, rank: int) -> None:
         self.out[index] = True
-        name = " ".join(map(str, family(self.space.plans[index])[:-1]))
+        name = " ".join(family(self.space.plans[index]))
         before = self.short.get(name, (nbytes, rank, 0))
         least = min(before[:2], (nbytes, rank))
         self.short[name] = (*least, before[2] + 1)
@@ -95,7 +96,9 @@ def search(
     estimates = estimate(space.costs, space.plans)
     state = _State(space, estimates, np.zeros(len(space.plans), bool))
     _drop_what_cannot_fit(state, cluster)
-    _simulate(state, graph, cluster, DEFAULT_LIMIT if limit is None else limit, progress)
+    if limit is None:  # there are at most 23 families, so that each has its best among them
+        limit = DEFAULT_LIMIT // (2 if len(graph.ops) > MANY_OPS else 1)
+    _simulate(state, graph, cluster, limit, progress)
     infeasible = sum(count for _, _, count in state.short.values())
     rejected = (*space.rejected, *_memory_rejections(state), *_refusals(state))
     if not state.found:
@@ -207,11 +210,11 @@ def _nothing(state: _State, workload: Workload, cluster: Cluster) -> str:
 
 
 def family(plan: ParallelPlan) -> tuple[str, ...]:
-    """Axes that the plan splits, how it keeps the model, its schedule, and whether it recomputes."""
+    """Axes that the plan splits, how it keeps the model, and its schedule."""
     axes = " x ".join(axis for axis in AXES if getattr(plan, axis) > 1) or "single"
     kind = (plan.data_parallel,) if plan.dp > 1 else ()
     schedule = (plan.schedule,) if plan.pp > 1 else ()
-    return (axes, *kind, *schedule, "recompute" if plan.recompute else "")
+    return (axes, *kind, *schedule)
 
 
 def _group(plan: ParallelPlan) -> str:
