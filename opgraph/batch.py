@@ -45,10 +45,17 @@ def fit_batch(first: OpGraph, second: OpGraph) -> OpGraph:
         raise NotAffineError(
             f"{first.name} keeps other tensors at batch {second.batch} than at {first.batch}; fix the plan's batch size"
         )
+    tensors = tuple(_fit_tensor(a, b, step) for a, b in zip(first.tensors, second.tensors))
+    square = next((t for t in tensors if _is_square(t)), None)
+    note = "" if square is None else (
+        f"tensors such as {square.shape} at batch {first.batch} grow with the square of the batch; other batch sizes "
+        f"are exact for these tensors, not for what is made of them in other shapes"
+    )
     return replace(
         first,
         ops=tuple(_fit_op(a, b, step) for a, b in zip(first.ops, second.ops)),
-        tensors=tuple(_fit_tensor(a, b, step) for a, b in zip(first.tensors, second.tensors)),
+        tensors=tensors,
+        notes=(*first.notes, note) if note else first.notes,
         storages=tuple(_fit_storage(a, b, step) for a, b in zip(first.storages, second.storages)),
     )
 
@@ -92,6 +99,11 @@ def _fit_tensor(a: Tensor, b: Tensor, step: int) -> Tensor:
     return replace(a, per_batch=per_batch, strides_per_batch=strides if any(strides) else ())
 
 
+def _is_square(t: Tensor) -> bool:
+    """Whether several dims grow with the batch."""
+    return sum(map(bool, t.per_batch)) > 1
+
+
 def _fit_storage(a: Storage, b: Storage, step: int) -> Storage:
     slope = _slope(a.bytes, b.bytes, step, f"storage {a.id}")
     return replace(a, bytes_per_batch=slope) if slope else a
@@ -104,8 +116,16 @@ def rescaled(graph: OpGraph, batch: int) -> OpGraph:
     """`graph` at another batch size."""
     step = batch - graph.batch
     tensors = tuple(_rescaled_tensor(t, step) for t in graph.tensors)
+    square = {
+        t.storage: t
+        for t, before in zip(tensors, graph.tensors)
+        if _is_square(t) and before.bytes == graph.storages[t.storage].bytes
+    }
     storages = tuple(
-        replace(s, bytes=s.bytes + step * s.bytes_per_batch) if s.bytes_per_batch else s for s in graph.storages
+        replace(s, bytes=square[s.id].bytes if s.id in square else s.bytes + step * s.bytes_per_batch)
+        if s.bytes_per_batch
+        else s
+        for s in graph.storages
     )
     ops = tuple(
         _rescaled_op(op, graph, tensors, step) if op.flops or op.args_per_batch else op for op in graph.ops

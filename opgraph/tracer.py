@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, cast
 
 import torch
@@ -24,6 +24,9 @@ LOSS = "<loss>"
 
 # Ops that write their running statistics (arguments 3 and 4) in training without saying so in their schema.
 RUNNING_STATS = {"native_batch_norm": 5, "cudnn_batch_norm": 5, "miopen_batch_norm": 5}  # position of `training`
+
+# Ops that return one tensor twice: the fake mode's cache of past calls would hand out two.
+TWICE = {"mkldnn_rnn_layer_backward"}
 
 
 def plain_path(path: str) -> str:
@@ -145,7 +148,8 @@ class StepTracer(TorchDispatchMode):
         before = [self._tensor(t) for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
         known = {self.tensors[t].storage for t in before}
         phase, module, forward = self._place()
-        out = func(*args, **kwargs)
+        with _uncached() if func._schema.name.partition("::")[2] in TWICE else nullcontext():
+            out = func(*args, **kwargs)
         mutates = tuple(dict.fromkeys(self._written(func, args, kwargs)))
         produced = [t for t in tree_leaves(out) if isinstance(t, torch.Tensor)]
         outputs = tuple(self._tensor(t) for t in produced)
@@ -201,6 +205,20 @@ def _plain(value: Any, tracer: StepTracer) -> Any:
     if value is None or isinstance(value, bool | int | float | str):
         return value
     return str(value)
+
+
+@contextmanager
+def _uncached() -> Iterator[None]:
+    """Turns off the cache of the fake mode that is active, if one is."""
+    mode = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE)
+    if mode is None:
+        yield
+        return
+    enabled, mode.cache_enabled = mode.cache_enabled, False
+    try:
+        yield
+    finally:
+        mode.cache_enabled = enabled
 
 
 @contextmanager

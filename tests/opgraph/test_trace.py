@@ -72,7 +72,8 @@ def test_autocast(precision: str, dtype: str) -> None:
     graph = trace_net(precision=precision)
     products = [op for op in graph.ops if op.flops]
     assert len(products) == 5 and all(graph.tensors[op.outputs[0]].dtype == dtype for op in products)
-    assert all(graph.tensors[op.outputs[0]].dtype == "float32" for op in graph.ops if op.name.endswith("square.default"))
+    squares = [op for op in graph.ops if op.name.endswith("square.default")]
+    assert all(graph.tensors[op.outputs[0]].dtype == "float32" for op in squares)
     assert {t.dtype for t in graph.parameters.values()} == {"float32"}
     assert graph.precision == precision
 
@@ -264,7 +265,9 @@ class Picky(Net):
         raise ValueError("I want another input")
 
 
-@pytest.mark.parametrize("model,says", [(Broken, r"RuntimeError.*self.up\(self.up\(x\)\)"), (Picky, "ValueError: I want")])
+@pytest.mark.parametrize(
+    "model,says", [(Broken, r"RuntimeError.*self.up\(self.up\(x\)\)"), (Picky, "ValueError: I want")]
+)
 def test_models_that_fail_are_told_their_line(model: type[nn.Module], says: str) -> None:
     with pytest.raises(TraceError, match=says) as raised:
         trace_net(model())
