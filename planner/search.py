@@ -20,6 +20,7 @@ from planner.space import Rejection, Space, enumerate_plans
 
 DEFAULT_LIMIT = 48  # plans that are simulated; half as many of a graph of many ops
 MANY_OPS = 2000
+MISSES = 2  # simulated plans of a family that did not fit, after which the others have no precedence any more
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +59,7 @@ class _State:
     found: dict[int, Prediction] = field(default_factory=dict)
     short: dict[str, tuple[float, int, int]] = field(default_factory=dict)  # family -> least shortage, rank, count
     refused: dict[tuple[str, str], int] = field(default_factory=dict)
+    misses: dict[tuple[str, ...], int] = field(default_factory=dict)  # family -> simulated plans that did not fit
 
     def lacks(self, index: int, nbytes: float, rank: int) -> None:
         self.out[index] = True
@@ -126,8 +128,10 @@ def _simulate(
     state: _State, graph: OpGraph, cluster: Cluster, limit: int, progress: Callable[[str, float], None] | None
 ) -> None:
     """Simulates the best of every family, then the best of all, by estimate; what does not fit makes room for more."""
-    order = [int(i) for i in np.argsort(state.estimates.seconds, kind="stable")]
-    while len(state.found) < limit:
+    plans, peaks = state.space.plans, state.estimates.peak_bytes
+    tight = np.array([shortage(p, cluster, peaks[i, : p.pp])[0] > 0 for i, p in enumerate(plans)])
+    order = [int(i) for i in np.lexsort((state.estimates.seconds, tight))]  # what may not fit after all comes last
+    while len(state.found) < limit and not (state.found and sum(state.misses.values()) >= limit):
         index = _next(state, order)
         if index is None:
             return
@@ -146,12 +150,13 @@ def _simulate(
         else:
             lacking, rank = shortage(plan, cluster, prediction.peak_bytes)
             state.lacks(index, max(lacking, 0.0), rank)
+            state.misses[family(plan)] = state.misses.get(family(plan), 0) + 1
 
 
 def _next(state: _State, order: list[int]) -> int | None:
     """The best plan by estimate of a family that has none yet, else the best of all; dropped from `order`."""
     plans = state.space.plans
-    seen = {family(plans[i]) for i in state.found}
+    seen = {family(plans[i]) for i in state.found} | {f for f, n in state.misses.items() if n >= MISSES}
     left = [i for i in order if not state.out[i]]
     index = next((i for i in left if family(plans[i]) not in seen), left[0] if left else None)
     if index is not None:
