@@ -25,7 +25,7 @@ def search(
 ) -> None:
     """Search the plan space and rank what fits, with lower bounds and the reasons for what was left out.
 
-    Example: parplan search llama3-8b --cluster dgx-h100 --global-batch 64 --top 5 --out plans
+    Example: parplan search gpt2 --cluster dgx-h100 --global-batch 32 --top 5 --out plans
     """
     from validation.report_files import check_replaceable
 
