@@ -121,6 +121,11 @@ class OpGraph:
         """Parameters by their first module path (tied parameters appear once)."""
         return {t.name: t for t in self.tensors if t.role == "parameter" and t.name}
 
+    @cached_property
+    def memo(self) -> dict[str, Any]:
+        """What other rooms derive from this graph and keep with it."""
+        return {}
+
     @property
     def param_count(self) -> int:
         return sum(t.numel for t in self.parameters.values())

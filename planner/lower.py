@@ -8,18 +8,19 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 from costmodels.cluster import Cluster
 from costmodels.collectives import collective_price
 from costmodels.families import is_known
 from costmodels.ops import price_many
 from opgraph.graph import OpGraph
-from planner.layout import propagate
+from planner.layout import Layout, propagate
 from planner.plan import ParallelPlan
-from planner.runtime import stage_script
+from planner.runtime import stage_segments
 from planner.runtime_stage import Stage, prepare
 from planner.script import Host, Item, Message, Transfer, Wait, Work, transfer_key
-from planner.stages import shared_parameters, stage_ops
+from planner.stages import StageOps, shared_parameters, stage_ops
 from simulator import Program, ProgramBuilder
 
 
@@ -42,12 +43,15 @@ class Lowered:
     unpriced: tuple[str, ...]
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class _Block:
-    """Work between two messages: seconds by phase in order."""
+    """Seconds of work of one phase between two messages."""
 
     seconds: float
     phase: str
+
+
+_Entry = _Block | Message | Transfer | Wait
 
 
 @dataclass(slots=True)
@@ -59,20 +63,24 @@ class _Tally:
     unpriced: set[str] = field(default_factory=set)
     flops: int = 0
 
+    def add(self, other: _Tally) -> None:
+        for mine, theirs in ((self.by_source, other.by_source), (self.by_law, other.by_law)):
+            for key, value in theirs.items():
+                mine[key] += value
+        self.unpriced |= other.unpriced
+        self.flops += other.flops
+
 
 def lower(graph: OpGraph, plan: ParallelPlan, cluster: Cluster) -> Lowered:
     """The program of one step. ValueError where the plan does not fit the model (a shape that does not divide, a cut
     that is not reached, an op that cannot be sharded)."""
-    graph = graph.at_batch(plan.micro_batch)
-    layout = propagate(graph, plan)
-    stages = stage_ops(graph, plan.cuts)
+    graph, layout, stages = prepared_graph(graph, plan)
     prepared = tuple(prepare(graph, plan, layout, stages, i) for i in range(plan.pp))
     builder = _Builder(plan, cluster, shared_parameters(stages))
     tally = _Tally()
     for stage in prepared:
-        scripts = [stage_script(stage, dp) for dp in (range(plan.dp) if plan.data_parallel == "zero1" else (0,))]
-        blocks = [_merge(script, cluster, tally) for script in scripts]
-        builder.stage(stage.ops.index, blocks)
+        own = range(plan.dp) if plan.data_parallel == "zero1" else (0,)
+        builder.stage(stage.ops.index, [_price_script(stage_segments(stage, dp), cluster, tally) for dp in own])
     program = builder.tasks.build()
     ranks_per_script = plan.tp * (1 if plan.data_parallel == "zero1" else plan.dp)
     by_source: dict[str, float] = defaultdict(float)
@@ -92,13 +100,40 @@ def lower(graph: OpGraph, plan: ParallelPlan, cluster: Cluster) -> Lowered:
     )
 
 
-def _merge(script: Iterable[Item], cluster: Cluster, tally: _Tally) -> list[_Block | Message | Transfer | Wait]:
+def prepared_graph(graph: OpGraph, plan: ParallelPlan) -> tuple[OpGraph, Layout, tuple[StageOps, ...]]:
+    """The step at the plan's micro-batch, with placements and stages; kept with the graph, as many plans share them."""
+    batches: dict[Any, Any] = graph.memo.setdefault("at_batch", {})
+    if plan.micro_batch not in batches:
+        batches[plan.micro_batch] = graph.at_batch(plan.micro_batch)
+    step: OpGraph = batches[plan.micro_batch]
+    layouts = step.memo.setdefault("layouts", {})
+    if (plan.tp, plan.shardings) not in layouts:
+        layouts[plan.tp, plan.shardings] = propagate(step, plan)
+    stages = step.memo.setdefault("stages", {})
+    if plan.cuts not in stages:
+        stages[plan.cuts] = stage_ops(step, plan.cuts)
+    return step, layouts[plan.tp, plan.shardings], stages[plan.cuts]
+
+
+def _price_script(segments: Iterable[tuple[Item, ...]], cluster: Cluster, tally: _Tally) -> list[_Entry]:
+    """Prices a script; segments that come again are priced once."""
+    known: dict[int, tuple[list[_Entry], _Tally]] = {}
+    merged: list[_Entry] = []
+    for segment in segments:
+        if id(segment) not in known:
+            own = _Tally()
+            known[id(segment)] = (_merge(segment, cluster, own), own)
+        entries, own = known[id(segment)]
+        tally.add(own)
+        merged += entries
+    return merged
+
+
+def _merge(script: tuple[Item, ...], cluster: Cluster, tally: _Tally) -> list[_Entry]:
     """Prices the work and joins what runs without a message in between."""
-    script = list(script)
-    works = [i for i in script if isinstance(i, Work)]
-    prices = iter(price_many(cluster.device, [w.shape for w in works]))
+    prices = iter(price_many(cluster.device, [i.shape for i in script if isinstance(i, Work)]))
     host = cluster.device.host
-    merged: list[_Block | Message | Transfer | Wait] = []
+    merged: list[_Entry] = []
     for item in script:
         if isinstance(item, Work):
             found = next(prices)
@@ -117,7 +152,7 @@ def _merge(script: Iterable[Item], cluster: Cluster, tally: _Tally) -> list[_Blo
             merged.append(item)
             continue
         if merged and isinstance(last := merged[-1], _Block) and last.phase == item.phase:
-            last.seconds += seconds
+            merged[-1] = _Block(last.seconds + seconds, last.phase)
         elif seconds > 0:
             merged.append(_Block(seconds, item.phase))
     return merged
@@ -143,7 +178,7 @@ class _Builder:
         self.done: dict[tuple[str, int], int] = {}  # (key, rank) -> the task that a Wait waits for
         self.joins: dict[str, int] = {}  # transfers and tied reductions whose other end is another stage
 
-    def stage(self, index: int, blocks: list[list[_Block | Message | Transfer | Wait]]) -> None:
+    def stage(self, index: int, blocks: list[list[_Entry]]) -> None:
         """Adds all ranks of one stage in step: they all run the same items."""
         stride = self.plan.dp * self.plan.tp
         ranks = range(index * stride, (index + 1) * stride)
@@ -159,7 +194,7 @@ class _Builder:
                 at[r] += 1
             self._communicate(items)
 
-    def _work(self, rank: int, items: list[_Block | Message | Transfer | Wait], at: int) -> int:
+    def _work(self, rank: int, items: list[_Entry], at: int) -> int:
         while at < len(items) and isinstance(block := items[at], _Block):
             self.last[rank] = self.tasks.task(
                 block.phase, block.phase, block.seconds, self.compute[rank], self._after(self.last[rank])
@@ -167,7 +202,7 @@ class _Builder:
             at += 1
         return at
 
-    def _communicate(self, items: dict[int, _Block | Message | Transfer | Wait]) -> None:
+    def _communicate(self, items: dict[int, _Entry]) -> None:
         joins: dict[tuple[int, ...], int] = {}
         for r, item in items.items():
             if isinstance(item, Wait):

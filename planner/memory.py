@@ -83,6 +83,7 @@ class _Replay:
     born: dict[int, list[int]] = field(default_factory=dict)  # op -> storages that it makes
     dies: dict[int, list[int]] = field(default_factory=dict)  # op -> storages that nobody needs after it
     gradients: dict[int, str] = field(default_factory=dict)  # storage -> parameter
+    by_parameter: dict[str, list[int]] = field(default_factory=dict)
     again: dict[str, list[Op]] = field(default_factory=dict)  # recomputed path -> ops
 
     def _measure(self) -> None:
@@ -208,9 +209,8 @@ class _Replay:
                             self._free(s, micro)
             self._run_op(op, micro)
             if op.id in ready and micro > 0:
-                for s, name in self.gradients.items():
-                    if name == ready[op.id]:
-                        self._free(s, micro)
+                for s in self._gradients_of(ready[op.id]):
+                    self._free(s, micro)
             if unit is not None and last_of[unit.path] == i and plan.pp == 1:
                 self._drop(f"whole {unit.path}")
                 if micro == plan.micro_batches - 1:
@@ -221,6 +221,12 @@ class _Replay:
             self._drop("whole ")
             if micro == plan.micro_batches - 1:
                 self._scatter(stage.units[0])
+
+    def _gradients_of(self, parameter: str) -> list[int]:
+        if not self.by_parameter:
+            for s, name in self.gradients.items():
+                self.by_parameter.setdefault(name, []).append(s)
+        return self.by_parameter.get(parameter, [])
 
     # -- FSDP -----------------------------------------------------------------------------------------------
     def _start(self, unit: Unit) -> None:
@@ -250,8 +256,8 @@ class _Replay:
         whole = unit.gathered_bytes(plan.dp)
         self._drop("last scatter")
         self._hold("last scatter", whole)
-        for s, name in self.gradients.items():
-            if any(p.name == name for p in unit.parameters):
+        for p in unit.parameters:
+            for s in self._gradients_of(p.name):
                 self._free(s, 0)
                 self._free(s, plan.micro_batches - 1)
         self._hold(f"shard {unit.path}", whole // plan.dp)

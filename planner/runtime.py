@@ -19,23 +19,42 @@ from planner.stages import LOSS, shared_parameters, within
 
 
 def stage_script(stage: Stage, dp_index: int = 0) -> list[Item]:
-    """Everything that a rank of this stage does in one step; `dp_index` matters to ZeRO-1's own part only."""
-    plan, items = stage.plan, list[Item]()
+    """Everything that a rank of this stage does in one step; `dp_index` matters to ZeRO-1's and FSDP's own part."""
+    return [item for segment in stage_segments(stage, dp_index) for item in segment]
+
+
+def stage_segments(stage: Stage, dp_index: int = 0) -> list[tuple[Item, ...]]:
+    """The script in pieces, one an action; actions that do the same share one tuple, so that it is priced once."""
+    plan, segments = stage.plan, list[tuple[Item, ...]]()
     last = plan.micro_batches - 1
+    stage.gathered.clear()
     for action in stage_order(plan.schedule, stage.ops.index, plan.pp, plan.micro_batches):
-        if action.kind == "F":
-            items += _forward(stage)
-        elif action.kind == "B":
-            items += _backward(stage, action.micro == 0, action.micro == last)
+        if action.kind in ("F", "B"):
+            segments.append(_remembered(stage, action.kind, action.micro == 0, action.micro == last))
         else:
-            items += _transfers(stage, action.kind, action.transfers)
+            segments.append(tuple(_transfers(stage, action.kind, action.transfers)))
     if plan.pp > 1:
-        if stage.ops.index == plan.pp - 1:
-            items.append(copy_work("aten.sum.default", plan.micro_batches, "float32", "forward", LOSS))
-        items += _reduce_after_pipeline(stage)
-        items += _tied(stage)
-    items += _update(stage, dp_index)
+        segments.append((*_loss_sum(stage), *_reduce_after_pipeline(stage), *_tied(stage)))
+    segments.append(tuple(_update(stage, dp_index)))
+    return segments
+
+
+def _remembered(stage: Stage, kind: str, first: bool, last: bool) -> tuple[Item, ...]:
+    """Forward or backward of one micro-batch. It depends on which FSDP units are whole, and leaves some whole."""
+    before = frozenset(stage.gathered)
+    key = (kind, before) if kind == "F" else (kind, first, last, before)
+    if key not in stage.segments:
+        items = tuple(_forward(stage) if kind == "F" else _backward(stage, first, last))
+        stage.segments[key] = (items, frozenset(stage.gathered))
+    items, after = stage.segments[key]
+    stage.gathered.clear()
+    stage.gathered.update(after)
     return items
+
+
+def _loss_sum(stage: Stage) -> Iterator[Item]:
+    if stage.ops.index == stage.plan.pp - 1:
+        yield copy_work("aten.sum.default", stage.plan.micro_batches, "float32", "forward", LOSS)
 
 
 # -- forward ------------------------------------------------------------------------------------------------
@@ -141,6 +160,12 @@ def _recompute(stage: Stage, op: Op, done: set[str]) -> Iterator[Item]:
 def recomputed_ops(stage: Stage, path: str) -> list[Op]:
     """The forward ops of a region up to the last one that saves something for backward: there a checkpoint stops
     recomputing (torch.utils.checkpoint early stop). An op that saves only what it reads is not run any more."""
+    if path not in stage.recomputed:
+        stage.recomputed[path] = _until_saved(stage, path)
+    return stage.recomputed[path]
+
+
+def _until_saved(stage: Stage, path: str) -> list[Op]:
     ops = [op for op in stage.ops.forward if within(op.module, path)]
     where = {op.id: i for i, op in enumerate(ops)}
     made = {t for op in stage.ops.forward for t in op.outputs}

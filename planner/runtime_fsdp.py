@@ -15,8 +15,12 @@ from planner.stages import LOSS, within
 
 
 def unit_of(stage: Stage, op: Op) -> Unit | None:
-    found = [u for u in stage.units if u.path and within(op.module, u.path)]
-    return max(found, key=lambda u: len(u.path), default=None)
+    """The innermost unit that an op's module lies in; None for the root's own ops."""
+    known = stage.unit_of_module
+    if op.module not in known:
+        found = [u for u in stage.units if u.path and within(op.module, u.path)]
+        known[op.module] = max(found, key=lambda u: len(u.path), default=None)
+    return known[op.module]
 
 
 def gather_root(stage: Stage, phase: Phase) -> Iterator[Item]:
@@ -64,11 +68,12 @@ class FsdpBackward:
         self.stage, self.last = stage, last
         self.entered: set[str] = set()
         self.started: set[str] = set()
-        self.end: dict[int, Unit] = {}
+        ends: dict[str, tuple[int, Unit]] = {}
         self.unhooked = _without_gradient_input(stage)
         for i, op in enumerate(stage.ops.backward):
             if (unit := unit_of(stage, op)) is not None:
-                self.end = {k: u for k, u in self.end.items() if u is not unit} | {i: unit}
+                ends[unit.path] = (i, unit)
+        self.end = dict(ends.values())
 
     def before(self, op: Op) -> Iterator[Item]:
         stage = self.stage

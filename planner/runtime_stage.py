@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from opgraph.graph import Op, OpGraph, Phase
 from planner.layout import Layout, Reduction
 from planner.plan import ParallelPlan
 from planner.runtime_data import LocalParameter, Unit, fsdp_units, gradient_order, local_parameters
-from planner.script import Work, local_work
+from planner.script import Item, Work, local_work
 from planner.stages import StageOps
 
 
@@ -27,6 +28,9 @@ class Stage:
     reductions: dict[int, list[Reduction]]
     works: dict[tuple[int, Phase], Work] = field(default_factory=dict)
     gathered: set[str] = field(default_factory=set)
+    unit_of_module: dict[str, Unit | None] = field(default_factory=dict)
+    recomputed: dict[str, list[Op]] = field(default_factory=dict)
+    segments: dict[Any, tuple[tuple[Item, ...], frozenset[str]]] = field(default_factory=dict)
 
     def work(self, op: Op, phase: Phase | None = None) -> Work:
         key = (op.id, phase or op.phase)
