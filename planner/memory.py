@@ -84,7 +84,8 @@ class _Replay:
     dies: dict[int, list[int]] = field(default_factory=dict)  # op -> storages that nobody needs after it
     gradients: dict[int, str] = field(default_factory=dict)  # storage -> parameter
     by_parameter: dict[str, list[int]] = field(default_factory=dict)
-    again: dict[str, list[Op]] = field(default_factory=dict)  # recomputed path -> ops
+    again: dict[int, list[Op]] = field(default_factory=dict)  # first backward op of a region -> ops that run again
+    forgotten: dict[int, set[int]] = field(default_factory=dict)  # last forward op of a region -> storages
 
     def _measure(self) -> None:
         """Local sizes, births and deaths of the storages that this stage makes."""
@@ -116,7 +117,19 @@ class _Replay:
             death = storage.death if storage.death in last_here else uses.get(s, storage.birth)
             self.dies.setdefault(end if s in kept else death, []).append(s)
         for path in stage.plan.recompute:
-            self.again[path] = recomputed_ops(stage, path)
+            self._measure_region(path)
+
+    def _measure_region(self, path: str) -> None:
+        """Where a checkpointed region ends in forward, what it forgets there, and where backward makes it again."""
+        stage = self.stage
+        ops = [op for op in stage.ops.forward if within(op.module, path)]
+        first = next((op for op in stage.ops.backward if within(op.module, path) and op.module != LOSS), None)
+        if not ops or first is None:
+            return
+        again = recomputed_ops(stage, path)
+        self.again[first.id] = again
+        made = {s for op in again for s in self.born.get(op.id, ())}
+        self.forgotten[ops[-1].id] = made - self._leaving(path)
 
     def _resting(self) -> None:
         stage, plan = self.stage, self.stage.plan
@@ -142,7 +155,7 @@ class _Replay:
         if stage.units:
             self._gather(stage.units[0], "forward")
         current: Unit | None = None
-        for i, op in enumerate(stage.ops.forward):
+        for op in stage.ops.forward:
             unit = unit_of(stage, op)
             if unit is not current:
                 if current is not None:
@@ -151,18 +164,15 @@ class _Replay:
                     self._gather(unit, "forward")
                 current = unit
             self._run_op(op, micro)
-            self._forget(op, i, micro)
+            self._forget(op, micro)
         if current is not None:
             self._drop(f"whole {current.path}")
         self._drop("last gather")
 
-    def _forget(self, op: Op, index: int, micro: int) -> None:
+    def _forget(self, op: Op, micro: int) -> None:
         """At the end of a checkpointed region, what its backward will make again is freed."""
-        following = self.stage.ops.forward[index + 1 : index + 2]
-        for path, ops in self.again.items():
-            if within(op.module, path) and not (following and within(following[0].module, path)):
-                for s in {s for o in ops for s in self.born.get(o.id, ())} - self._leaving(path):
-                    self._free(s, micro)
+        for s in self.forgotten.get(op.id, ()):
+            self._free(s, micro)
 
     def _leaving(self, path: str) -> set[int]:
         graph = self.stage.graph
@@ -187,7 +197,6 @@ class _Replay:
         stage, plan = self.stage, self.stage.plan
         ready = {op: name for name, op in stage.ready.items()}
         entered: set[str] = set()
-        made_again: set[str] = set()
         last_of = {_path(stage, op): i for i, op in enumerate(stage.ops.backward)}
         for i, op in enumerate(stage.ops.backward):
             unit = unit_of(stage, op)
@@ -199,14 +208,11 @@ class _Replay:
                 entered.add(unit.path)
                 self._gather(unit, "backward")
                 self._prefetch(stage.units.index(unit))
-            for path, ops in self.again.items():
-                if path not in made_again and within(op.module, path):
-                    made_again.add(path)
-                    for o in ops:
-                        for s in self.born.get(o.id, ()):
-                            self._allocate(s, micro)
-                        for s in self.dies.get(o.id, ()):
-                            self._free(s, micro)
+            for again in self.again.get(op.id, ()):
+                for s in self.born.get(again.id, ()):
+                    self._allocate(s, micro)
+                for s in self.dies.get(again.id, ()):
+                    self._free(s, micro)
             self._run_op(op, micro)
             if op.id in ready and micro > 0:
                 for s in self._gradients_of(ready[op.id]):
