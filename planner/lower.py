@@ -230,10 +230,10 @@ class _Builder:
             if before >= 0:
                 self.tasks.edge(before, join)
         cost = collective_price(self.cluster, item.kind, item.bytes, ranks)
-        self._count(cost.seconds, cost.source, cost.error, item.kind)
-        task = self.tasks.task(
-            f"{item.kind} {item.axis} {item.bytes} B", item.kind, cost.seconds, self.comm[rank], (join,), cost.demand
-        )
+        seconds = cost.seconds + self._crowded(ranks)
+        self._count(seconds, cost.source, cost.error, item.kind)
+        label, demand = f"{item.kind} {item.axis} {item.bytes} B", cost.demand * cost.seconds / max(seconds, 1e-12)
+        task = self.tasks.task(label, item.kind, seconds, self.comm[rank], (join,), demand)
         self.last_message[rank] = task
         # with gloo FSDP's collectives block the thread that calls them; DDP's buckets do not
         blocks = self.cluster.backend == "gloo" and item.kind in ("all_gather", "reduce_scatter")
@@ -257,10 +257,19 @@ class _Builder:
             cost = collective_price(self.cluster, "send", size, ends)
             self._count(cost.seconds, cost.source, cost.error, "send")
             seconds, demand = seconds + cost.seconds, max(demand, cost.demand)
+        crowded = self._crowded(ends)
+        seconds, demand = seconds + crowded, demand * seconds / max(seconds + crowded, 1e-12)
         kind = "send" if ends[0] == rank else "recv"
         self.done[transfer_key(item), rank] = self.tasks.task(
             f"{kind} {transfer_key(item)}", kind, seconds, self.comm[rank], (join,), demand
         )
+
+    def _crowded(self, ranks: tuple[int, ...]) -> float:
+        """Where more ranks than cores run, the ranks of a smaller group wait for their turns on the cores. Tables of
+        the whole world were measured that way already."""
+        if not 0 < self.cluster.cores < self.plan.world_size or len(ranks) == self.plan.world_size:
+            return 0.0
+        return self.cluster.device.host.get("crowded_message", 0.0)
 
     def _count(self, seconds: float, source: str, error: float, kind: str) -> None:
         share = 1.0 / (self.plan.tp * (1 if self.plan.data_parallel == "zero1" else self.plan.dp))

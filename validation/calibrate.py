@@ -247,6 +247,8 @@ def _host(main: list[dict[str, Any]], results: dict[int, list[dict[str, Any]]], 
         slow = statistics.fmean(r["anchor_oversubscribed"] for r in results[world])
         alone = statistics.median(r["anchor_loaded"] for r in main)
         host["oversubscription"] = max(slow / alone / (world / cores), 1.0)
+        pairs = [r["pair_seconds"] for r in (main[0], results[world][0]) if "pair_seconds" in r]
+        host["crowded_message"] = max(pairs[-1] - pairs[0], 0.0) if len(pairs) == 2 else 0.0
     return {k: float(v) for k, v in host.items()}
 
 
@@ -271,6 +273,8 @@ HOST_KEYS = {
     "checkpoint_backward": "per checkpointed region, backward, beyond the recomputed ops",
     "pp_action": "per forward or backward of one micro-batch under a pipeline schedule",
     "loaded": "ratio: op time with all cores busy / alone; laws and samples are for all cores busy",
+    "crowded_message": "per message of a group that is not the whole world, where more ranks than cores run: its ranks "
+    "wait for their turns on the cores",
     "oversubscription": "ratio: loss of throughput when more ranks than cores run, beyond sharing the cores",
 }
 
