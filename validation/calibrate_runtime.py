@@ -36,7 +36,7 @@ class _Sweep(torch.autograd.Function):
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
         _Sweep.memory.mul_(1.0)
         return gradient
 
@@ -46,7 +46,8 @@ class Between(nn.Module):
     out two to three times too small."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return _Sweep.apply(x)  # type: ignore[no-untyped-call]
+        swept: torch.Tensor = _Sweep.apply(x)  # type: ignore[no-untyped-call]
+        return swept
 
 
 def stack(layers: int = LAYERS) -> nn.Sequential:
@@ -154,8 +155,8 @@ def fully_sharded(plain: Parts) -> dict[str, float]:
         fully_shard(layer, mesh=mesh)
     fully_shard(single, mesh=mesh)
     grouped = nn.Sequential(*(stack(4) for _ in range(LAYERS // 4)))
-    for layer in grouped:
-        fully_shard(layer, mesh=mesh)
+    for group in grouped:
+        fully_shard(group, mesh=mesh)
     fully_shard(grouped, mesh=mesh)
     ones, fours = timed(single), timed(grouped)
     result = {}
