@@ -150,7 +150,7 @@ class StepTracer(TorchDispatchMode):
         phase, module, forward = self._place()
         with _uncached() if func._schema.name.partition("::")[2] in TWICE else nullcontext():
             out = func(*args, **kwargs)
-        mutates = tuple(dict.fromkeys(self._written(func, args, kwargs)))
+        mutates = tuple(dict.fromkeys(self._tensor(t) for t in written(func, args, kwargs)))
         produced = [t for t in tree_leaves(out) if isinstance(t, torch.Tensor)]
         outputs = tuple(self._tensor(t) for t in produced)
         name = str(func)
@@ -175,16 +175,16 @@ class StepTracer(TorchDispatchMode):
         )  # fmt: skip
         return out
 
-    def _written(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[int]:
-        for position, argument in enumerate(func._schema.arguments):
-            if argument.alias_info is not None and argument.alias_info.is_write:
-                value = args[position] if position < len(args) else kwargs.get(argument.name)
-                for t in tree_leaves(value):
-                    if isinstance(t, torch.Tensor):
-                        yield self._tensor(t)
-        training = RUNNING_STATS.get(func._schema.name.partition("::")[2])
-        if training is not None and len(args) > training and args[training]:
-            yield from (self._tensor(t) for t in args[3:5] if isinstance(t, torch.Tensor))
+
+def written(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[torch.Tensor]:
+    """The tensors that a call writes in place: those its schema names, and running statistics."""
+    for position, argument in enumerate(func._schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            value = args[position] if position < len(args) else kwargs.get(argument.name)
+            yield from (t for t in tree_leaves(value) if isinstance(t, torch.Tensor))
+    training = RUNNING_STATS.get(func._schema.name.partition("::")[2])
+    if training is not None and len(args) > training and args[training]:
+        yield from (t for t in args[3:5] if isinstance(t, torch.Tensor))
 
 
 class _Call:

@@ -19,6 +19,7 @@ from costmodels.families import FREE, family
 from costmodels.ops import OpShape, signature
 from opgraph.flops import flops_of
 from opgraph.graph import DTYPE_BYTES
+from opgraph.tracer import written
 from opgraph.workload import adamw
 from validation.calibrate_models import Source
 
@@ -62,18 +63,12 @@ class OpDescriber(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return func(*args, **kwargs)
         ins = tensors_in((args, kwargs))
         out = func(*args, **kwargs)
-        self.shapes.append(described(func, ins, written(func, args, kwargs), tensors_in(out), args, self.phase))
+        self.shapes.append(described(func, ins, list(written(func, args, kwargs)), tensors_in(out), args, self.phase))
         return out
 
 
 def tensors_in(tree: Any) -> list[torch.Tensor]:
     return [t for t in tree_leaves(tree) if isinstance(t, torch.Tensor)]
-
-
-def written(func: Any, args: Any, kwargs: dict[str, Any]) -> list[torch.Tensor]:
-    """The tensors that an op's schema says it writes."""
-    names = [(i, a.name) for i, a in enumerate(func._schema.arguments) if a.alias_info and a.alias_info.is_write]
-    return [t for i, name in names for t in tensors_in(args[i] if i < len(args) else kwargs.get(name))]
 
 
 def described(
