@@ -91,6 +91,7 @@ def measure_ops(job: dict[str, Any], rank: int) -> dict[str, Any]:
     from validation.anchor import make_anchor
     from validation.calibrate_models import SOURCES
     from validation.calibrate_record import overhead, prepare, samples, time_ops, time_parts
+    from validation.environment import room_to_grow
 
     once = make_anchor(time.thread_time)
     once()
@@ -103,20 +104,19 @@ def measure_ops(job: dict[str, Any], rank: int) -> dict[str, Any]:
     for i, source in enumerate(chosen):
         report(job, rank, f"model {source.name}", 0.2 * i / len(chosen))
         steps.append(prepare(source))
+    room_to_grow(job["ranks"])
     dist.barrier()
-    began, anchors, rounds = time.perf_counter(), [], 0
+    began, rounds = time.perf_counter(), 0
     while rounds < job["least_rounds"] or time.perf_counter() - began < job["seconds"]:
         report(job, rank, f"round {rounds + 1}", 0.2 + 0.8 * min((time.perf_counter() - began) / job["seconds"], 1.0))
         for step in steps:
             time_ops(step)
             time_parts(step)
-        once()  # the second run finds its data in the caches, as a later run of the anchor does
-        anchors.append(once())
         rounds += 1
     dist.barrier()
     good = [s for s in steps if s.times and s.plain]
     return {
-        "anchor_solo": solo, "anchor_loaded": loaded, "anchors": anchors, "rounds": rounds,
+        "anchor_solo": solo, "anchor_loaded": loaded, "rounds": rounds,
         "samples": samples(good), "overheads": [overhead(s) for s in good],
         "unrepeatable": [s.source.name for s in steps if not s.times],
     }  # fmt: skip

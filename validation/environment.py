@@ -10,3 +10,16 @@ RANK_ENV = {
     "MALLOC_TRIM_THRESHOLD_": "17179869184",
     "MALLOC_TOP_PAD_": "67108864",
 }
+
+
+def room_to_grow(ranks: int) -> None:
+    """Touches as much fresh heap as this process holds, and gives it back to malloc, which keeps it (`RANK_ENV`).
+
+    A heap grows by fragmentation for tens of steps, 12 us a page: such steps took up to 1.4 times as long, and the
+    first plan of a process came out 20 to 30 % slower than the same plan later.
+    """
+    import psutil
+    import torch
+
+    free = psutil.virtual_memory().available // (2 * ranks)
+    torch.ones(min(psutil.Process().memory_info().rss, free), dtype=torch.uint8)

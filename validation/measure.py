@@ -14,6 +14,7 @@ from typing import Any, Literal
 import numpy as np
 
 from planner.plan import ParallelPlan
+from validation.environment import room_to_grow
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,10 +103,6 @@ def measurement(plan: ParallelPlan, replies: list[dict[str, Any]]) -> Measuremen
     )  # fmt: skip
 
 
-FIRST_WARMUP = 5  # times as many warm-up steps for a process's first plan, whose memory the machine still has to give
-_PROCESS_IS_WARM: list[bool] = []
-
-
 def block_medians(times: list[float]) -> tuple[float, ...]:
     half = len(times) // 2
     return (statistics.median(times[:half]), statistics.median(times[half:])) if half else tuple(times)
@@ -131,9 +128,11 @@ def time_steps(run: Callable[[], Any], options: Options, cuda: bool) -> dict[str
         return time.perf_counter() - start
 
     load_before = os.getloadavg()[0]
-    for _ in range(options.warmup if _PROCESS_IS_WARM else FIRST_WARMUP * options.warmup):
+    once()
+    if not cuda:
+        room_to_grow(dist.get_world_size())
+    for _ in range(options.warmup):
         once()
-    _PROCESS_IS_WARM.append(True)
     times: list[float] = []
     begin = time.perf_counter()
     while True:

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import os
-import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -16,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 from costmodels.cluster import Cluster
 from costmodels.device import rescale
 from planner.plan import Precision
+from validation.anchor import anchor_on_cores
 from validation.compare import Comparison, compare
-from validation.environment import RANK_ENV
-from validation.launch import ROOT, run_plans
+from validation.launch import run_plans
 from validation.measure import Measurement, Options
 
 if TYPE_CHECKING:
@@ -27,11 +24,6 @@ if TYPE_CHECKING:
 Progress = Callable[[str, float], None]
 STEADY = 1.1  # a machine whose anchor time changes by more than this factor was disturbed
 Choose = Callable[["SearchResult", int], "Sequence[Ranked]"]
-ANCHOR = (
-    "import torch; torch.set_num_threads(1);"
-    "from validation.anchor import anchor_seconds, make_anchor; make_anchor()();"
-    "print('ready', flush=True); input(); print(anchor_seconds())"
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,37 +189,7 @@ def outcome(c: Comparison) -> str:
 
 def anchor_ratio(cluster: Cluster) -> float:
     """Median anchor time of one process per core, all at once, over that of the device's calibration."""
-    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-    environment = {**os.environ, **RANK_ENV, "PYTHONPATH": path}
-    count = max(cluster.cores, 1)
-    processes: list[subprocess.Popen[str]] = []
-    try:
-        processes += [
-            subprocess.Popen(
-                [sys.executable, "-c", ANCHOR], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-                env=environment, start_new_session=True,
-            )
-            for _ in range(count)
-        ]  # fmt: skip
-        for process in processes:
-            assert process.stdout is not None
-            if process.stdout.readline().strip() != "ready":
-                raise RuntimeError("the anchor benchmark did not start; its message stands above")
-        seconds = [float(out.splitlines()[-1]) for out in _released(processes)]
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-    return statistics.median(seconds) / cluster.device.anchor_seconds
-
-
-def _released(processes: list[subprocess.Popen[str]]) -> list[str]:
-    """What the waiting processes print once they may all go on."""
-    for process in processes:
-        assert process.stdin is not None
-        process.stdin.write("\n")
-        process.stdin.flush()
-    return [process.communicate(timeout=120)[0] for process in processes]
+    return anchor_on_cores(cluster.cores) / cluster.device.anchor_seconds
 
 
 def predictions_path(folder: Path, model: str) -> Path:
