@@ -36,7 +36,7 @@ from validation.environment import RANK_ENV
 Progress = Callable[[str, float], None]
 ROOT = Path(__file__).resolve().parent.parent
 MOST_RANKS = 8  # of the op measurement: more ranks than this would only repeat each other
-FIXED_SECONDS = 62.0  # of starting ranks, building models, collectives: what is not rounds over the models
+FIXED_SECONDS = 68.0  # of starting ranks, building models, collectives: what is not rounds over the models
 SAMPLE_SECONDS = 2e-5  # shorter ops are not stored one by one: their law is as good and the file stays small
 SMALL_OPTIMIZER = 0.002  # seconds: the same for optimizer steps
 SMALL_STEP = 0.04  # seconds: host overhead is read off steps below this, where op noise does not drown it
@@ -74,7 +74,7 @@ def calibrate(
     ranks = max(min(cores, MOST_RANKS), 2)
     sizes = sorted(set(worlds) or {2, 4, ranks})
     short = bool(models)
-    common = {"timeout": 300, "sizes": _sizes(short), "seconds_per_point": 0.02 if short else 0.1}
+    common = {"timeout": 300, "sizes": _sizes(short), "seconds_per_point": 0.02 if short else 0.3}
     results: dict[int, list[dict[str, Any]]] = {}
     repeats = 8 if short else 100
     anchors = [anchor_on_cores(cores, repeats, cpu_clock=True)]

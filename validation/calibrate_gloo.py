@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 SIZES = (4 << 10, 32 << 10, 256 << 10, 1 << 20, 4 << 20, 16 << 20, 64 << 20)
 KINDS = ("all_reduce", "all_gather", "reduce_scatter", "broadcast", "send")
-MOST, LEAST, PASSES = 12, 2, 2
+MOST, LEAST, PASSES = 40, 3, 2
 
 
 def measure_collectives(
@@ -26,48 +26,65 @@ def measure_collectives(
     """Rows of `costmodels.cluster.CollectiveTable` on the default group, the same on every rank (means over ranks).
 
     `sizes` are bytes as nccl-tests counts them; each point repeats for about `seconds_per_point`, spread over `PASSES`
-    passes, of which the better one counts: whatever else runs here only slows messages down.
+    passes over all points. Seconds are made to grow with bytes by isotonic regression; "error" is the median over the
+    sizes of the standard error of a point's mean, relative.
     """
+    from scipy.optimize import isotonic_regression
+
     passes = [[_point(k, s, seconds_per_point / PASSES) for k in kinds for s in sizes] for _ in range(PASSES)]
-    best = [min(points) for points in zip(*passes)]
+    points = [[p for runs in point for p in runs] for point in zip(*passes)]
     rows = []
     for i, kind in enumerate(kinds):
-        points = best[i * len(sizes) : (i + 1) * len(sizes)]
+        of_kind = points[i * len(sizes) : (i + 1) * len(sizes)]
+        seconds, errors = (_over_ranks(column) for column in zip(*(_mean([w for w, _ in runs]) for runs in of_kind)))
+        demand = _over_ranks([min(sum(b for _, b in runs) / sum(w for w, _ in runs), 2.0) for runs in of_kind])
         rows.append({
             "kind": kind, "ranks": dist.get_world_size(), "bytes": [float(s) for s in sizes],
-            "seconds": [p[0] for p in points], "demand": [p[1] for p in points],
-            "error": statistics.median(p[2] for p in points),
+            "seconds": [float(s) for s in isotonic_regression(seconds, weights=[1 / t for t in seconds]).x],
+            "demand": demand, "error": statistics.median(errors),
         })  # fmt: skip
     return rows
 
 
-def _point(kind: str, size: int, seconds: float) -> tuple[float, float, float]:
-    """Median of seconds, host cores per rank, relative spread (median deviation): means over the ranks."""
+def _point(kind: str, size: int, seconds: float) -> list[tuple[float, float]]:
+    """Wall and busy CPU seconds of repeated calls, each after some work."""
     call, work = _call(kind, size), _work()
     call()
     dist.barrier()
     start = time.perf_counter()
+    work()
     call()
     once = torch.tensor([time.perf_counter() - start], dtype=torch.float64)
     dist.all_reduce(once, op=dist.ReduceOp.MAX)
-    repeats = int(min(max(seconds / max(float(once), 1e-6), LEAST), MOST))
-    walls, busy = [], 0.0
-    for _ in range(repeats):
+    runs = []
+    for _ in range(int(min(max(seconds / max(float(once), 1e-6), LEAST), MOST))):
         work()
         start, used = time.perf_counter(), time.process_time()
         call()
-        walls.append(time.perf_counter() - start)
-        busy += time.process_time() - used
-    middle = statistics.median(walls)
-    spread = statistics.median(abs(w - middle) for w in walls) / middle
-    mean = torch.tensor([middle, min(busy / sum(walls), 2.0), spread], dtype=torch.float64)
-    dist.all_reduce(mean)
-    middle, demand, spread = (mean / dist.get_world_size()).tolist()
-    return middle, demand, spread
+        runs.append((time.perf_counter() - start, time.process_time() - used))
+    return runs
+
+
+def _mean(walls: list[float]) -> tuple[float, float]:
+    """Mean of the middle four fifths, and its relative standard error.
+
+    The mean, because a step adds its messages up and their times have two humps (threads awake or asleep); without the
+    ends, because whatever else runs here belongs to no message.
+    """
+    cut = len(walls) // 10
+    middle = sorted(walls)[cut : len(walls) - cut]
+    mean = statistics.fmean(middle)
+    return mean, statistics.pstdev(middle) / mean / len(middle) ** 0.5
+
+
+def _over_ranks(values: Sequence[float]) -> list[float]:
+    total = torch.tensor(values, dtype=torch.float64)
+    dist.all_reduce(total)
+    return (total / dist.get_world_size()).tolist()
 
 
 def pair_seconds(size: int = 256 << 10, repeats: int = 30) -> float:
-    """Median seconds of an all-reduce within pairs of ranks, all pairs at once, each after some work."""
+    """Mean seconds of an all-reduce within pairs of ranks, all pairs at once, each after some work."""
     ranks, rank = dist.get_world_size(), dist.get_rank()
     groups = [dist.new_group([first, first + 1]) for first in range(0, ranks - 1, 2)]
     mine = groups[rank // 2] if rank // 2 < len(groups) else None
@@ -79,9 +96,7 @@ def pair_seconds(size: int = 256 << 10, repeats: int = 30) -> float:
         if mine is not None:
             dist.all_reduce(buffer, group=mine)
         walls.append(time.perf_counter() - start)
-    total = torch.tensor(statistics.median(walls), dtype=torch.float64)
-    dist.all_reduce(total)
-    return float(total) / ranks
+    return _over_ranks([_mean(walls)[0]])[0]
 
 
 def _work() -> Callable[[], None]:
