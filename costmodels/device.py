@@ -43,6 +43,8 @@ class Device:
     laws: measured laws by key. samples: measured ops, "signature" -> seconds (see `ops.signature`).
     host: seconds of Python and runtime overhead by kind. anchor_seconds: time of the anchor benchmark
         (`validation.anchor`) at calibration, 0 where there is none.
+    step_error: root mean square relative error of whole training steps predicted by laws that saw none of their ops,
+        0 where none were measured.
     """
 
     name: str
@@ -57,6 +59,7 @@ class Device:
     samples: dict[str, float] = field(default_factory=dict)
     host: dict[str, float] = field(default_factory=dict)
     anchor_seconds: float = 0.0
+    step_error: float = 0.0
     sources: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     cache: dict[Any, Any] = field(default_factory=dict, repr=False)
@@ -132,6 +135,7 @@ def device_from(data: dict[str, Any], where: str) -> Device:
         samples=_samples_from(toml.strings(data, "samples", where), where),
         host=toml.numbers(data, "host", where),
         anchor_seconds=toml.number(data, "anchor_seconds", where, 0.0),
+        step_error=toml.number(data, "step_error", where, 0.0),
         sources=toml.strings(data, "sources", where),
         notes=toml.strings(data, "notes", where),
     )

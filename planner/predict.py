@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from math import hypot
 
 from costmodels.cluster import Cluster
 from costmodels.ops import peak_of
@@ -12,16 +13,19 @@ from planner.memory import peak_bytes
 from planner.plan import ParallelPlan
 from simulator import Timeline, breakdown, overall, simulate
 
+NINE_IN_TEN = 1.645  # standard deviations on either side of the mean of a normal distribution
+
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
     """What one plan will do. Times in seconds, sizes in bytes.
 
-    interval: the step time lies between these where the errors of the laws and tables are what they were on held-out
-    samples (one standard deviation). peak_bytes: tensor bytes at the worst moment, by rank; memory_bytes: what a rank
-    has. breakdown: compute, exposed_communication, bubble, idle, averaged over ranks; they sum to the step. mfu: model
-    FLOP (without recomputation) per second over the peak of all devices. shares: of the time by kind of price.
-    unpriced: ops that no model covers. tasks: simulated.
+    interval: nine in ten step times should lie between these: the errors of the laws and tables on held-out samples,
+    and that of whole calibration steps (`Device.step_error`), added in squares, 1.645 standard deviations wide.
+    peak_bytes: tensor bytes at the worst moment, by rank; memory_bytes: what a rank has. breakdown: compute,
+    exposed_communication, bubble, idle, averaged over ranks; they sum to the step. mfu: model FLOP (without
+    recomputation) per second over the peak of all devices. shares: of the time by kind of price. unpriced: ops that no
+    model covers. tasks: simulated.
     """
 
     plan: ParallelPlan
@@ -67,7 +71,7 @@ def _check_size(plan: ParallelPlan, cluster: Cluster) -> None:
 def _judge(graph: OpGraph, plan: ParallelPlan, cluster: Cluster, lowered: Lowered, timeline: Timeline) -> Prediction:
     step = timeline.makespan
     total = sum(lowered.seconds_by_source.values()) or 1.0
-    spread = lowered.deviation / total
+    spread = NINE_IN_TEN * hypot(lowered.deviation / total, cluster.device.step_error)
     peaks = peak_bytes(lowered.stages, plan, cluster.backend)
     capacity = memory_per_rank(cluster, plan)
     model_flops = graph.at_batch(plan.micro_batch).flops() * plan.micro_batches * plan.dp

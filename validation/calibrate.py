@@ -30,7 +30,7 @@ from costmodels.families import family
 from costmodels.features import touched
 from costmodels.ops import OpShape, signature
 from validation.anchor import anchor_on_cores
-from validation.calibrate_fit import errors_by_family, fit_laws
+from validation.calibrate_fit import errors_by_family, fit_laws, step_errors
 from validation.environment import RANK_ENV
 
 Progress = Callable[[str, float], None]
@@ -193,6 +193,8 @@ def _device(
     main = results[ranks]
     merged = _merged(main)
     laws = fit_laws(merged)
+    whole = _steps(main)
+    steps = step_errors(merged, whole)
     host = _host(main, results, cores)
     rates = [s.flops / t for s, t in merged if family(s.name) in ("gemm", "conv") and s.dtype == "float32"]
     half = [s.flops / t for s, t in merged if family(s.name) == "gemm" and s.dtype == "bfloat16"]
@@ -213,10 +215,24 @@ def _device(
         samples={signature(s): t for s, t in merged if t >= SAMPLE_SECONDS},
         host=host,
         anchor_seconds=anchor,
+        step_error=float(np.sqrt(np.mean(np.square(list(steps.values()))))) if steps else 0.0,
         sources=(f"parplan calibrate on {platform.node()}, {time.strftime('%Y-%m-%d %H:%M')}",),
         notes=(note,),
     )
-    return device, errors_by_family(merged)
+    errors = errors_by_family(merged)
+    if steps:
+        absolute, weights = np.abs(list(steps.values())), [whole[name][1] for name in steps]
+        errors["whole steps"] = float(absolute.mean()), float(np.average(absolute, weights=weights)), len(steps)
+    return device, errors
+
+
+def _steps(main: list[dict[str, Any]]) -> dict[str, tuple[Sequence[OpShape], float]]:
+    """Every calibration step's ops and what they took together, mean over the ranks."""
+    found: dict[str, tuple[Sequence[OpShape], list[float]]] = {}
+    for result in main:
+        for o in result["overheads"]:
+            found.setdefault(o.name, (o.shapes, []))[1].append(sum(ops for _, ops, _ in o.parts.values()))
+    return {name: (shapes, statistics.fmean(seconds)) for name, (shapes, seconds) in found.items()}
 
 
 def _merged(main: list[dict[str, Any]]) -> list[tuple[OpShape, float]]:

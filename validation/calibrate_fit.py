@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 from scipy.optimize import nnls
@@ -116,6 +117,25 @@ def errors_by_family(samples: Iterable[Measured]) -> dict[str, tuple[float, floa
             predicted = float(np.dot(features(shape, law.form), law.coefficients))
             found.setdefault(pooled.replace(":", "/"), []).append((abs(predicted / seconds - 1), seconds))
     return {key: _scores(np.array(rows)) for key, rows in found.items()}
+
+
+def step_errors(samples: Sequence[Measured], steps: Mapping[str, tuple[Sequence[OpShape], float]]) -> dict[str, float]:
+    """Signed relative error of whole steps (their ops, and the seconds these took), by name, each predicted by laws
+    fitted without any op that occurs in it."""
+    found = {}
+    for name, (shapes, seconds) in steps.items():
+        own = {signature(s) for s in shapes}
+        laws = fit_laws((s, t) for s, t in samples if signature(s) not in own)
+        predicted = 0.0
+        for shape, n in Counter(s for s in shapes if family(s.name) not in FREE).items():
+            keys = (f"{base_name(shape.name)}/{shape.dtype}", f"{family(shape.name)}:{shape.dtype}")
+            law = next((laws[k] for k in keys if k in laws), None)
+            if law is None:
+                break
+            predicted += n * float(np.dot(features(shape, law.form), law.coefficients))
+        else:
+            found[name] = predicted / seconds - 1
+    return found
 
 
 def _scores(rows: np.ndarray) -> tuple[float, float, int]:

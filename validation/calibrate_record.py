@@ -208,6 +208,7 @@ class Overhead:
     name: str
     parts: dict[str, tuple[float, float, int]]
     parameters: int
+    shapes: tuple[OpShape, ...]
 
 
 def overhead(step: Step) -> Overhead:
@@ -236,4 +237,4 @@ def overhead(step: Step) -> Overhead:
         parts[phase] = (extra + middle, ops[i], at.count(i))
     fused = [s for s in step.shapes if family(s.name) == "optimizer"]
     tensors = max((len(s.in_shapes) for s in fused), default=0) // 5  # parameter, gradient, two moments, step count
-    return Overhead(step.source.name, parts, tensors)
+    return Overhead(step.source.name, parts, tensors, tuple(step.shapes))
