@@ -266,10 +266,18 @@ class _Builder:
 
     def _crowded(self, ranks: tuple[int, ...]) -> float:
         """Where more ranks than cores run, the ranks of a smaller group wait for their turns on the cores. Tables of
-        the whole world were measured that way already."""
-        if not 0 < self.cluster.cores < self.plan.world_size or len(ranks) == self.plan.world_size:
+        the whole world were measured that way already.
+
+        The calibrated wait is that of a world whose ranks all run at once. Stages of a pipeline do not: of a stage's m
+        micro-batches, m - d run while the stage d further does. The wait shrinks with the ranks beyond the cores.
+        """
+        plan, cores = self.plan, self.cluster.cores
+        if not 0 < cores < plan.world_size or len(ranks) == plan.world_size:
             return 0.0
-        return self.cluster.device.host.get("crowded_message", 0.0)
+        m, own = plan.micro_batches, ranks[0] // (plan.dp * plan.tp)
+        beside = sum(max(m - abs(stage - own), 0) / m for stage in range(plan.pp))
+        share = (beside * plan.dp * plan.tp - cores) / (plan.world_size - cores)
+        return self.cluster.device.host.get("crowded_message", 0.0) * max(share, 0.0)
 
     def _count(self, seconds: float, source: str, error: float, kind: str) -> None:
         share = 1.0 / (self.plan.tp * (1 if self.plan.data_parallel == "zero1" else self.plan.dp))

@@ -11,10 +11,11 @@ from numpy.typing import NDArray
 from costmodels.cluster import Cluster
 from opgraph.graph import OpGraph
 from opgraph.workload import Workload
-from planner.estimate import StepCosts, crossings, curves, step_costs
+from planner.curves import curves
 from planner.layout import propagate
 from planner.plan import DataParallel, ParallelPlan, Precision, Schedule, Sharding
 from planner.stages import LOSS
+from planner.step_costs import StepCosts, crossings, step_costs
 from planner.tensor_parallel import explain_no_shardings, tp_shardings
 
 OVERSUBSCRIPTION = 4  # ranks per host core that a cluster of cores accepts

@@ -13,10 +13,12 @@ from costmodels.cluster import load_cluster, uncalibrated_core
 from costmodels.ops import price_many, shape_of
 from opgraph.batch import trace_workload
 from opgraph.models import load_workload
-from planner.estimate import bound_seconds, crossings, curves, estimate, step_costs
+from planner.curves import curves
+from planner.estimate import bound_seconds, estimate
 from planner.plan import ParallelPlan
 from planner.predict import predict
 from planner.space import enumerate_plans
+from planner.step_costs import crossings, step_costs
 from tests.planner.models import BLOCKS, SHARDINGS, gpt, mlp, norm_net
 
 HOST = {

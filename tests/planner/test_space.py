@@ -14,10 +14,11 @@ from opgraph.batch import trace_workload
 from opgraph.workload import Workload, adamw
 from planner.apply import check
 from planner.apply_model import check_paths
-from planner.estimate import curves, step_costs
+from planner.curves import curves
 from planner.plan import ParallelPlan
 from planner.space import balanced_cuts, check_devices, cut_candidates, divisors, enumerate_plans, partition
 from planner.split import split
+from planner.step_costs import step_costs
 from tests.planner.models import BLOCKS, gpt, mean_of_squares, mlp, norm_net
 
 CLUSTER = load_cluster("dgx-a100")

@@ -1,0 +1,119 @@
+"""Cumulated curves over the forward ops, of which the costs of every pipeline stage are differences."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from costmodels.collectives import collective_price
+from costmodels.ops import price_many
+from opgraph.graph import Tensor
+from planner.layout import propagate
+from planner.op_costs import op_seconds
+from planner.plan import ParallelPlan
+from planner.script import copy_work
+from planner.step_costs import StepCosts, uses_of
+
+Floats = NDArray[np.float64]
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Curves:
+    """Per forward op: what runs or lives with it, at one micro-batch size and one tensor-parallel layout.
+
+    forward, backward: seconds, host time and tensor-parallel messages among them; messages f8[2, n]: these of forward
+    and backward. bytes: of every storage. reads: bytes of the smallest view of a storage that forward reads.
+    """
+
+    forward: Floats
+    backward: Floats
+    messages: Floats
+    demand: float
+    copies: Floats
+    sums: Floats
+    transient: Floats
+    params: Floats
+    tensors: Floats
+    held: Floats
+    bytes: Floats
+    reads: Floats
+
+
+def curves(costs: StepCosts, plan: ParallelPlan) -> Curves:
+    """Curves of the plan's micro-batch and shardings; the same object for plans that share them."""
+    key = ("curves", plan.micro_batch, plan.tp, plan.shardings)
+    if key not in costs.cache:
+        costs.cache[key] = _curves(costs, plan)
+    found: Curves = costs.cache[key]
+    return found
+
+
+def _curves(costs: StepCosts, plan: ParallelPlan) -> Curves:
+    graph, n, place = costs.graph, costs.forward_ops, costs.place
+    layout = propagate(graph, plan)
+    seconds = op_seconds(costs, layout, plan.micro_batch)
+    after = np.array([op.phase not in ("forward", "optimizer") for op in graph.ops])
+    before = np.arange(len(graph.ops)) < n
+    messages, demand = np.zeros((2, n)), 1.0
+    step, ranks = plan.micro_batch - graph.batch, plan.group(0, "tp")
+    for reduction in layout.reductions:
+        nbytes = float(_at(graph.tensors[reduction.tensor], step).bytes)
+        price = collective_price(costs.cluster, "all_reduce", nbytes, ranks)
+        messages[int(reduction.after >= n), place[reduction.after]] += price.seconds
+        demand = min(demand, price.demand)
+    whole = {graph.tensors[i].storage for i, p in enumerate(layout.placements) if p >= 0}
+    sizes = [(s.bytes + step * s.bytes_per_batch) / (plan.tp if s.id in whole else 1) for s in graph.storages]
+    nbytes_of = np.array(sizes, float)
+    params, tensors, held, copies, sums = np.zeros((5, n))
+    uses, _ = uses_of(costs)
+    for s in graph.storages:
+        if s.role in ("parameter", "buffer") and s.id in uses:
+            at = uses[s.id][0]
+            (params if s.role == "parameter" else held)[at] += nbytes_of[s.id]
+            if s.role == "parameter":
+                moved, added = _runtime_copies(costs, nbytes_of[s.id])
+                copies[at], sums[at], tensors[at] = copies[at] + moved, sums[at] + added, tensors[at] + 1
+    reads = nbytes_of.copy()
+    for t in {i for op in graph.ops[:n] for i in op.inputs}:
+        tensor = _at(graph.tensors[t], step)
+        reads[tensor.storage] = min(reads[tensor.storage], tensor.bytes)
+
+    def along(which: NDArray[np.bool_]) -> Floats:
+        return np.bincount(place[which], weights=seconds[which], minlength=n)[:n].astype(np.float64)
+
+    return Curves(
+        along(before) + messages[0], along(after) + messages[1], messages, demand, copies, sums,
+        _transient(costs, nbytes_of), params, tensors, held, nbytes_of, reads,
+    )  # fmt: skip
+
+
+def _runtime_copies(costs: StepCosts, nbytes: float) -> tuple[float, float]:
+    """Seconds of copying a float32 gradient of `nbytes` into and out of a bucket, and of adding it to another."""
+    elements, host = round(nbytes / 4), costs.cluster.device.host
+    names = ("aten.mul.out", "aten.copy_.default", "aten.add_.Tensor")
+    shapes = [copy_work(name, elements, "float32", "backward", "").shape for name in names]
+    mul, copy, add = (p.seconds + host.get("op_backward", 0.0) for p in price_many(costs.cluster.device, shapes))
+    return mul + copy, add
+
+
+def _transient(costs: StepCosts, nbytes: Floats) -> Floats:
+    """Per forward op: most bytes of tensors that neither backward nor the optimizer waits for, while it or its backward
+    runs."""
+    graph, n = costs.graph, costs.forward_ops
+    if "short" not in costs.cache:
+        end = next((op.id for op in graph.ops if op.phase == "optimizer"), len(graph.ops))
+        rows = [s for s in graph.storages if s.birth >= 0 and s.death < (n if s.birth < n else end)]
+        costs.cache["short"] = tuple(np.array([getattr(s, f) for s in rows], int) for f in ("id", "birth", "death"))
+    ids, born, death = costs.cache["short"]
+    live = np.zeros(len(graph.ops) + 1)
+    np.add.at(live, born, nbytes[ids])
+    np.add.at(live, np.maximum(death, born) + 1, -nbytes[ids])
+    most = np.zeros(n)
+    np.maximum.at(most, costs.place, np.cumsum(live)[:-1])
+    return most
+
+
+def _at(t: Tensor, step: int) -> Tensor:
+    """The tensor with `step` more samples; only its bytes are right."""
+    return replace(t, shape=tuple(a + b * step for a, b in zip(t.shape, t.per_batch))) if any(t.per_batch) else t

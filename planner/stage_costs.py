@@ -1,0 +1,140 @@
+"""Costs of the stages of a plan, from the curves of its micro-batch and shardings."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from costmodels.collectives import collective_price
+from planner.curves import Curves, curves
+from planner.plan import ParallelPlan
+from planner.step_costs import StepCosts, crossings, uses_of
+
+Floats = NDArray[np.float64]
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StageCosts:
+    """Arrays [stages]; seconds of one micro-batch, bytes of one rank.
+
+    forward, backward: ops with their host time, what is recomputed, and tensor-parallel messages, which are `messages`
+    of these seconds and keep `message_work` core seconds busy. send: of the message to the next stage. copies: into and
+    out of DDP's buckets. sums: adding one micro-batch's gradients to the others'. params: bytes of parameters; tensors:
+    how many there are. saved: activations kept for backward. transient: most bytes of short-lived tensors. held:
+    buffers. input_bytes: of the model's inputs.
+    """
+
+    forward: Floats
+    backward: Floats
+    messages: Floats
+    message_work: Floats
+    send: Floats
+    copies: Floats
+    sums: Floats
+    params: Floats
+    tensors: Floats
+    saved: Floats
+    transient: Floats
+    held: Floats
+    input_bytes: float
+
+
+def stage_costs(costs: StepCosts, plan: ParallelPlan) -> StageCosts:
+    """Costs of every stage of the plan; the same object for plans that share them."""
+    key = (plan.pp, plan.dp * plan.tp, plan.tp, plan.micro_batch, plan.shardings, plan.recompute, plan.cuts)
+    if key not in costs.cache:
+        costs.cache[key] = _stage_costs(costs, plan)
+    found: StageCosts = costs.cache[key]
+    return found
+
+
+def cut_start(costs: StepCosts, cut: str) -> int:
+    """The forward op at which the stage that begins at module `cut` starts."""
+    if cut not in costs.spans:
+        raise ValueError(f"cut {cut!r} is no module path that the forward of {costs.graph.name} calls")
+    return costs.spans[cut][0]
+
+
+def _stage_costs(costs: StepCosts, plan: ParallelPlan) -> StageCosts:
+    c, graph = curves(costs, plan), costs.graph
+    starts = [0, *(cut_start(costs, cut) for cut in plan.cuts)]
+    assert starts == sorted(starts), "cuts come in execution order"
+
+    def per_stage(curve: Floats) -> Floats:
+        return np.add.reduceat(curve, starts)
+
+    again, saved, dropped = _kept(costs, plan, c)
+    params, held = per_stage(c.params), per_stage(c.held)
+    for storage, at in _tied(costs):
+        stages = np.unique(np.searchsorted(starts, at, "right") - 1)
+        params[stages[1:]] += c.bytes[storage]
+    send = np.zeros(plan.pp)
+    for s, start in enumerate(starts[1:]):
+        crossing = [i for i in crossings(costs, start) if i >= 0]
+        ranks = (s * plan.dp * plan.tp, (s + 1) * plan.dp * plan.tp)
+        send[s] = collective_price(costs.cluster, "send", float(c.reads[crossing].sum()), ranks).seconds
+    inputs = sum(s.bytes_per_batch * plan.micro_batch for s in graph.storages if s.role == "input")
+    messages = per_stage(c.messages.sum(0) + np.where(again > 0, c.messages[0], 0.0))
+    around = _runtime_host(costs, plan)
+    return StageCosts(
+        forward=per_stage(c.forward + around[0]), backward=per_stage(c.backward + again + around[1]), messages=messages,
+        message_work=messages * c.demand, send=send, copies=per_stage(c.copies), sums=per_stage(c.sums), params=params,
+        tensors=per_stage(c.tensors),
+        saved=per_stage(saved), transient=np.maximum.reduceat(c.transient, starts) + dropped, held=held,
+        input_bytes=float(inputs),
+    )  # fmt: skip
+
+
+def _runtime_host(costs: StepCosts, plan: ParallelPlan) -> Floats:
+    """Host seconds of pipelines, checkpoints and sharded Linears, in forward and backward [2], by forward op."""
+    host, found = costs.cluster.device.host, np.zeros((2, costs.forward_ops))
+    starts = [0, *(cut_start(costs, cut) for cut in plan.cuts)] if plan.pp > 1 else []
+    places = {
+        "pp_action": starts,
+        "checkpoint": [costs.spans[path][0] for path in plan.recompute if path in costs.spans],
+        "dtensor_linear": [costs.spans[path][0] for path, _ in plan.shardings] if plan.tp > 1 else [],
+    }
+    for kind, where in places.items():
+        for i, phase in enumerate(("forward", "backward")):
+            np.add.at(found[i], where, host.get(kind if kind == "pp_action" else f"{kind}_{phase}", 0.0))
+    return found
+
+
+def _kept(costs: StepCosts, plan: ParallelPlan, c: Curves) -> tuple[Floats, Floats, float]:
+    """Per forward op: seconds that recomputation repeats, bytes saved for backward; and the most that one recomputed
+    module brings back at a time."""
+    again, saved = np.zeros(costs.forward_ops), np.zeros(costs.forward_ops)
+    block = np.full(costs.forward_ops, -1)
+    for i, path in enumerate(plan.recompute):
+        first, last = costs.spans.get(path, (0, -1))
+        block[first : last + 1] = i
+    born, used, stored = _activations(costs)
+    home, size = block[born], c.bytes[stored]
+    ends = np.array([costs.spans.get(path, (0, -1))[1] for path in plan.recompute] or [0])
+    dropped = (home >= 0) & (used <= ends[home])
+    np.add.at(saved, born[~dropped], size[~dropped])
+    stops = np.full(len(ends), -1)  # torch stops recomputing as soon as everything that was saved is there
+    np.maximum.at(stops, home[dropped], born[dropped])
+    repeated = (block >= 0) & (np.arange(costs.forward_ops) <= stops[block])
+    again[repeated] = c.forward[repeated]
+    back = np.zeros(len(ends))
+    np.add.at(back, home[dropped], size[dropped])
+    return again, saved, float(back.max())
+
+
+def _activations(costs: StepCosts) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+    """Birth, last forward use and storage of what forward makes and backward still has."""
+    if "activations" not in costs.cache:
+        n = costs.forward_ops
+        _, used = uses_of(costs)
+        rows = [(s.birth, used[s.id], s.id) for s in costs.graph.storages if 0 <= s.birth < n <= s.death]
+        costs.cache["activations"] = tuple(np.array([r[k] for r in rows], np.int64) for k in range(3))
+    found: tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]] = costs.cache["activations"]
+    return found
+
+
+def _tied(costs: StepCosts) -> list[tuple[int, list[int]]]:
+    """Parameters that several forward ops read, with these ops."""
+    uses, _ = uses_of(costs)
+    return [(s.id, uses[s.id]) for s in costs.graph.storages if s.role == "parameter" and len(uses.get(s.id, ())) > 1]
