@@ -31,7 +31,7 @@ from costmodels.features import touched
 from costmodels.ops import OpShape, signature
 from validation.anchor import anchor_on_cores
 from validation.calibrate_fit import errors_by_family, fit_laws, step_errors
-from validation.environment import RANK_ENV
+from validation.environment import RANK_ENV, available_cores
 
 Progress = Callable[[str, float], None]
 ROOT = Path(__file__).resolve().parent.parent
@@ -70,7 +70,7 @@ def calibrate(
     if budget_seconds <= 0:
         raise ValueError(f"the budget is {budget_seconds:g} s; it must be more than 0, and 90 is usual")
     began = time.monotonic()
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = available_cores()
     ranks = max(min(cores, MOST_RANKS), 2)
     sizes = sorted(set(worlds) or {2, 4, ranks})
     short = bool(models)

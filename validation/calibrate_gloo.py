@@ -1,8 +1,12 @@
-"""Times of gloo's collectives between ranks of this machine, and the host cores that they keep busy.
+"""What gloo's collectives between ranks of this machine add to a step, and the host cores that they keep busy.
 
 In place, as the ops: every rank computes for some milliseconds before each call, so that caches are cold, threads have
 to wake up and ranks arrive a little apart. Calls in a tight loop are up to ten times faster (32 KiB on 2 ranks: 0.3
 against 3 ms) and nothing like a training step.
+
+A message's seconds are those of the round (work and call) beyond the work's own CPU time, shared by the ranks of a
+core: where more ranks than cores run, most of a call is waiting for ranks whose turn to compute comes later, and a
+simulation that shares the cores has that wait already.
 """
 
 from __future__ import annotations
@@ -10,14 +14,18 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from validation.environment import available_cores
+
 SIZES = (4 << 10, 32 << 10, 256 << 10, 1 << 20, 4 << 20, 16 << 20, 64 << 20)
 KINDS = ("all_reduce", "all_gather", "reduce_scatter", "broadcast", "send")
 MOST, LEAST, PASSES = 40, 3, 2
+LEAST_SECONDS = 2e-5  # no message adds less: two system calls and a wake-up
 
 
 def measure_collectives(
@@ -36,44 +44,59 @@ def measure_collectives(
     rows = []
     for i, kind in enumerate(kinds):
         of_kind = points[i * len(sizes) : (i + 1) * len(sizes)]
-        seconds, errors = (_over_ranks(column) for column in zip(*(_mean([w for w, _ in runs]) for runs in of_kind)))
-        demand = _over_ranks([min(sum(b for _, b in runs) / sum(w for w, _ in runs), 2.0) for runs in of_kind])
+        means, errors = zip(*(_mean(runs) for runs in of_kind))
+        seconds, busy = _slowest(means), _over_ranks([statistics.fmean(r.busy for r in runs) for runs in of_kind])
         rows.append({
             "kind": kind, "ranks": dist.get_world_size(), "bytes": [float(s) for s in sizes],
             "seconds": [float(s) for s in isotonic_regression(seconds, weights=[1 / t for t in seconds]).x],
-            "demand": demand, "error": statistics.median(errors),
+            "demand": [min(b / s, 2.0) for b, s in zip(busy, seconds)],
+            "error": statistics.median(_over_ranks(errors)),
         })  # fmt: skip
     return rows
 
 
-def _point(kind: str, size: int, seconds: float) -> list[tuple[float, float]]:
-    """Wall and busy CPU seconds of repeated calls, each after some work."""
-    call, work = _call(kind, size), _work()
+@dataclass(frozen=True, slots=True)
+class Round:
+    """Seconds of one round on one rank: what the call added to it, and what CPU time the call used."""
+
+    added: float
+    busy: float
+
+
+def _rounds(call: Callable[[], Any], repeats: int) -> list[Round]:
+    """Rounds of some work and a call. A collective call."""
+    work, share = _work(), max(dist.get_world_size() / available_cores(), 1.0)
+    rounds = []
+    for _ in range(repeats):
+        start, cpu = time.perf_counter(), time.thread_time()
+        work()
+        own, used = time.thread_time() - cpu, time.process_time()
+        call()
+        rounds.append(Round(time.perf_counter() - start - own * share, time.process_time() - used))
+    return rounds
+
+
+def _point(kind: str, size: int, seconds: float) -> list[Round]:
+    """About `seconds` of rounds with one collective, as many on every rank."""
+    call = _call(kind, size)
     call()
     dist.barrier()
     start = time.perf_counter()
-    work()
-    call()
+    _rounds(call, 1)
     once = torch.tensor([time.perf_counter() - start], dtype=torch.float64)
     dist.all_reduce(once, op=dist.ReduceOp.MAX)
-    runs = []
-    for _ in range(int(min(max(seconds / max(float(once), 1e-6), LEAST), MOST))):
-        work()
-        start, used = time.perf_counter(), time.process_time()
-        call()
-        runs.append((time.perf_counter() - start, time.process_time() - used))
-    return runs
+    return _rounds(call, int(min(max(seconds / max(float(once), 1e-6), LEAST), MOST)))
 
 
-def _mean(walls: list[float]) -> tuple[float, float]:
-    """Mean of the middle four fifths, and its relative standard error.
+def _mean(rounds: list[Round]) -> tuple[float, float]:
+    """Mean of what the middle four fifths of the calls added, and its relative standard error.
 
     The mean, because a step adds its messages up and their times have two humps (threads awake or asleep); without the
     ends, because whatever else runs here belongs to no message.
     """
-    cut = len(walls) // 10
-    middle = sorted(walls)[cut : len(walls) - cut]
-    mean = statistics.fmean(middle)
+    cut = len(rounds) // 10
+    middle = sorted(r.added for r in rounds)[cut : len(rounds) - cut]
+    mean = max(statistics.fmean(middle), LEAST_SECONDS)
     return mean, statistics.pstdev(middle) / mean / len(middle) ** 0.5
 
 
@@ -83,20 +106,22 @@ def _over_ranks(values: Sequence[float]) -> list[float]:
     return (total / dist.get_world_size()).tolist()
 
 
+def _slowest(values: Sequence[float]) -> list[float]:
+    """The most on any rank: the others run ahead of it at first (the root of a broadcast), but not for long."""
+    most = torch.tensor(values, dtype=torch.float64)
+    dist.all_reduce(most, op=dist.ReduceOp.MAX)
+    return most.tolist()
+
+
 def pair_seconds(size: int = 256 << 10, repeats: int = 30) -> float:
-    """Mean seconds of an all-reduce within pairs of ranks, all pairs at once, each after some work."""
+    """Seconds that an all-reduce within pairs of ranks adds, all pairs at once, each after some work."""
     ranks, rank = dist.get_world_size(), dist.get_rank()
     groups = [dist.new_group([first, first + 1]) for first in range(0, ranks - 1, 2)]
     mine = groups[rank // 2] if rank // 2 < len(groups) else None
-    buffer, work, walls = torch.zeros(size // 4), _work(), []
+    buffer = torch.zeros(size // 4)
     dist.barrier()
-    for _ in range(repeats):
-        work()
-        start = time.perf_counter()
-        if mine is not None:
-            dist.all_reduce(buffer, group=mine)
-        walls.append(time.perf_counter() - start)
-    return _over_ranks([_mean(walls)[0]])[0]
+    rounds = _rounds(lambda: dist.all_reduce(buffer, group=mine) if mine is not None else None, repeats)
+    return _over_ranks([_mean(rounds)[0]])[0]
 
 
 def _work() -> Callable[[], None]:

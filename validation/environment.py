@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 # One thread per rank (a rank is a device). The malloc settings keep large tensors in the heap: otherwise every step
 # page-faults its large outputs anew, _log_softmax of 32 MiB takes twice as long (shared/facts/torch.md section 7).
 RANK_ENV = {
@@ -23,3 +25,8 @@ def room_to_grow(ranks: int) -> None:
 
     free = psutil.virtual_memory().available // (2 * ranks)
     torch.ones(min(psutil.Process().memory_info().rss, free), dtype=torch.uint8)
+
+
+def available_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
