@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, cast, get_args
 
+from costmodels import sheet
 from costmodels import tomlfile as toml
 
-Kind = Literal["cpu", "gpu", "tpu"]
+Kind = Literal["cpu", "gpu", "tpu", "npu"]
 CATALOGUE = Path(__file__).parent / "catalogue"
 
 
@@ -36,8 +38,10 @@ class Law:
 class Device:
     """One device that runs ops, one at a time.
 
-    peak_flops: FLOP/s by dtype (an FMA is two). memory_bytes: capacity. memory_bandwidth: bytes/s.
-    units: SMs of a GPU, cores of a CPU device. floor_seconds: least time of a kernel where no law says more.
+    kind: npu is an accelerator that is neither GPU nor TPU (Gaudi, Trainium, Ascend).
+    peak_flops: dense FLOP/s by dtype (an FMA is two). memory_bytes: capacity. memory_bandwidth: bytes/s.
+    units: SMs, compute units or cores of a GPU, cores of a CPU device, TensorCores of a TPU.
+    floor_seconds: least time of a kernel where no law says more.
     efficiency: share of the peak (FLOP/s for compute families, bandwidth for the others) by op family,
         used by the roofline only.
     kernels: constants of the kernel laws of `costmodels.kernels`, by "family/dtype" ("gemm/bfloat16").
@@ -46,6 +50,16 @@ class Device:
         (`validation.anchor`) at calibration, 0 where there is none.
     step_error: root mean square relative error of whole training steps predicted by laws that saw none of their ops,
         0 where none were measured.
+
+    Of the data sheet, 0 or empty where it is not stated:
+    l2_bytes: last cache that all units share, bytes. boost_clock: Hz. link, links: name and number of the links to
+        other devices. link_bandwidth: bytes/s in one direction, all links together.
+    pcie_bandwidth, c2c_bandwidth: bytes/s in one direction to the host by PCIe and by a coherent chip-to-chip link.
+    unified_memory: the host uses the same memory, so that nothing is copied.
+    tdp: watts. price_per_hour: USD per device in a cloud. best_flops: best matmul rate measured by anyone, FLOP/s by
+        dtype.
+    sources: where the values were read. source_of: field, or "field.key" of a table, to the numbers (from 1) of the
+        `sources` that state it. from_memory: fields that no source backs, or that are derived: to be checked.
     """
 
     name: str
@@ -62,13 +76,32 @@ class Device:
     host: dict[str, float] = field(default_factory=dict)
     anchor_seconds: float = 0.0
     step_error: float = 0.0
+    l2_bytes: int = 0
+    boost_clock: float = 0.0
+    link: str = ""
+    links: int = 0
+    link_bandwidth: float = 0.0
+    pcie_bandwidth: float = 0.0
+    c2c_bandwidth: float = 0.0
+    unified_memory: bool = False
+    tdp: float = 0.0
+    price_per_hour: float = 0.0
+    best_flops: dict[str, float] = field(default_factory=dict)
     sources: tuple[str, ...] = ()
+    source_of: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    from_memory: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     cache: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     @property
     def calibrated(self) -> bool:
         return bool(self.laws)
+
+    @property
+    def host_bandwidth(self) -> float:
+        """bytes/s of a copy between host and device in one direction; infinite where they share one memory, 0 where
+        it is not stated."""
+        return math.inf if self.unified_memory else self.c2c_bandwidth or self.pcie_bandwidth
 
 
 def rescale(device: Device, ratio: float) -> Device:
@@ -113,8 +146,8 @@ def load_device(path_or_name: str | Path) -> Device:
 def device_from(data: dict[str, Any], where: str) -> Device:
     """A device from the content of its TOML file; `where` is the file's name for error sentences."""
     kind = toml.text(data, "kind", where)
-    if kind not in ("cpu", "gpu", "tpu"):
-        raise ValueError(f"{where}: field 'kind' is '{kind}'; it must be one of cpu, gpu, tpu")
+    if kind not in get_args(Kind):
+        raise ValueError(f"{where}: field 'kind' is '{kind}'; it must be one of {', '.join(get_args(Kind))}")
     peaks = toml.numbers(data, "peak_flops", where, required=True)
     if not peaks or min(peaks.values()) <= 0:
         raise ValueError(
@@ -124,7 +157,7 @@ def device_from(data: dict[str, Any], where: str) -> Device:
     if bandwidth <= 0:
         raise ValueError(f"{where}: field 'memory_bandwidth' is 0; it must be the bytes per second of the memory")
     laws = [_law_from(row, f"{where}: law {i + 1}") for i, row in enumerate(toml.tables(data, "laws", where))]
-    return Device(
+    device = Device(
         name=toml.text(data, "name", where),
         kind=cast(Kind, kind),
         peak_flops=peaks,
@@ -141,9 +174,24 @@ def device_from(data: dict[str, Any], where: str) -> Device:
         host=toml.numbers(data, "host", where),
         anchor_seconds=toml.number(data, "anchor_seconds", where, 0.0),
         step_error=toml.number(data, "step_error", where, 0.0),
+        l2_bytes=toml.whole(data, "l2_bytes", where, 0),
+        boost_clock=toml.number(data, "boost_clock", where, 0.0),
+        link=toml.text(data, "link", where, ""),
+        links=toml.whole(data, "links", where, 0),
+        link_bandwidth=toml.number(data, "link_bandwidth", where, 0.0),
+        pcie_bandwidth=toml.number(data, "pcie_bandwidth", where, 0.0),
+        c2c_bandwidth=toml.number(data, "c2c_bandwidth", where, 0.0),
+        unified_memory=toml.flag(data, "unified_memory", where),
+        tdp=toml.number(data, "tdp", where, 0.0),
+        price_per_hour=toml.number(data, "price_per_hour", where, 0.0),
+        best_flops=toml.numbers(data, "best_flops", where),
         sources=toml.strings(data, "sources", where),
+        source_of=sheet.source_numbers(toml.table(data, "source_of", where), f"{where}: table [source_of]"),
+        from_memory=toml.strings(data, "from_memory", where),
         notes=toml.strings(data, "notes", where),
     )
+    sheet.check(device, where)
+    return device
 
 
 def whole_bytes(data: dict[str, Any], where: str) -> int:

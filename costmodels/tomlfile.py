@@ -39,13 +39,19 @@ def write_toml(path: Path, data: Mapping[str, Any]) -> None:
 
 
 def to_toml(data: Mapping[str, Any]) -> str:
-    """TOML text of a dict of scalars, arrays of scalars, tables, and lists of tables (one level each)."""
+    """TOML text of a dict of scalars, arrays of scalars, tables, tables of tables, and lists of tables."""
     plain = {k: v for k, v in data.items() if not _is_table(v) and not _is_tables(v)}
     lines = [f"{_key(k)} = {_value(v)}" for k, v in plain.items()]
     for name, table in data.items():
         for row in [table] if _is_table(table) else table if _is_tables(table) else []:
-            lines += ["", f"[{_key(name)}]" if _is_table(table) else f"[[{_key(name)}]]"]
-            lines += [f"{_key(k)} = {_value(v)}" for k, v in row.items()]
+            flat = {k: v for k, v in row.items() if not _is_table(v)}
+            if flat or not row:  # a table of tables alone needs no header of its own
+                lines += ["", f"[{_key(name)}]" if _is_table(table) else f"[[{_key(name)}]]"]
+            lines += [f"{_key(k)} = {_value(v)}" for k, v in flat.items()]
+            for key in (k for k in row if k not in flat):
+                assert _is_table(table), "a list of tables holds no tables"
+                lines += ["", f"[{_key(name)}.{_key(key)}]"]
+                lines += [f"{_key(k)} = {_value(v)}" for k, v in row[key].items()]
     return "\n".join(lines) + "\n"
 
 
@@ -75,7 +81,8 @@ def _value(value: Any) -> str:
         return str(value)
     if isinstance(value, float):
         assert math.isfinite(value), "a non-finite number has no place in a device file"
-        return f"{value:.6g}" if value == 0 or abs(value) < 1e15 else repr(value)
+        short = f"{value:.6g}"
+        return short if abs(value) < 1e15 or float(short) == value else repr(value)
     items = [_value(v) for v in value]
     one_line = "[" + ", ".join(items) + "]"
     return one_line if len(one_line) < 110 else "[\n    " + ",\n    ".join(items) + ",\n]"
@@ -95,6 +102,14 @@ def number(data: Mapping[str, Any], key: str, where: str, default: float | None 
     if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value) or value < least:
         raise ValueError(f"{where}: field '{key}' is {_shown(value)}; it must be a number of {least:g} or more")
     return float(value)
+
+
+def flag(data: Mapping[str, Any], key: str, where: str, default: bool = False) -> bool:
+    """A true or false field."""
+    value = data.get(key, default)
+    if not isinstance(value, bool):
+        raise ValueError(f"{where}: field '{key}' is {_shown(value)}; it must be true or false")
+    return value
 
 
 def whole(data: Mapping[str, Any], key: str, where: str, default: int | None = None, least: int = 0) -> int:
