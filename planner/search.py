@@ -188,7 +188,9 @@ def _tied(one: Prediction, best: Prediction) -> bool:
 def _memory_rejections(state: _State) -> tuple[Rejection, ...]:
     return tuple(
         Rejection(
-            name, f"out of memory on rank {rank}: the plan that lacks least lacks {nbytes:.0f} bytes or more", count
+            name,
+            f"out of memory on rank {rank}: the plan that lacks least lacks {nbytes / 2**30:.3g} GiB or more",
+            count,
         )
         for name, (nbytes, rank, count) in state.short.items()
     )
