@@ -189,7 +189,7 @@ def _memory_rejections(state: _State) -> tuple[Rejection, ...]:
     return tuple(
         Rejection(
             name,
-            f"out of memory on rank {rank}: the plan that lacks least lacks {nbytes / 2**30:.3g} GiB or more",
+            f"out of memory on rank {rank}: the plan that lacks least lacks {nbytes:,.0f} bytes ({nbytes / 2**30:.2f} GiB)",
             count,
         )
         for name, (nbytes, rank, count) in state.short.items()
