@@ -186,12 +186,9 @@ def _tied(one: Prediction, best: Prediction) -> bool:
 
 
 def _memory_rejections(state: _State) -> tuple[Rejection, ...]:
+    text = "out of memory on rank {}: the plan that lacks least lacks {:,.0f} bytes ({:.2f} GiB)"
     return tuple(
-        Rejection(
-            name,
-            f"out of memory on rank {rank}: the plan that lacks least lacks {nbytes:,.0f} bytes ({nbytes / 2**30:.2f} GiB)",
-            count,
-        )
+        Rejection(name, text.format(rank, nbytes, nbytes / 2**30), count)
         for name, (nbytes, rank, count) in state.short.items()
     )
 
