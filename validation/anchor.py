@@ -6,6 +6,7 @@ Its time is stored at calibration; the ratio of a later run to it rescales every
 
 from __future__ import annotations
 
+import contextlib
 import os
 import statistics
 import subprocess
@@ -50,55 +51,81 @@ def make_anchor(clock: Callable[[], float] = time.perf_counter) -> Callable[[], 
     return once
 
 
-def anchor_on_cores(cores: int, repeats: int = REPEATS, cpu_clock: bool = False) -> float:
-    """Median seconds of the anchor in `cores` fresh processes, one thread each, all at once.
+class Anchors:
+    """Waiting processes, one per core with one thread each, that run the anchor all at once whenever they are asked.
 
-    Calibration and later runs both call this: inside a process that has done other work (its heap grown, its caches
-    full of models) the same anchor takes 5 to 10 % longer.
+    Processes of their own, started afresh, in calibration and later alike: inside one that has done other work (its
+    heap grown, its caches full of models) the same anchor takes 5 to 10 % longer.
     """
-    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-    environment = {**os.environ, **RANK_ENV, "PYTHONPATH": path}
-    command = [sys.executable, "-m", "validation.anchor", str(repeats), str(int(cpu_clock))]
-    processes: list[subprocess.Popen[str]] = []
-    try:
-        processes += [
-            subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment,
-                start_new_session=True,
-            )
-            for _ in range(max(cores, 1))
-        ]  # fmt: skip
-        for process in processes:
-            assert process.stdout is not None
-            if process.stdout.readline().strip() != "ready":
-                raise RuntimeError("the anchor benchmark did not start; its message stands above")
-        return statistics.median(float(out.splitlines()[-1]) for out in _released(processes))
-    finally:
-        for process in processes:
+
+    def __init__(self, cores: int, cpu_clock: bool = False) -> None:
+        path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+        self._processes: list[subprocess.Popen[str]] = []
+        try:
+            for _ in range(max(cores, 1)):
+                self._processes.append(
+                    subprocess.Popen(
+                        [sys.executable, "-m", "validation.anchor", str(int(cpu_clock))],
+                        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True,
+                        env={**os.environ, **RANK_ENV, "PYTHONPATH": path},
+                    )
+                )  # fmt: skip
+            for process in self._processes:
+                self._line(process)
+        except BaseException:
+            self.close()
+            raise
+
+    def seconds(self, repeats: int = REPEATS) -> float:
+        """Median seconds of one anchor over all processes."""
+        for process in self._processes:
+            assert process.stdin is not None
+            process.stdin.write(f"{repeats}\n")
+            process.stdin.flush()
+        return statistics.median([float(self._line(process)) for process in self._processes])
+
+    def close(self) -> None:
+        for process in self._processes:
             process.kill()
             process.wait()
+            for stream in (process.stdin, process.stdout):
+                if stream is not None:
+                    with contextlib.suppress(OSError):
+                        stream.close()
+
+    def __enter__(self) -> Anchors:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @staticmethod
+    def _line(process: subprocess.Popen[str]) -> str:
+        assert process.stdout is not None
+        line = process.stdout.readline().strip()
+        if not line:
+            raise RuntimeError("the anchor benchmark died; its message stands above")
+        return line
 
 
-def _released(processes: list[subprocess.Popen[str]]) -> list[str]:
-    """What the waiting processes print once they may all go on."""
-    for process in processes:
-        assert process.stdin is not None
-        process.stdin.write("\n")
-        process.stdin.flush()
-    return [process.communicate(timeout=120)[0] for process in processes]
+def anchor_on_cores(cores: int, repeats: int = REPEATS, cpu_clock: bool = False) -> float:
+    """Median seconds of the anchor in `cores` fresh processes, one thread each, all at once."""
+    with Anchors(cores, cpu_clock) as anchors:
+        return anchors.seconds(repeats)
 
 
 def main() -> None:
-    """`python -m validation.anchor REPEATS CPU_CLOCK`: says ready, waits for a line, prints the median seconds."""
+    """`python -m validation.anchor CPU_CLOCK`: says ready; for every line with a count, prints the median seconds."""
     import torch
 
     torch.set_num_threads(1)
-    once = make_anchor(time.thread_time if int(sys.argv[2]) else time.perf_counter)
+    once = make_anchor(time.thread_time if int(sys.argv[1]) else time.perf_counter)
     for _ in range(3):
         once()
     print("ready", flush=True)
-    input()
-    print(statistics.median(once() for _ in range(int(sys.argv[1]))))
+    for line in sys.stdin:  # ends with the parent
+        once()
+        print(statistics.median(once() for _ in range(int(line))), flush=True)
 
 
 if __name__ == "__main__":

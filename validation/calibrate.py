@@ -29,14 +29,14 @@ from costmodels.device import Device, device_data, local_path
 from costmodels.families import family
 from costmodels.features import touched
 from costmodels.ops import OpShape, signature
-from validation.anchor import anchor_on_cores
 from validation.calibrate_fit import errors_by_family, fit_laws, step_errors
 from validation.environment import RANK_ENV, available_cores
+from validation.pace import usual
 
 Progress = Callable[[str, float], None]
 ROOT = Path(__file__).resolve().parent.parent
 MOST_RANKS = 8  # of the op measurement: more ranks than this would only repeat each other
-FIXED_SECONDS = 68.0  # of starting ranks, building models, collectives: what is not rounds over the models
+FIXED_SECONDS = 56.0  # runtimes, models, anchors and collectives of 2 and 4 ranks, on two cores
 SAMPLE_SECONDS = 2e-5  # shorter ops are not stored one by one: their law is as good and the file stays small
 SMALL_OPTIMIZER = 0.002  # seconds: the same for optimizer steps
 SMALL_STEP = 0.04  # seconds: host overhead is read off steps below this, where op noise does not drown it
@@ -74,10 +74,8 @@ def calibrate(
     ranks = max(min(cores, MOST_RANKS), 2)
     sizes = sorted(set(worlds) or {2, 4, ranks})
     short = bool(models)
-    common = {"timeout": 300, "sizes": _sizes(short), "seconds_per_point": 0.02 if short else 0.3}
+    common = {"timeout": 300, "sizes": _sizes(short), "seconds_per_point": 0.02 if short else 0.2}
     results: dict[int, list[dict[str, Any]]] = {}
-    repeats = 8 if short else 100
-    anchors = [anchor_on_cores(cores, repeats, cpu_clock=True)]
     with tempfile.TemporaryDirectory(prefix="parplan-calibrate-") as folder:
         for i, world in enumerate([ranks, *(size for size in sizes if size != ranks)]):
             main = world == ranks
@@ -89,10 +87,8 @@ def calibrate(
             }  # fmt: skip
             low, high = (0.0, 0.75) if main else (0.75 + 0.2 * (i - 1) / len(sizes), 0.75 + 0.2 * i / len(sizes))
             results[world] = _run(job, Path(folder), _between(progress, low, high))
-            if main:  # laws are measured between the two
-                anchors.append(anchor_on_cores(cores, repeats, cpu_clock=True))
     progress("fitting laws", 0.97)
-    device, errors = _device(results, ranks, cores, statistics.fmean(anchors))
+    device, errors = _device(results, ranks, cores)
     tables = tuple(
         CollectiveTable(r["kind"], r["ranks"], tuple(r["bytes"]), tuple(r["seconds"]), tuple(r["demand"]), r["error"])
         for world in sizes
@@ -186,7 +182,7 @@ def _wait(processes: list[subprocess.Popen[bytes]], job: dict[str, Any], folder:
 
 
 def _device(
-    results: dict[int, list[dict[str, Any]]], ranks: int, cores: int, anchor: float
+    results: dict[int, list[dict[str, Any]]], ranks: int, cores: int
 ) -> tuple[Device, dict[str, tuple[float, float, int]]]:
     import psutil
 
@@ -214,7 +210,7 @@ def _device(
         laws=laws,
         samples={signature(s): t for s, t in merged if t >= SAMPLE_SECONDS},
         host=host,
-        anchor_seconds=anchor,
+        anchor_seconds=usual(main[0]["anchors"]),
         step_error=float(np.sqrt(np.mean(np.square(list(steps.values()))))) if steps else 0.0,
         sources=(f"parplan calibrate on {platform.node()}, {time.strftime('%Y-%m-%d %H:%M')}",),
         notes=(note,),

@@ -85,13 +85,16 @@ def loaded_anchor(repeats: int) -> float:
 
 
 def measure_ops(job: dict[str, Any], rank: int) -> dict[str, Any]:
-    """The anchor alone on rank 0, then on every rank; then rounds over all models until the time is used."""
+    """The anchor alone on rank 0, then on every rank; then rounds over all models until the time is used.
+
+    Before every round and after the last, processes of their own run the anchor on all cores ("anchors").
+    """
     import torch.distributed as dist
 
-    from validation.anchor import make_anchor
+    from validation.anchor import Anchors, make_anchor
     from validation.calibrate_models import SOURCES
     from validation.calibrate_record import overhead, prepare, samples, time_ops, time_parts
-    from validation.environment import room_to_grow
+    from validation.environment import available_cores, room_to_grow
 
     once = make_anchor(time.thread_time)
     once()
@@ -105,18 +108,28 @@ def measure_ops(job: dict[str, Any], rank: int) -> dict[str, Any]:
         report(job, rank, f"model {source.name}", 0.2 * i / len(chosen))
         steps.append(prepare(source))
     room_to_grow(job["ranks"])
-    dist.barrier()
+    anchors, paces = Anchors(available_cores(), cpu_clock=True) if rank == 0 else None, []
+
+    def pace() -> None:
+        dist.barrier()
+        if anchors is not None:
+            paces.append(anchors.seconds(job["anchor"]))
+        dist.barrier()
+
     began, rounds = time.perf_counter(), 0
     while rounds < job["least_rounds"] or time.perf_counter() - began < job["seconds"]:
         report(job, rank, f"round {rounds + 1}", 0.2 + 0.8 * min((time.perf_counter() - began) / job["seconds"], 1.0))
+        pace()
         for step in steps:
             time_ops(step)
             time_parts(step)
         rounds += 1
-    dist.barrier()
+    pace()
+    if anchors is not None:
+        anchors.close()
     good = [s for s in steps if s.times and s.plain]
     return {
-        "anchor_solo": solo, "anchor_loaded": loaded, "rounds": rounds,
+        "anchor_solo": solo, "anchor_loaded": loaded, "anchors": paces, "rounds": rounds,
         "samples": samples(good), "overheads": [overhead(s) for s in good],
         "unrepeatable": [s.source.name for s in steps if not s.times],
     }  # fmt: skip

@@ -23,6 +23,7 @@ class Comparison:
 
     status: "ok", or "failed" where no time was measured (`reason` says why; measured values are nan or empty).
     interval: the predicted step time lies in it. peaks: by rank. p10, p90: of the measured steps.
+    disturbed: steps not counted because the machine was busy with something else.
     shares: parts of the predicted time by source of its prices. unpriced: ops that only the roofline prices.
     """
 
@@ -39,6 +40,7 @@ class Comparison:
     measured_p90: float = NAN
     steps: int = 0
     steady: bool = True
+    disturbed: int = 0
     loss_error: float = NAN
     gradient_error: float = NAN
     load: tuple[float, float] = (NAN, NAN)
@@ -122,6 +124,7 @@ def compare(model: str, prediction: Prediction, measurement: Measurement) -> Com
         measured_peaks=measurement.peak_bytes,
         measured_p10=measurement.p10_seconds, measured_p90=measurement.p90_seconds, steps=measurement.steps,
         steady=measurement.steady or not timed,
+        disturbed=measurement.disturbed,
         loss_error=measurement.loss_error, gradient_error=measurement.gradient_error, load=measurement.load,
         shares=tuple(prediction.shares.items()), breakdown=tuple(prediction.breakdown.items()),
         unpriced=tuple(prediction.unpriced), notes=(*prediction.notes, *measurement.notes),

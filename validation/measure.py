@@ -9,12 +9,17 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Literal
 
 import numpy as np
 
 from planner.plan import ParallelPlan
-from validation.environment import room_to_grow
+from validation.environment import available_cores, room_to_grow
+from validation.pace import usual
+
+BLOCK = 5  # steps between two looks at the machine's pace
+DISTURBED = 1.2
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +28,8 @@ class Options:
 
     backend: "gloo" (CPU) or "nccl" (one GPU per rank). max_seconds caps the timed steps of a plan once `min_steps`
     are done; timeout_seconds is the time after which a plan's ranks are killed. `prove`, `memory` and `measure`
-    switch the three parts; `trace` also returns every collective of one steady step.
+    switch the three parts; `trace` also returns every collective of one steady step. usual_pace: seconds of the anchor
+    beside the steps of earlier plans (0: not known; `run_plans` fills it in).
     """
 
     backend: Literal["gloo", "nccl"] = "gloo"
@@ -36,6 +42,7 @@ class Options:
     memory: bool = True
     measure: bool = True
     trace: bool = False
+    usual_pace: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +53,8 @@ class Measurement:
     Step times are the maximum over the ranks. `block_medians`: of the first and the second half of the steps.
     peak_bytes: tensor bytes alive at the worst moment of a steady step, by rank. gradient_error: worst parameter,
     ||g - reference|| / max(||reference||, 0.001 ||all references||). load: load averages before and after.
+    disturbed: steps that were not counted because the machine was busy with something else (see `undisturbed`).
+    pace: seconds of the anchor between the steps.
     """
 
     plan: ParallelPlan
@@ -58,6 +67,8 @@ class Measurement:
     steps: int = 0
     block_medians: tuple[float, ...] = ()
     load: tuple[float, float] = (float("nan"), float("nan"))
+    disturbed: int = 0
+    pace: float = 0.0
     peak_bytes: tuple[int, ...] = ()
     loss_error: float = float("nan")
     gradient_error: float = float("nan")
@@ -98,7 +109,8 @@ def measurement(plan: ParallelPlan, replies: list[dict[str, Any]]) -> Measuremen
         cv=statistics.pstdev(times) / statistics.fmean(times),
         steps=len(times),
         block_medians=block_medians(times),
-        load=(first["load"][0], first["load"][1]),
+        load=(first["load"][0], first["load"][1]), disturbed=first.get("disturbed", 0),
+        pace=first.get("pace", 0.0),
         peak_bytes=peaks, notes=notes, traces=traces, **errors,
     )  # fmt: skip
 
@@ -133,15 +145,55 @@ def time_steps(run: Callable[[], Any], options: Options, cuda: bool) -> dict[str
         room_to_grow(dist.get_world_size())
     for _ in range(options.warmup):
         once()
-    times: list[float] = []
-    begin = time.perf_counter()
+    pace: Callable[[], float] = (lambda: 1.0) if cuda else _pace()
+    blocks: list[list[float]] = []
+    paces = [pace()]
+    begin, limit = time.perf_counter(), 0.0
     while True:
-        own = [once() for _ in range(options.min_steps if not times else max(2, options.min_steps // 2))]
+        for _ in range(-(-options.min_steps // BLOCK) if not blocks else 2):
+            blocks.append([once() for _ in range(BLOCK)])
+            paces.append(pace())
         everyone: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(everyone, (own, time.perf_counter() - begin))
-        times += [max(step) for step in zip(*(seconds for seconds, _ in everyone))]
-        if blocks_agree(block_medians(times)) or max(spent for _, spent in everyone) > options.max_seconds:
-            return {"seconds": times, "load": (load_before, os.getloadavg()[0])}
+        dist.all_gather_object(everyone, (blocks, paces, time.perf_counter() - begin))
+        slowest = [[max(steps) for steps in zip(*same)] for same in zip(*(b for b, _, _ in everyone))]
+        worst = [max(p) for p in zip(*(p for _, p, _ in everyone))]
+        kept = undisturbed(worst, options.usual_pace)
+        times = [t for block, good in zip(slowest, kept) if good for t in block]
+        spent = max(s for *_, s in everyone)
+        limit = limit or max(options.max_seconds, 1.5 * spent)  # as long as that for enough undisturbed steps
+        enough = len(times) >= options.min_steps
+        if (enough and (blocks_agree(block_medians(times)) or spent > options.max_seconds)) or spent > limit:
+            times = times if enough else [t for block in slowest for t in block]
+            dropped = BLOCK * len(blocks) - len(times)
+            load = load_before, os.getloadavg()[0]
+            return {"seconds": times, "disturbed": dropped, "pace": usual(worst), "load": load}
+
+
+def _pace() -> Callable[[], float]:
+    """A function that runs the anchor on as many ranks as there are cores, and returns its seconds. Collective."""
+    import torch.distributed as dist
+
+    from validation.anchor import make_anchor
+
+    anchor = make_anchor()
+    mine = dist.get_rank() < available_cores()
+    anchor()
+
+    def run() -> float:
+        dist.barrier()
+        return min(anchor() for _ in range(3)) if mine else 0.0
+
+    return run
+
+
+def undisturbed(paces: list[float], known: float = 0.0) -> list[bool]:
+    """Which blocks of steps count, from the anchor's seconds before the first block and after each.
+
+    A block does not where the anchor beside it took more than `DISTURBED` times what is usual (here, or `known` from
+    earlier plans where that is less): another tenant of the machine was busy then. The steps' own times decide nothing.
+    """
+    limit = DISTURBED * min(usual(paces), known or float("inf"))
+    return [max(pair) <= limit for pair in pairwise(paces)]
 
 
 def peak_of_steady_step(build: Callable[[], Callable[[], Any]], cuda: bool) -> tuple[Callable[[], Any], int]:

@@ -26,7 +26,7 @@ PACKAGES = ("parplan", "torch", "numpy", "scipy", "numba")
 COLUMNS = (
     "model", "label", "family", "ranks", "status", "reason", "predicted_seconds", "interval_low", "interval_high",
     "measured_seconds", "measured_p10", "measured_p90", "error", "predicted_peak_bytes", "measured_peak_bytes",
-    "memory_error", "steps", "steady", "loss_error", "gradient_error", "load_before", "load_after",
+    "memory_error", "steps", "steady", "disturbed", "loss_error", "gradient_error", "load_before", "load_after",
 )  # fmt: skip
 
 
@@ -74,9 +74,9 @@ def run_data(c: Comparison) -> dict[str, Any]:
         "measured_p10": c.measured_p10, "measured_p90": c.measured_p90, "error": c.error, "covered": c.ok and c.covered,
         "predicted_peak_bytes": c.predicted_peak_bytes, "measured_peak_bytes": c.measured_peak_bytes or None,
         "predicted_peak_bytes_by_rank": c.predicted_peaks, "measured_peak_bytes_by_rank": c.measured_peaks,
-        "memory_error": c.memory_error, "steps": c.steps, "steady": c.steady, "loss_error": c.loss_error,
-        "gradient_error": c.gradient_error, "load": c.load, "shares": dict(c.shares), "breakdown": dict(c.breakdown),
-        "unpriced": c.unpriced, "notes": c.notes, "plan": c.plan.to_dict(),
+        "memory_error": c.memory_error, "steps": c.steps, "steady": c.steady, "disturbed": c.disturbed,
+        "loss_error": c.loss_error, "gradient_error": c.gradient_error, "load": c.load, "shares": dict(c.shares),
+        "breakdown": dict(c.breakdown), "unpriced": c.unpriced, "notes": c.notes, "plan": c.plan.to_dict(),
     }  # fmt: skip
 
 
@@ -84,7 +84,7 @@ def _study_data(s: Study) -> dict[str, Any]:
     return {
         "model": s.model, "cluster": s.cluster, "device": s.device, "global_batch": s.global_batch,
         "predicted_at": s.predicted_at, "executed_at": s.executed_at, "seconds": s.seconds,
-        "anchor_before": s.anchor_before, "anchor_after": s.anchor_after, "drift": s.drift,
+        "anchors": s.anchors, "drift": s.drift,
         "searches": [{**asdict(n), "rejected": [dict(zip(("label", "reason", "count"), r)) for r in n.rejected]}
                      for n in s.searches],
         "notes": s.notes,

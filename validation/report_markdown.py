@@ -83,10 +83,11 @@ def _study_lines(study: Study) -> list[str]:
             f"{n.ranked} simulated, {n.seconds:.1f} s"
         )
         lines += [f"not searched: {label} ({count}): {reason}" for label, reason, count in n.rejected]
-    if study.anchor_before == study.anchor_before:
+    if study.anchors:
+        low, high = min(study.anchors), max(study.anchors)
         lines.append(
-            f"the machine took {study.anchor_before:.3f} times its calibrated anchor time before the predictions "
-            f"(which use this factor) and {study.anchor_after:.3f} times after the runs"
+            f"between the plans the machine took {low:.3f} to {high:.3f} times its calibrated anchor time "
+            f"({len(study.anchors)} samples; a prediction uses the lower quartile of the last few before its plan ran)"
         )
     if warning := drift_warning(study):
         lines.append(f"**{warning}**")

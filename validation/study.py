@@ -10,19 +10,20 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from costmodels.cluster import Cluster
-from costmodels.device import rescale
 from planner.plan import Precision
-from validation.anchor import anchor_on_cores
 from validation.compare import Comparison, compare
 from validation.launch import run_plans
 from validation.measure import Measurement, Options
+from validation.pace import pace_of
 
 if TYPE_CHECKING:
     from planner.search import Ranked, SearchResult
 
 Progress = Callable[[str, float], None]
-STEADY = 1.1  # a machine whose anchor time changes by more than this factor was disturbed
+STEADY = 1.2  # a machine whose anchor time varies by more than this factor was disturbed
 Choose = Callable[["SearchResult", int], "Sequence[Ranked]"]
 
 
@@ -42,8 +43,9 @@ class SearchNote:
 class Study:
     """Everything about one model: its comparisons, how they came about, and when (UTC).
 
-    anchor_before, anchor_after: the machine's anchor time before the predictions and after the runs, as a ratio to that
-    of its calibration (nan where there is none). Predictions use the first; the second shows how the machine drifted.
+    anchors: the machine's anchor time as a ratio to that of its calibration: before the search, before each plan, after
+    the last (empty where there is no calibration). Each prediction uses what was usual among the last few before
+    its plan ran (`validation.pace.usual`).
     """
 
     model: str
@@ -52,8 +54,7 @@ class Study:
     global_batch: int
     comparisons: tuple[Comparison, ...]
     searches: tuple[SearchNote, ...]
-    anchor_before: float
-    anchor_after: float
+    anchors: tuple[float, ...]
     predicted_at: str
     executed_at: str
     seconds: float
@@ -61,8 +62,11 @@ class Study:
 
     @property
     def drift(self) -> float:
-        """How many times slower the machine became while the plans ran; nan where that was not measured."""
-        return self.anchor_after / self.anchor_before
+        """The slowest over the fastest tenth of the anchor samples; nan where there are none."""
+        if not self.anchors:
+            return float("nan")
+        low, high = np.percentile(self.anchors, (10, 90))
+        return float(high / low)
 
     @property
     def failures(self) -> tuple[Comparison, ...]:
@@ -85,53 +89,60 @@ def validate(
 
     `model` is a spec of `opgraph.models.load_workload`. The cluster must be this machine, or (under torchrun) the one
     that runs this. `choose(result, ranks)` picks the plans to execute; by default `planner.search.diverse`.
-    `keep(model, predictions)` is called before anything is executed.
+    `keep(model, predictions)` is called before anything is executed, and again whenever the prediction of a plan was
+    brought to the machine's present pace, before that plan runs.
     """
     from opgraph.batch import trace_workload
     from opgraph.models import load_workload
+    from planner.predict import predict
     from planner.search import search
 
     began = time.monotonic()
-    torchrun = "RANK" in os.environ and "WORLD_SIZE" in os.environ
-    _check(cluster, ranks, count, torchrun)
-    ratio = 1.0
-    if cluster.device.anchor_seconds and not torchrun:  # under torchrun all ranks must predict the same
+    _check(cluster, ranks, count, "RANK" in os.environ and "WORLD_SIZE" in os.environ)
+    if cluster.device.anchor_seconds:
         progress("anchor: how fast is this machine now", 0.0)
-        ratio = anchor_ratio(cluster)
-        cluster = replace(cluster, device=rescale(cluster.device, ratio), cache={})
-    progress(f"tracing {model}", 0.02)
-    workload = load_workload(model)
-    graph = trace_workload(workload, precision=precision)
-    chosen: list[Ranked] = []
-    searches = []
-    for world in ranks:
-        progress(f"searching plans for {world} rank{'s' * (world > 1)}", 0.05)
-        result = search(workload, graph, cluster, global_batch, devices=world, precision=precision)
-        chosen += (choose or _diverse(count))(result, world)
-        searches.append(_note(result, world))
-    if not chosen:
-        raise ValueError(f"the search found plans of {model}, but none of them was chosen; choose other ranks")
-    predictions = [ranked.prediction for ranked in chosen]
-    predicted_at = _now()
-    keep(model, predictions)
-    done: list[Measurement] = []
+    with pace_of(cluster) as pace:
+        pace.sample()
+        progress(f"tracing {model}", 0.02)
+        workload = load_workload(model)
+        graph = trace_workload(workload, precision=precision)
+        pace.sample()
+        at_first = pace.at(pace.sample())
+        chosen: list[Ranked] = []
+        searches = []
+        for world in ranks:
+            progress(f"searching plans for {world} rank{'s' * (world > 1)}", 0.05)
+            result = search(workload, graph, at_first, global_batch, devices=world, precision=precision)
+            chosen += (choose or _diverse(count))(result, world)
+            searches.append(_note(result, world))
+        if not chosen:
+            raise ValueError(f"the search found plans of {model}, but none of them was chosen; choose other ranks")
+        predictions = [ranked.prediction for ranked in chosen]
+        predicted_at = _now()
+        keep(model, predictions)
+        done: list[Measurement] = []
 
-    def measured(m: Measurement) -> None:
-        done.append(m)
-        predicted = next(p for p in predictions if p.plan == m.plan)
-        progress(outcome(compare(model, predicted, m)), 0.1 + 0.88 * len(done) / len(predictions))
+        def again(i: int) -> None:
+            predictions[i] = predict(graph, predictions[i].plan, pace.at(pace.sample()))
+            keep(model, predictions)
 
-    progress(f"executing {len(predictions)} plans", 0.1)
-    executed_at = _now()
-    options = replace(options or Options(), backend=cluster.backend)
-    measurements = run_plans(model, [p.plan for p in predictions], options, measured)
-    after = anchor_ratio(cluster) * ratio if cluster.device.anchor_seconds and not torchrun else float("nan")
-    return Study(
-        model, cluster.name, cluster.device.name, global_batch,
-        tuple(compare(model, p, m) for p, m in zip(predictions, measurements)), tuple(searches),
-        ratio if cluster.device.anchor_seconds else float("nan"), after, predicted_at, executed_at,
-        time.monotonic() - began, cluster.device.notes,
-    )  # fmt: skip
+        def measured(m: Measurement) -> None:
+            done.append(m)
+            predicted = next(p for p in predictions if p.plan == m.plan)
+            progress(outcome(compare(model, predicted, m)), 0.1 + 0.88 * len(done) / len(predictions))
+
+        progress(f"executing {len(predictions)} plans", 0.1)
+        executed_at = _now()
+        options = replace(options or Options(), backend=cluster.backend)
+        measurements = run_plans(
+            model, [p.plan for p in predictions], options, measured, again if pace.anchors else lambda i: None
+        )
+        pace.sample()
+        return Study(
+            model, cluster.name, cluster.device.name, global_batch,
+            tuple(compare(model, p, m) for p, m in zip(predictions, measurements)), tuple(searches),
+            tuple(pace.ratios), predicted_at, executed_at, time.monotonic() - began, at_first.device.notes,
+        )  # fmt: skip
 
 
 def drift_warning(study: Study) -> str:
@@ -139,9 +150,8 @@ def drift_warning(study: Study) -> str:
     if not (study.drift > STEADY or study.drift < 1 / STEADY):
         return ""
     return (
-        f"this machine took {study.drift:.2f} times as long for the same work after the runs as before the "
-        "predictions: something else ran on it, and the errors of the step times contain that; "
-        "repeat this on a quiet machine"
+        f"between the plans this machine took up to {study.drift:.2f} times as long for the same work: something else "
+        "ran on it, and the errors of the step times contain that; repeat this on a quiet machine"
     )
 
 
@@ -185,11 +195,6 @@ def outcome(c: Comparison) -> str:
         return f"{where}: FAILED, {c.reason}"
     predicted, measured = c.predicted_seconds * 1e3, c.measured_seconds * 1e3
     return f"{where}: predicted {predicted:.1f} ms, measured {measured:.1f} ms ({c.error:+.1%})"
-
-
-def anchor_ratio(cluster: Cluster) -> float:
-    """Median anchor time of one process per core, all at once, over that of the device's calibration."""
-    return anchor_on_cores(cluster.cores) / cluster.device.anchor_seconds
 
 
 def predictions_path(folder: Path, model: str) -> Path:

@@ -29,7 +29,8 @@ def study(model: str = "gpt2:layers=2") -> Study:
         Comparison(model, PLANS["pipe"], "failed", "rank 1 died", 0.2, (0.1, 0.3), math.nan, (7, 7), ()),
     )
     note = SearchNote(2, 40, 3, 37, 0.5, (("tp2", "no Linear", 4),))
-    return Study(model, "local", "CPU", 8, runs, (note,), 1.05, 1.26, "2026-01-01", "2026-01-02", 9.0, ("a note",))
+    anchors = (1.05, 1.1, 1.4, 1.5)
+    return Study(model, "local", "CPU", 8, runs, (note,), anchors, "2026-01-01", "2026-01-02", 9.0, ("a note",))
 
 
 def test_report_holds_every_file_and_key(tmp_path: Path):
