@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 # (model, global batch, plans by number of ranks). Real shapes, but smaller: a step takes 0.1 to 0.3 s.
 MODELS: tuple[tuple[str, int, dict[int, int]], ...] = (
     ("gpt2:layers=4,hidden=256,heads=4,ffn=1024,vocab=4096,seq=64", 8, {2: 8, 4: 3}),
-    ("alexnet:image=128,hidden=1024,classes=100,dropout=0", 12, {2: 6, 4: 2}),
+    ("alexnet:image=128,hidden=1024,classes=100,dropout=0", 16, {2: 6, 4: 3}),
 )
 ABOUT = (
     "GPT-2 and AlexNet of real shape but smaller (4 layers of 256 over 64 tokens; pictures of 128, a classifier of "

@@ -72,6 +72,16 @@ def report(job: dict[str, Any], rank: int, what: str, fraction: float) -> None:
         print(json.dumps([what, fraction]), flush=True)
 
 
+def together(go_on: bool) -> bool:
+    """What rank 0 decides: clocks differ, and ranks that part wait for each other for ever."""
+    import torch
+    import torch.distributed as dist
+
+    decision = torch.tensor([go_on])
+    dist.broadcast(decision, 0)
+    return bool(decision)
+
+
 def loaded_anchor(repeats: int) -> float:
     """Mean seconds of the anchor while every rank runs it."""
     import torch.distributed as dist
@@ -117,7 +127,7 @@ def measure_ops(job: dict[str, Any], rank: int) -> dict[str, Any]:
         dist.barrier()
 
     began, rounds = time.perf_counter(), 0
-    while rounds < job["least_rounds"] or time.perf_counter() - began < job["seconds"]:
+    while together(rounds < job["least_rounds"] or time.perf_counter() - began < job["seconds"]):
         report(job, rank, f"round {rounds + 1}", 0.2 + 0.8 * min((time.perf_counter() - began) / job["seconds"], 1.0))
         pace()
         for step in steps:

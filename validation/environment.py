@@ -14,6 +14,9 @@ RANK_ENV = {
 }
 
 
+_room = 0  # bytes of heap that room_to_grow has touched in this process
+
+
 def room_to_grow(ranks: int) -> None:
     """Touches as much fresh heap as this process holds, and gives it back to malloc, which keeps it (`RANK_ENV`).
 
@@ -23,8 +26,12 @@ def room_to_grow(ranks: int) -> None:
     import psutil
     import torch
 
+    global _room
     free = psutil.virtual_memory().available // (2 * ranks)
-    torch.ones(min(psutil.Process().memory_info().rss, free), dtype=torch.uint8)
+    held = psutil.Process().memory_info().rss - _room
+    if held > _room:
+        _room = min(held, free)
+        torch.ones(_room, dtype=torch.uint8)
 
 
 def available_cores() -> int:
