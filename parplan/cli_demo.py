@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 # (model, global batch, plans by number of ranks). Real shapes, but smaller: a step takes 0.1 to 0.3 s.
 MODELS: tuple[tuple[str, int, dict[int, int]], ...] = (
     ("gpt2:layers=4,hidden=256,heads=4,ffn=1024,vocab=4096,seq=64", 8, {2: 8, 4: 3}),
-    ("alexnet:image=128,hidden=1024,classes=100,dropout=0", 16, {2: 6, 4: 3}),
+    ("alexnet:image=128,hidden=1024,classes=100,dropout=0", 12, {2: 6, 4: 3}),
 )
 ABOUT = (
     "GPT-2 and AlexNet of real shape but smaller (4 layers of 256 over 64 tokens; pictures of 128, a classifier of "
@@ -28,6 +29,7 @@ ABOUT = (
 )
 CALIBRATION_SECONDS = 75.0
 DAY = 86400.0
+SLOWEST = 1.6  # times the fastest plan's step: slower ones would take most of the demo's time
 
 
 def demo(
@@ -76,7 +78,11 @@ def _calibrated(progress: Any, again: bool) -> Any:
 
 
 def _picker(counts: dict[int, int]) -> Any:
-    """Plans to execute: on two ranks one of every family and more, on four ranks those that split two axes."""
+    """Plans to execute: on two ranks some of every family, on four ranks those that split two axes.
+
+    The fastest first, then from each family in turn the plan whose predicted time lies farthest from those chosen:
+    plans that take the same time say nothing about whether the order of plans is right.
+    """
 
     def choose(result: SearchResult, ranks: int) -> Sequence[Ranked]:
         from validation.compare import family
@@ -88,7 +94,28 @@ def _picker(counts: dict[int, int]) -> Any:
                 kind += "".join(axis for axis in ("pp", "dp", "tp") if getattr(ranked.plan, axis) > 1)
             if ranks <= 2 or kind.startswith("two axes"):
                 groups.setdefault(kind, []).append(ranked)
-        rounds = [g[i] for i in range(max(map(len, groups.values()), default=0)) for g in groups.values() if i < len(g)]
-        return rounds[: counts[ranks]]
+        return spread(list(groups.values()), counts[ranks])
 
     return choose
+
+
+def spread(groups: list[list[Ranked]], count: int) -> list[Ranked]:
+    """Up to `count` plans, taken from the groups in turn; see `_picker`. Slow plans (`SLOWEST`) only where a group has
+    no other."""
+    chosen: list[Ranked] = []
+    waiting = [list(group) for group in groups]
+    while len(chosen) < count and any(waiting):
+        for group in filter(None, waiting):
+            if len(chosen) == count:
+                break
+            times = [r.prediction.step_seconds for r in chosen]
+            quick = [r for r in group if not times or r.prediction.step_seconds <= SLOWEST * min(times)] or group[:1]
+            best = max(quick, key=lambda r: _apart(r, times))
+            chosen.append(best)
+            group.remove(best)
+    return chosen
+
+
+def _apart(ranked: Ranked, times: list[float]) -> float:
+    """Distance of a plan's predicted time to the nearest of `times`, as a logarithm."""
+    return min((abs(math.log(ranked.prediction.step_seconds / t)) for t in times), default=0.0)

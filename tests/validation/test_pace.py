@@ -1,0 +1,115 @@
+"""The machine's pace: samples, what is usual among them, clusters at a pace, and steps that do not count."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from costmodels.cluster import Cluster, CollectiveTable, load_cluster
+from validation.anchor import Anchors, anchor_on_cores
+from validation.measure import DISTURBED, undisturbed
+from validation.pace import NEAR, Pace, pace_of, usual
+
+
+class Fixed:
+    """Anchors whose samples are known."""
+
+    def __init__(self, *seconds: float) -> None:
+        self.waiting = list(seconds)
+
+    def seconds(self, repeats: int) -> float:
+        return self.waiting.pop(0)
+
+
+def cluster() -> Cluster:
+    one = load_cluster("dgx-h100")
+    table = CollectiveTable("all_reduce", 2, (1e3, 1e6), (1e-3, 4e-3), (0.5, 0.5))
+    return replace(one, device=replace(one.device, anchor_seconds=0.010), cores=2, tables=(table,), cache={})
+
+
+def test_a_burst_does_not_move_what_is_usual():
+    pace = Pace(cluster(), Fixed(0.011, 0.011, 0.016, 0.011, 0.017))
+    assert [round(pace.sample(), 6) for _ in range(5)] == pytest.approx([1.1] * 5)
+
+
+def test_a_lasting_change_does():
+    pace = Pace(cluster(), Fixed(*[0.010] * 4, *[0.013] * NEAR))
+    assert [pace.sample() for _ in range(4 + NEAR)][-1] == pytest.approx(1.3)
+
+
+def test_everything_takes_longer_at_a_slow_pace():
+    slow = Pace(cluster(), Fixed()).at(2.0)
+    assert slow.tables[0].seconds == (2e-3, 8e-3) and slow.device.anchor_seconds == pytest.approx(0.020)
+
+
+def test_messages_of_real_links_do_not_follow_the_host():
+    slow = Pace(replace(cluster(), cores=0), Fixed()).at(2.0)
+    assert slow.tables[0].seconds == (1e-3, 4e-3)
+
+
+def test_nothing_is_known_without_a_calibration(monkeypatch):
+    plain = load_cluster("dgx-h100")
+    with pace_of(plain) as pace:
+        assert pace.sample() == 1.0 and pace.at(1.0) is plain and not pace.ratios
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pace_of(cluster()) as pace:  # ranks of torchrun must all predict the same
+        assert pace.anchors is None
+
+
+def test_blocks_beside_a_burst_do_not_count():
+    # paces before the first block and after each of four
+    assert undisturbed([1.0, 1.0, 1.6, 1.0, 1.0]) == [True, False, False, True]
+    assert undisturbed([1.5, 1.5, 1.5]) == [True, True]  # nothing else is known
+    assert undisturbed([1.5, 1.5, 1.5], known=1.0) == [False, False]
+
+
+@given(st.lists(st.floats(0.5, 3.0), min_size=2, max_size=12))
+def test_a_pace_near_the_usual_counts(paces: list[float]):
+    kept = undisturbed(paces)
+    assert len(kept) == len(paces) - 1
+    for good, pair in zip(kept, zip(paces, paces[1:])):
+        assert good == (max(pair) <= DISTURBED * usual(paces))
+
+
+def test_anchor_processes_answer_and_end():
+    with Anchors(2) as anchors:
+        first, second = anchors.seconds(3), anchors.seconds(3)
+        pids = [p.pid for p in anchors._processes]
+    assert 1e-4 < first < 10 and 1e-4 < second < 10
+    for pid in pids:
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+    assert anchor_on_cores(1, 2, cpu_clock=True) > 0
+
+
+def test_a_dead_anchor_process_is_said():
+    with Anchors(1) as anchors:
+        os.kill(anchors._processes[0].pid, signal.SIGKILL)
+        anchors._processes[0].wait()
+        with pytest.raises((RuntimeError, BrokenPipeError)):
+            anchors.seconds(1)
+
+
+def test_anchor_processes_end_with_their_parent():
+    code = (
+        "import os, sys\nfrom validation.anchor import Anchors\na = Anchors(1)\n"
+        "print(a._processes[0].pid, flush=True)\nos._exit(0)"
+    )
+    out = subprocess.run(["python", "-c", code], capture_output=True, text=True, timeout=120, check=True).stdout
+    pid = int(out)
+    for _ in range(100):
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            return
+        import time
+
+        time.sleep(0.1)
+    pytest.fail("the anchor process outlived its parent")
