@@ -138,17 +138,21 @@ def _print(study: Study) -> None:
     for c in sorted(study.comparisons, key=lambda c: (c.plan.world_size, c.predicted_seconds)):
         low, high = c.interval
         rows.append((
-            c.plan.label, str(c.plan.world_size), seconds(c.predicted_seconds), f"{seconds(low)} – {seconds(high)}",
+            c.plan.label, str(c.plan.world_size), seconds(c.predicted_before), seconds(c.predicted_seconds),
+            f"{seconds(low)} – {seconds(high)}",
             seconds(c.measured_seconds) if c.ok else "FAILED", percent(c.error, "+"), size(c.predicted_peak_bytes),
             size(c.measured_peak_bytes) if c.measured_peaks else "–", percent(c.memory_error, "+"),
         ))  # fmt: skip
-    columns = ("plan", "ranks", "predicted", "interval", "measured", "error", "peak predicted", "measured", "error")
+    columns = (
+        "plan", "ranks", "before", "predicted", "interval", "measured", "error", "peak predicted", "measured", "error"
+    )  # fmt: skip
     show(table(f"{study.model}, global batch {study.global_batch}, on {study.cluster}", columns, rows))
     s = summarise(study.comparisons)
     rank = "–" if s.spearman != s.spearman else f"{s.spearman:.3f}"
     show(
         f"step time: median error {percent(s.median_error)}, worst {percent(s.worst_error)}, bias "
         f"{percent(s.bias, '+')}, Spearman {rank}, top-1 regret {percent(s.top1_regret)}, "
-        f"{percent(s.coverage)} in the interval\n"
+        f"{percent(s.coverage)} in the interval; {percent(s.median_error_before)} before, when the machine's pace "
+        "during the runs was not known\n"
         f"memory: median error {percent(s.memory_median_error)}, worst {percent(s.memory_worst_error)}"
     )

@@ -31,7 +31,6 @@ from costmodels.features import touched
 from costmodels.ops import OpShape, signature
 from validation.calibrate_fit import errors_by_family, fit_laws, step_errors
 from validation.environment import RANK_ENV, available_cores
-from validation.pace import usual
 
 Progress = Callable[[str, float], None]
 ROOT = Path(__file__).resolve().parent.parent
@@ -84,6 +83,7 @@ def calibrate(
                 "kinds": _kinds(world) if world in sizes else [], "runtime": main,
                 "models": list(models) if main else None, "least_rounds": 3,
                 "seconds": max(budget_seconds - FIXED_SECONDS, 2.0),
+                "reference": 0.0 if main else results[ranks][0]["reference"],
             }  # fmt: skip
             low, high = (0.0, 0.75) if main else (0.75 + 0.2 * (i - 1) / len(sizes), 0.75 + 0.2 * i / len(sizes))
             results[world] = _run(job, Path(folder), _between(progress, low, high))
@@ -210,7 +210,7 @@ def _device(
         laws=laws,
         samples={signature(s): t for s, t in merged if t >= SAMPLE_SECONDS},
         host=host,
-        anchor_seconds=usual(main[0]["anchors"]),
+        anchor_seconds=main[0]["anchor"],
         step_error=float(np.sqrt(np.mean(np.square(list(steps.values()))))) if steps else 0.0,
         sources=(f"parplan calibrate on {platform.node()}, {time.strftime('%Y-%m-%d %H:%M')}",),
         notes=(note,),
@@ -254,6 +254,7 @@ def _host(main: list[dict[str, Any]], results: dict[int, list[dict[str, Any]]], 
     light = [o for o in overheads if o.parts["optimizer"][0] < SMALL_OPTIMIZER] or overheads
     rest = np.array([max(o.parts["optimizer"][0] - o.parts["optimizer"][1], 0.0) for o in light])
     (host["optimizer_step"], host["optimizer_param"]), _ = nnls(np.array([[1.0, o.parameters] for o in light]), rest)
+    host["anchor_in_rank"] = statistics.median(r["reference"] for r in main)
     for key in main[0]["runtime"]:
         host[key] = statistics.median(r["runtime"][key] for r in main if key in r["runtime"])
     host["loaded"] = max(statistics.median(r["anchor_loaded"] for r in main) / main[0]["anchor_solo"], 1.0)
@@ -288,6 +289,7 @@ HOST_KEYS = {
     "checkpoint_forward": "per checkpointed region, forward",
     "checkpoint_backward": "per checkpointed region, backward, beyond the recomputed ops",
     "pp_action": "per forward or backward of one micro-batch under a pipeline schedule",
+    "anchor_in_rank": "of the anchor inside a rank between its steps, at the pace of all prices",
     "loaded": "ratio: op time with all cores busy / alone; laws and samples are for all cores busy",
     "crowded_message": "per message of a group that is not the whole world, where more ranks than cores run: its ranks "
     "wait for their turns on the cores",

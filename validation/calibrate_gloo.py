@@ -29,18 +29,30 @@ LEAST_SECONDS = 2e-5  # no message adds less: two system calls and a wake-up
 
 
 def measure_collectives(
-    kinds: tuple[str, ...], sizes: tuple[int, ...], seconds_per_point: float
+    kinds: tuple[str, ...], sizes: tuple[int, ...], seconds_per_point: float, reference: float = 0.0
 ) -> list[dict[str, Any]]:
     """Rows of `costmodels.cluster.CollectiveTable` on the default group, the same on every rank (means over ranks).
 
     `sizes` are bytes as nccl-tests counts them; each point repeats for about `seconds_per_point`, spread over `PASSES`
     passes over all points. Seconds are made to grow with bytes by isotonic regression; "error" is the median over the
-    sizes of the standard error of a point's mean, relative.
+    sizes of the standard error of a point's mean, relative. Times are brought to the pace at which the anchor takes
+    `reference` seconds of CPU time (0: left as they are).
     """
     from scipy.optimize import isotonic_regression
 
-    passes = [[_point(k, s, seconds_per_point / PASSES) for k in kinds for s in sizes] for _ in range(PASSES)]
-    points = [[p for runs in point for p in runs] for point in zip(*passes)]
+    from validation.anchor import make_anchor
+
+    anchor = make_anchor(time.thread_time)
+    anchor()
+
+    def point(kind: str, size: int) -> list[Round]:
+        before = min(anchor() for _ in range(2))
+        rounds = _point(kind, size, seconds_per_point / PASSES)
+        factor = 2 * reference / (before + min(anchor() for _ in range(2))) if reference else 1.0
+        return [Round(r.added * factor, r.busy * factor) for r in rounds]
+
+    passes = [[point(k, s) for k in kinds for s in sizes] for _ in range(PASSES)]
+    points = [[p for runs in each for p in runs] for each in zip(*passes)]
     rows = []
     for i, kind in enumerate(kinds):
         of_kind = points[i * len(sizes) : (i + 1) * len(sizes)]

@@ -118,13 +118,14 @@ def undisturbed(runs: list[Run]) -> list[Run]:
 
 @dataclass(slots=True)
 class Step:
-    """A calibration model made ready: one call of `run` is one training step."""
+    """A calibration model made ready: running all `parts` is one training step. paces: anchor seconds beside each."""
 
     source: Source
     parts: tuple[Callable[[], Any], ...]
     shapes: list[OpShape] = field(default_factory=list)
     times: list[Run] = field(default_factory=list)
     plain: list[Run] = field(default_factory=list)
+    paces: list[float] = field(default_factory=list)
 
 
 def prepare(source: Source) -> Step:
@@ -162,8 +163,8 @@ def time_ops(step: Step) -> None:
         for part in step.parts:
             part()
     waiting = (time.perf_counter() - wall) / max(time.process_time() - cpu, 1e-9)
-    if [str(f) for f in timer.names] == [s.name for s in step.shapes]:
-        step.times.append(Run(tuple(timer.times), waiting))
+    good = [str(f) for f in timer.names] == [s.name for s in step.shapes]
+    step.times.append(Run(tuple(timer.times) if good else (), waiting))
 
 
 def time_parts(step: Step) -> None:
@@ -176,6 +177,17 @@ def time_parts(step: Step) -> None:
         marks.append(CLOCK())
     waiting = (time.perf_counter() - wall) / max(time.process_time() - cpu, 1e-9)
     step.plain.append(Run(tuple(b - a for a, b in pairwise(marks)), waiting))
+
+
+def at_pace(step: Step, reference: float) -> None:
+    """Brings all runs to the pace at which the anchor takes `reference` seconds, and drops those whose ops differed."""
+    runs = [run for run in zip(step.times, step.plain, step.paces) if run[0].seconds]
+    step.times = [_scaled(timed, reference / pace) for timed, _, pace in runs]
+    step.plain = [_scaled(plain, reference / pace) for _, plain, pace in runs]
+
+
+def _scaled(run: Run, factor: float) -> Run:
+    return Run(tuple(t * factor for t in run.seconds), run.waiting)
 
 
 def medians(runs: list[Run]) -> list[float]:

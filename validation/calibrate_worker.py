@@ -55,8 +55,9 @@ def main() -> None:
 
             report(job, rank, "collectives", 0.0)
             result["collectives"] = measure_collectives(
-                tuple(job["kinds"]), tuple(job["sizes"]), job["seconds_per_point"]
-            )
+                tuple(job["kinds"]), tuple(job["sizes"]), job["seconds_per_point"],
+                result.get("reference", job.get("reference", 0.0)),
+            )  # fmt: skip
             result["pair_seconds"] = pair_seconds()
         dist.barrier()
     finally:
@@ -97,14 +98,16 @@ def loaded_anchor(repeats: int) -> float:
 def measure_ops(job: dict[str, Any], rank: int) -> dict[str, Any]:
     """The anchor alone on rank 0, then on every rank; then rounds over all models until the time is used.
 
-    Before every round and after the last, processes of their own run the anchor on all cores ("anchors").
+    The machine's pace wanders by a third within a minute, so every step's times are divided by the anchor's beside it;
+    "anchor" is what the anchor takes in processes of its own at the pace to which all times are brought.
     """
     import torch.distributed as dist
 
     from validation.anchor import Anchors, make_anchor
     from validation.calibrate_models import SOURCES
-    from validation.calibrate_record import overhead, prepare, samples, time_ops, time_parts
+    from validation.calibrate_record import at_pace, overhead, prepare, samples, time_ops, time_parts
     from validation.environment import available_cores, room_to_grow
+    from validation.pace import usual
 
     once = make_anchor(time.thread_time)
     once()
@@ -118,29 +121,43 @@ def measure_ops(job: dict[str, Any], rank: int) -> dict[str, Any]:
         report(job, rank, f"model {source.name}", 0.2 * i / len(chosen))
         steps.append(prepare(source))
     room_to_grow(job["ranks"])
-    anchors, paces = Anchors(available_cores(), cpu_clock=True) if rank == 0 else None, []
+    anchors = Anchors(available_cores(), cpu_clock=True) if rank == 0 else None
+    apart, near = [], []  # seconds of the anchor in processes of its own between the rounds, and in this one just then
+
+    def quick() -> float:
+        return min(once() for _ in range(3))
 
     def pace() -> None:
         dist.barrier()
+        before = quick()
         if anchors is not None:
-            paces.append(anchors.seconds(job["anchor"]))
+            apart.append(anchors.seconds(job["anchor"]))
         dist.barrier()
+        near.append((before + quick()) / 2)
 
     began, rounds = time.perf_counter(), 0
     while together(rounds < job["least_rounds"] or time.perf_counter() - began < job["seconds"]):
         report(job, rank, f"round {rounds + 1}", 0.2 + 0.8 * min((time.perf_counter() - began) / job["seconds"], 1.0))
         pace()
+        last = quick()
         for step in steps:
             time_ops(step)
             time_parts(step)
+            now = quick()
+            step.paces.append((last + now) / 2)
+            last = now
         rounds += 1
     pace()
     if anchors is not None:
         anchors.close()
+    reference = usual([p for s in steps for p in s.paces])
+    for step in steps:
+        at_pace(step, reference)
     good = [s for s in steps if s.times and s.plain]
     return {
-        "anchor_solo": solo, "anchor_loaded": loaded, "anchors": paces, "rounds": rounds,
-        "samples": samples(good), "overheads": [overhead(s) for s in good],
+        "anchor_solo": solo, "anchor_loaded": loaded, "rounds": rounds,
+        "anchor": reference * statistics.median(a / n for a, n in zip(apart, near)) if apart else 0.0,
+        "reference": reference, "samples": samples(good), "overheads": [overhead(s) for s in good],
         "unrepeatable": [s.source.name for s in steps if not s.times],
     }  # fmt: skip
 

@@ -19,7 +19,11 @@ NAN = float("nan")
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """One plan: what was predicted before it ran, and what running it gave. Seconds, bytes, fractions.
+    """One plan: what was predicted, and what running it gave. Seconds, bytes, fractions.
+
+    predicted_before: the step time written down before the plan ran, at the machine's pace of that moment.
+    predicted_seconds, interval: the same prediction at the pace that the anchor benchmark showed between the plan's
+    steps (`Measurement.pace`); equal to predicted_before where there is no anchor.
 
     status: "ok", or "failed" where no time was measured (`reason` says why; measured values are nan or empty).
     interval: the predicted step time lies in it. peaks: by rank. p10, p90: of the measured steps.
@@ -48,6 +52,7 @@ class Comparison:
     breakdown: tuple[tuple[str, float], ...] = ()
     unpriced: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    predicted_before: float = NAN
 
     @property
     def ok(self) -> bool:
@@ -57,6 +62,17 @@ class Comparison:
     def error(self) -> float:
         """Signed error of the step time: predicted / measured - 1."""
         return self.predicted_seconds / self.measured_seconds - 1 if self.ok else NAN
+
+    @property
+    def error_before(self) -> float:
+        """Signed error of what was written down before, with whatever the machine's pace did since."""
+        return self.predicted_before / self.measured_seconds - 1 if self.ok else NAN
+
+    @property
+    def comparable_seconds(self) -> float:
+        """The measured step time brought to the pace of predicted_before, at which plans can be ranked."""
+        known = self.predicted_before == self.predicted_before
+        return self.measured_seconds * (self.predicted_before / self.predicted_seconds if known else 1.0)
 
     @property
     def covered(self) -> bool:
@@ -91,8 +107,8 @@ class Summary:
     """How good a set of predictions was. Fractions; nan where the runs cannot say.
 
     runs, failed: executed plans, and those of them without a measured time.
-    median_error, worst_error: of |error|. bias: mean signed error.
-    spearman: rank correlation of predicted and measured times, the lowest over the models.
+    median_error, worst_error: of |error|; median_error_before: of |error_before|. bias: mean signed error.
+    spearman: rank correlation of predicted and measured times (at one pace), the lowest over the models.
     top1_regret: how much slower than the fastest executed plan the one predicted fastest is, the highest over models.
     memory_median_error, memory_worst_error: of |memory error| of every rank of every plan.
     coverage: share of the plans whose measured time lies in the predicted interval.
@@ -108,10 +124,11 @@ class Summary:
     memory_median_error: float
     memory_worst_error: float
     coverage: float
+    median_error_before: float = NAN
 
 
-def compare(model: str, prediction: Prediction, measurement: Measurement) -> Comparison:
-    """Puts a prediction beside the measurement of the same plan."""
+def compare(model: str, prediction: Prediction, measurement: Measurement, before: float = NAN) -> Comparison:
+    """Puts a prediction beside the measurement of the same plan; `before`: the step time predicted before it ran."""
     assert prediction.plan == measurement.plan, "prediction and measurement are of different plans"
     timed = measurement.status == "ok" and measurement.median_seconds > 0
     reason = measurement.reason or ("" if timed else "no step was timed")
@@ -128,6 +145,7 @@ def compare(model: str, prediction: Prediction, measurement: Measurement) -> Com
         loss_error=measurement.loss_error, gradient_error=measurement.gradient_error, load=measurement.load,
         shares=tuple(prediction.shares.items()), breakdown=tuple(prediction.breakdown.items()),
         unpriced=tuple(prediction.unpriced), notes=(*prediction.notes, *measurement.notes),
+        predicted_before=prediction.step_seconds if before != before else before,
     )  # fmt: skip
 
 
@@ -149,12 +167,13 @@ def summarise(comparisons: Iterable[Comparison]) -> Summary:
         memory_median_error=_median(memory),
         memory_worst_error=max(memory, default=NAN),
         coverage=statistics.fmean(c.covered for c in good) if good else NAN,
+        median_error_before=_median([abs(c.error_before) for c in good if c.error_before == c.error_before]),
     )
 
 
 def spearman(runs: Sequence[Comparison]) -> float:
     """Rank correlation of predicted and measured times; nan for fewer than two plans or where all tie."""
-    predicted, measured = [c.predicted_seconds for c in runs], [c.measured_seconds for c in runs]
+    predicted, measured = [_first(c) for c in runs], [c.comparable_seconds for c in runs]
     if len(set(predicted)) < 2 or len(set(measured)) < 2:
         return NAN
     from scipy.stats import spearmanr
@@ -166,8 +185,13 @@ def top1_regret(runs: Sequence[Comparison]) -> float:
     """Measured time of the plan predicted fastest / that of the plan measured fastest - 1; nan without runs."""
     if not runs:
         return NAN
-    chosen = min(runs, key=lambda c: c.predicted_seconds)
-    return chosen.measured_seconds / min(c.measured_seconds for c in runs) - 1
+    chosen = min(runs, key=_first)
+    return chosen.comparable_seconds / min(c.comparable_seconds for c in runs) - 1
+
+
+def _first(c: Comparison) -> float:
+    """What ranked the plan."""
+    return c.predicted_before if c.predicted_before == c.predicted_before else c.predicted_seconds
 
 
 def family(plan: ParallelPlan) -> str:

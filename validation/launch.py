@@ -7,14 +7,13 @@ import json
 import os
 import queue
 import signal
-import statistics
 import subprocess
 import sys
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,15 +29,13 @@ def run_plans(
     plans: Iterable[ParallelPlan],
     options: Options | None = None,
     progress: Callable[[Measurement], None] = lambda _: None,
-    before: Callable[[int], None] = lambda _: None,
 ) -> list[Measurement]:
     """Proves, then measures every plan with one process per rank; results in the order of `plans`.
 
     `spec` is a model spec of `opgraph.models.load_workload`, or `module:function` of an importable function that
     returns a Workload. A plan whose ranks die, raise, hang or disagree with the single-device step is reported as
-    failed, and the next one runs in fresh processes. `before(i)` is called before plan i runs (few ranks first), while
-    no rank computes. Under torchrun every rank calls this and the plans of its world size run inside (`before` is not
-    called); all ranks get the results.
+    failed, and the next one runs in fresh processes. Under torchrun every rank calls this and the plans of its world
+    size run inside; all ranks get the results.
     """
     options = options or Options()
     plans = list(plans)
@@ -54,11 +51,8 @@ def run_plans(
                 if world is not None and world.size != plans[i].world_size:
                     world.stop()
                     world = None
-                before(i)
                 if world is None:
                     world = World(plans[i].world_size, spec, options, scratch)
-                paces = [r.pace for r in results.values() if r.pace]
-                world.options = replace(options, usual_pace=statistics.median(paces) if len(paces) > 1 else 0.0)
                 results[i] = world.run(plans[i])
                 progress(results[i])
                 if not world.usable:

@@ -28,8 +28,7 @@ class Options:
 
     backend: "gloo" (CPU) or "nccl" (one GPU per rank). max_seconds caps the timed steps of a plan once `min_steps`
     are done; timeout_seconds is the time after which a plan's ranks are killed. `prove`, `memory` and `measure`
-    switch the three parts; `trace` also returns every collective of one steady step. usual_pace: seconds of the anchor
-    beside the steps of earlier plans (0: not known; `run_plans` fills it in).
+    switch the three parts; `trace` also returns every collective of one steady step.
     """
 
     backend: Literal["gloo", "nccl"] = "gloo"
@@ -42,7 +41,6 @@ class Options:
     memory: bool = True
     measure: bool = True
     trace: bool = False
-    usual_pace: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +52,7 @@ class Measurement:
     peak_bytes: tensor bytes alive at the worst moment of a steady step, by rank. gradient_error: worst parameter,
     ||g - reference|| / max(||reference||, 0.001 ||all references||). load: load averages before and after.
     disturbed: steps that were not counted because the machine was busy with something else (see `undisturbed`).
-    pace: seconds of the anchor between the steps.
+    pace: seconds of the anchor between the counted steps (`pace_of_steps`; 0 where it was not run).
     """
 
     plan: ParallelPlan
@@ -110,7 +108,7 @@ def measurement(plan: ParallelPlan, replies: list[dict[str, Any]]) -> Measuremen
         steps=len(times),
         block_medians=block_medians(times),
         load=(first["load"][0], first["load"][1]), disturbed=first.get("disturbed", 0),
-        pace=first.get("pace", 0.0),
+        pace=pace_of_steps(plan, first["paces"]) if "paces" in first else 0.0,
         peak_bytes=peaks, notes=notes, traces=traces, **errors,
     )  # fmt: skip
 
@@ -145,7 +143,7 @@ def time_steps(run: Callable[[], Any], options: Options, cuda: bool) -> dict[str
         room_to_grow(dist.get_world_size())
     for _ in range(options.warmup):
         once()
-    pace: Callable[[], float] = (lambda: 1.0) if cuda else _pace()
+    pace: Callable[[], float] = (lambda: 0.0) if cuda else _pace()
     blocks: list[list[float]] = []
     paces = [pace()]
     begin, limit = time.perf_counter(), 0.0
@@ -157,7 +155,7 @@ def time_steps(run: Callable[[], Any], options: Options, cuda: bool) -> dict[str
         dist.all_gather_object(everyone, (blocks, paces, time.perf_counter() - begin))
         slowest = [[max(steps) for steps in zip(*same)] for same in zip(*(b for b, _, _ in everyone))]
         worst = [max(p) for p in zip(*(p for _, p, _ in everyone))]
-        kept = undisturbed(worst, options.usual_pace)
+        kept = undisturbed(worst)
         times = [t for block, good in zip(slowest, kept) if good for t in block]
         spent = max(s for *_, s in everyone)
         limit = limit or max(options.max_seconds, 1.5 * spent)  # as long as that for enough undisturbed steps
@@ -165,8 +163,9 @@ def time_steps(run: Callable[[], Any], options: Options, cuda: bool) -> dict[str
         if (enough and (blocks_agree(block_medians(times)) or spent > options.max_seconds)) or spent > limit:
             times = times if enough else [t for block in slowest for t in block]
             dropped = BLOCK * len(blocks) - len(times)
+            own = [beside(p, kept if enough else None) for _, p, _ in everyone]
             load = load_before, os.getloadavg()[0]
-            return {"seconds": times, "disturbed": dropped, "pace": usual(worst), "load": load}
+            return {"seconds": times, "disturbed": dropped, "paces": own, "load": load}
 
 
 def _pace() -> Callable[[], float]:
@@ -186,13 +185,31 @@ def _pace() -> Callable[[], float]:
     return run
 
 
-def undisturbed(paces: list[float], known: float = 0.0) -> list[bool]:
+def beside(paces: list[float], kept: list[bool] | None) -> float:
+    """Median of one rank's anchor seconds beside the blocks that count (all blocks if None)."""
+    near = [sum(pair) / 2 for pair in pairwise(paces)]
+    return statistics.median([p for p, good in zip(near, kept or [True] * len(near)) if good])
+
+
+def pace_of_steps(plan: ParallelPlan, paces: list[float]) -> float:
+    """The anchor seconds that a step of the plan feels, from those of its ranks (0: the rank did not run it).
+
+    Ranks of one stage wait for the slowest; stages work in turn. Where more ranks than cores run, any rank may get the
+    slow core.
+    """
+    if min(paces) > 0 and plan.pp > 1:
+        stages = [[p for r, p in enumerate(paces) if plan.coordinates(r)["pp"] == s] for s in range(plan.pp)]
+        return statistics.fmean(max(stage) for stage in stages)
+    return max(paces)
+
+
+def undisturbed(paces: list[float]) -> list[bool]:
     """Which blocks of steps count, from the anchor's seconds before the first block and after each.
 
-    A block does not where the anchor beside it took more than `DISTURBED` times what is usual (here, or `known` from
-    earlier plans where that is less): another tenant of the machine was busy then. The steps' own times decide nothing.
+    A block does not where the anchor beside it took more than `DISTURBED` times its lower quartile: another tenant of
+    the machine was busy then. The steps' own times decide nothing.
     """
-    limit = DISTURBED * min(usual(paces), known or float("inf"))
+    limit = DISTURBED * usual(paces)
     return [max(pair) <= limit for pair in pairwise(paces)]
 
 

@@ -24,9 +24,10 @@ from validation.study import Study
 MARKER = "results.json"  # a folder that holds it is a report, and may be replaced by a newer one
 PACKAGES = ("parplan", "torch", "numpy", "scipy", "numba")
 COLUMNS = (
-    "model", "label", "family", "ranks", "status", "reason", "predicted_seconds", "interval_low", "interval_high",
-    "measured_seconds", "measured_p10", "measured_p90", "error", "predicted_peak_bytes", "measured_peak_bytes",
-    "memory_error", "steps", "steady", "disturbed", "loss_error", "gradient_error", "load_before", "load_after",
+    "model", "label", "family", "ranks", "status", "reason", "predicted_before", "predicted_seconds", "interval_low",
+    "interval_high", "measured_seconds", "measured_p10", "measured_p90", "error_before", "error",
+    "predicted_peak_bytes", "measured_peak_bytes", "memory_error", "steps", "steady", "disturbed", "loss_error",
+    "gradient_error", "load_before", "load_after",
 )  # fmt: skip
 
 
@@ -70,6 +71,7 @@ def run_data(c: Comparison) -> dict[str, Any]:
     return {
         "model": c.model, "label": c.plan.label, "family": family(c.plan), "ranks": c.plan.world_size,
         "status": c.status, "reason": c.reason,
+        "predicted_before": c.predicted_before, "error_before": c.error_before,
         "predicted_seconds": c.predicted_seconds, "interval": c.interval, "measured_seconds": c.measured_seconds,
         "measured_p10": c.measured_p10, "measured_p90": c.measured_p90, "error": c.error, "covered": c.ok and c.covered,
         "predicted_peak_bytes": c.predicted_peak_bytes, "measured_peak_bytes": c.measured_peak_bytes or None,

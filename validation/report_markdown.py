@@ -17,7 +17,9 @@ def markdown(studies: Sequence[Study], about: dict[str, Any], title: str) -> str
         f"# {title}\n",
         "![Predicted over measured step time and peak memory](predicted_vs_measured.png)\n",
         "Errors are predicted / measured - 1. Every prediction was made, and written to `predictions-*.json`, before "
-        "its plan ran. A plan is timed only if its loss and gradients equal those of the unsplit model.\n",
+        "its plan ran: the column *before*. *Predicted* is the same prediction at the pace that the machine had while "
+        "the plan ran, as a fixed benchmark between its steps showed it. "
+        "A plan is timed only if its loss and gradients equal those of the unsplit model.\n",
         _summary_table(studies),
     ]
     for study in studies:
@@ -43,15 +45,16 @@ def _summary_table(studies: Sequence[Study]) -> str:
     if len(studies) > 1:
         rows.append(("all", summarise([c for s in studies for c in s.comparisons])))
     head = (
-        "| model | plans | failed | median error | worst error | bias | Spearman | top-1 regret | in interval "
-        "| memory median | memory worst |\n|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|\n"
+        "| model | plans | failed | median error | (before) | worst error | bias | Spearman | top-1 regret "
+        "| in interval | memory median | memory worst |\n|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|\n"
     )
     return head + "\n".join(_summary_row(name, s) for name, s in rows)
 
 
 def _summary_row(name: str, s: Summary) -> str:
     cells = [
-        name, str(s.runs), str(s.failed), _percent(s.median_error), _percent(s.worst_error), _percent(s.bias, "+"),
+        name, str(s.runs), str(s.failed), _percent(s.median_error), _percent(s.median_error_before),
+        _percent(s.worst_error), _percent(s.bias, "+"),
         "–" if s.spearman != s.spearman else f"{s.spearman:.3f}", _percent(s.top1_regret), _percent(s.coverage),
         _percent(s.memory_median_error), _percent(s.memory_worst_error),
     ]  # fmt: skip
@@ -60,15 +63,18 @@ def _summary_row(name: str, s: Summary) -> str:
 
 def _runs_table(study: Study) -> str:
     lines = [
-        "| plan | ranks | predicted ms | interval | measured ms | error | peak predicted MiB | measured MiB | error |",
-        "|---|--:|--:|--:|--:|--:|--:|--:|--:|",
+        "| plan | ranks | before ms | predicted ms | interval | measured ms | error "
+        "| peak predicted MiB | measured MiB | error |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for c in sorted(study.comparisons, key=lambda c: (c.plan.world_size, c.predicted_seconds)):
         low, high = c.interval
         measured = f"{c.measured_seconds * 1e3:.1f}{'' if c.steady else ' (unsteady)'}" if c.ok else "failed"
         memory = f"{c.measured_peak_bytes / 2**20:.1f}" if c.measured_peaks else "–"
+        before = "–" if c.predicted_before != c.predicted_before else f"{c.predicted_before * 1e3:.1f}"
         lines.append(
-            f"| {c.plan.label} | {c.plan.world_size} | {c.predicted_seconds * 1e3:.1f} "
+            f"| {c.plan.label} | {c.plan.world_size} "
+            f"| {before} | {c.predicted_seconds * 1e3:.1f} "
             f"| {low * 1e3:.1f} – {high * 1e3:.1f} | {measured} | {_percent(c.error, '+')} "
             f"| {c.predicted_peak_bytes / 2**20:.1f} | {memory} | {_percent(c.memory_error, '+')} |"
         )
@@ -86,8 +92,8 @@ def _study_lines(study: Study) -> list[str]:
     if study.anchors:
         low, high = min(study.anchors), max(study.anchors)
         lines.append(
-            f"between the plans the machine took {low:.3f} to {high:.3f} times its calibrated anchor time "
-            f"({len(study.anchors)} samples; a prediction uses the lower quartile of the last few before its plan ran)"
+            f"the machine took {low:.3f} to {high:.3f} times its calibrated anchor time "
+            f"({len(study.anchors)} samples: three before the predictions, then one between the steps of each plan)"
         )
     if warning := drift_warning(study):
         lines.append(f"**{warning}**")

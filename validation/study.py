@@ -20,6 +20,7 @@ from validation.measure import Measurement, Options
 from validation.pace import pace_of
 
 if TYPE_CHECKING:
+    from planner.predict import Prediction
     from planner.search import Ranked, SearchResult
 
 Progress = Callable[[str, float], None]
@@ -43,9 +44,8 @@ class SearchNote:
 class Study:
     """Everything about one model: its comparisons, how they came about, and when (UTC).
 
-    anchors: the machine's anchor time as a ratio to that of its calibration: before the search, before each plan, after
-    the last (empty where there is no calibration). Each prediction uses what was usual among the last few before
-    its plan ran (`validation.pace.usual`).
+    anchors: the machine's anchor time as a ratio to that of its calibration: three samples before the search, then
+    between the steps of each plan (empty where there is no calibration).
     """
 
     model: str
@@ -89,8 +89,8 @@ def validate(
 
     `model` is a spec of `opgraph.models.load_workload`. The cluster must be this machine, or (under torchrun) the one
     that runs this. `choose(result, ranks)` picks the plans to execute; by default `planner.search.diverse`.
-    `keep(model, predictions)` is called before anything is executed, and again whenever the prediction of a plan was
-    brought to the machine's present pace, before that plan runs.
+    `keep(model, predictions)` is called before anything is executed. What is compared is the same prediction at the
+    pace of the machine while the plan ran, as the anchor between its steps shows it; both are in the report.
     """
     from opgraph.batch import trace_workload
     from opgraph.models import load_workload
@@ -120,28 +120,28 @@ def validate(
         predictions = [ranked.prediction for ranked in chosen]
         predicted_at = _now()
         keep(model, predictions)
-        done: list[Measurement] = []
-
-        def again(i: int) -> None:
-            predictions[i] = predict(graph, predictions[i].plan, pace.at(pace.sample()))
-            keep(model, predictions)
+        done: dict[int, Comparison] = {}
 
         def measured(m: Measurement) -> None:
-            done.append(m)
-            predicted = next(p for p in predictions if p.plan == m.plan)
-            progress(outcome(compare(model, predicted, m)), 0.1 + 0.88 * len(done) / len(predictions))
+            i = next(i for i, p in enumerate(predictions) if p.plan == m.plan)
+            done[i] = compare(model, at_its_pace(predictions[i], m), m, predictions[i].step_seconds)
+            progress(outcome(done[i]), 0.1 + 0.88 * len(done) / len(predictions))
 
+        def at_its_pace(p: Prediction, m: Measurement) -> Prediction:
+            calibrated = cluster.device.host.get("anchor_in_rank", 0.0)
+            if pace.anchors is None or not m.pace or not calibrated:
+                return p
+            ratios.append(m.pace / calibrated)
+            return predict(graph, p.plan, pace.at(ratios[-1]))
+
+        ratios = list(pace.ratios)
         progress(f"executing {len(predictions)} plans", 0.1)
         executed_at = _now()
         options = replace(options or Options(), backend=cluster.backend)
-        measurements = run_plans(
-            model, [p.plan for p in predictions], options, measured, again if pace.anchors else lambda i: None
-        )
-        pace.sample()
+        run_plans(model, [p.plan for p in predictions], options, measured)
         return Study(
-            model, cluster.name, cluster.device.name, global_batch,
-            tuple(compare(model, p, m) for p, m in zip(predictions, measurements)), tuple(searches),
-            tuple(pace.ratios), predicted_at, executed_at, time.monotonic() - began, at_first.device.notes,
+            model, cluster.name, cluster.device.name, global_batch, tuple(done[i] for i in range(len(predictions))),
+            tuple(searches), tuple(ratios), predicted_at, executed_at, time.monotonic() - began, at_first.device.notes,
         )  # fmt: skip
 
 
@@ -150,8 +150,8 @@ def drift_warning(study: Study) -> str:
     if not (study.drift > STEADY or study.drift < 1 / STEADY):
         return ""
     return (
-        f"between the plans this machine took up to {study.drift:.2f} times as long for the same work: something else "
-        "ran on it, and the errors of the step times contain that; repeat this on a quiet machine"
+        f"the pace of this machine changed by a factor of {study.drift:.2f}: something else ran on it; the predictions "
+        "were brought to the pace of each plan's steps, but a quiet machine is a better judge"
     )
 
 

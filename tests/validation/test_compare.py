@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -24,6 +25,16 @@ def test_errors_of_one_run():
     assert c.error == pytest.approx(0.1) and c.covered
     assert (c.predicted_peak_bytes, c.measured_peak_bytes) == (110, 100)
     assert c.memory_errors == pytest.approx((0.1, -0.2)) and c.memory_error == pytest.approx(-0.2)
+
+
+def test_plans_are_ranked_at_one_pace():
+    # the second ran while the machine took 1.5 times as long: 3.0 s measured are 2.0 s at the pace of the predictions
+    calm = replace(run(2.2, 2.1), predicted_before=2.2)
+    slow = replace(run(3.0, 3.0), predicted_before=2.0)
+    assert slow.error == 0.0 and slow.error_before == pytest.approx(-1 / 3)
+    assert slow.comparable_seconds == pytest.approx(2.0) and calm.comparable_seconds == pytest.approx(2.1)
+    assert spearman([calm, slow]) == pytest.approx(1.0) and top1_regret([calm, slow]) == 0.0
+    assert run(1.0, 2.0).comparable_seconds == 2.0  # no anchor: as measured
 
 
 def test_memory_that_was_not_measured_has_no_error():

@@ -6,14 +6,16 @@ import os
 import signal
 import subprocess
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from costmodels.cluster import Cluster, CollectiveTable, load_cluster
+from planner.plan import ParallelPlan
 from validation.anchor import Anchors, anchor_on_cores
-from validation.measure import DISTURBED, undisturbed
+from validation.measure import DISTURBED, beside, pace_of_steps, undisturbed
 from validation.pace import NEAR, Pace, pace_of, usual
 
 
@@ -67,15 +69,24 @@ def test_blocks_beside_a_burst_do_not_count():
     # paces before the first block and after each of four
     assert undisturbed([1.0, 1.0, 1.6, 1.0, 1.0]) == [True, False, False, True]
     assert undisturbed([1.5, 1.5, 1.5]) == [True, True]  # nothing else is known
-    assert undisturbed([1.5, 1.5, 1.5], known=1.0) == [False, False]
 
 
 @given(st.lists(st.floats(0.5, 3.0), min_size=2, max_size=12))
 def test_a_pace_near_the_usual_counts(paces: list[float]):
     kept = undisturbed(paces)
     assert len(kept) == len(paces) - 1
-    for good, pair in zip(kept, zip(paces, paces[1:])):
+    for good, pair in zip(kept, pairwise(paces)):
         assert good == (max(pair) <= DISTURBED * usual(paces))
+
+
+def test_the_pace_that_a_step_feels():
+    data, pipe = ParallelPlan(8, dp=2), ParallelPlan(8, pp=2, dp=2, cuts=("h.1",), micro_batches=2)
+    assert pace_of_steps(data, [1.0, 1.4]) == 1.4  # the others wait for the slowest
+    stages = [pipe.coordinates(r)["pp"] for r in range(4)]
+    slow = [1.4 if s == 0 else 1.0 for s in stages]
+    assert pace_of_steps(pipe, slow) == pytest.approx(1.2)  # stages work in turn
+    assert pace_of_steps(pipe, [1.4, 1.0, 0.0, 0.0]) == 1.4  # more ranks than cores
+    assert beside([1.0, 1.0, 2.0, 2.0], [True, False, False]) == 1.0 and beside([1.0, 1.0, 2.0], None) == 1.25
 
 
 def test_anchor_processes_answer_and_end():
