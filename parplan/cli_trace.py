@@ -13,6 +13,9 @@ from parplan.console import emit, number, remark, seconds, show, size, table, wo
 def trace(
     model: Model,
     batch: Annotated[int | None, typer.Option(help="By default the model's own.", show_default=False)] = None,
+    unfolded: Annotated[
+        bool, typer.Option("--unfolded", help="Trace every block instead of a few of those that repeat: same, slower.")
+    ] = False,
     json: Json = False,
 ) -> None:
     """Trace one training step of a model and sum it up.
@@ -24,15 +27,22 @@ def trace(
     positive("--batch", batch)
     began = time.perf_counter()
     with working() as progress:
-        progress(f"tracing {model}", 0.1)
+        progress("loading torch", 0.0)
+        import torch._dynamo  # noqa: F401  fake tensors load it when first used
+
         from opgraph.batch import trace_workload
         from opgraph.models import load_workload
         from opgraph.summary import summary
 
-        graph = trace_workload(load_workload(model))
+        progress(f"tracing {model}", 0.1)
+        loaded = time.perf_counter()
+        graph = trace_workload(load_workload(model), fold=not unfolded)
         graph = graph.at_batch(batch) if batch else graph
         found = summary(graph)
-    data = {"model": model, "batch": graph.batch, **found, "seconds": time.perf_counter() - began}
+    data = {
+        "model": model, "batch": graph.batch, **found, "folded": bool(graph.repeats),
+        "seconds": time.perf_counter() - loaded, "loading_seconds": loaded - began,
+    }  # fmt: skip
     for note in graph.notes:
         remark(f"note: {note}")
     emit(data) if json else _print(data)
@@ -48,6 +58,6 @@ def _print(data: dict[str, Any]) -> None:
         ("peak memory of the step", size(data["peak_bytes"])),
         ("work", f"{number(data['work'])} operations"),
         ("depth", f"{number(data['depth'])} steps of the longest chain"),
-        ("traced in", seconds(data["seconds"])),
+        ("traced in", f"{seconds(data['seconds'])}, after {seconds(data['loading_seconds'])} of loading torch"),
     ]
     show(table(f"{data['model']}, batch {data['batch']}", ("", ""), rows))

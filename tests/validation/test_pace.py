@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import sys
+import time
 from dataclasses import replace
 from itertools import pairwise
 
@@ -113,14 +115,12 @@ def test_anchor_processes_end_with_their_parent():
         "import os, sys\nfrom validation.anchor import Anchors\na = Anchors(1)\n"
         "print(a._processes[0].pid, flush=True)\nos._exit(0)"
     )
-    out = subprocess.run(["python", "-c", code], capture_output=True, text=True, timeout=120, check=True).stdout
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True).stdout
     pid = int(out)
     for _ in range(100):
         try:
             os.kill(pid, 0)
         except ProcessLookupError:
             return
-        import time
-
         time.sleep(0.1)
     pytest.fail("the anchor process outlived its parent")
