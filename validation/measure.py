@@ -52,7 +52,8 @@ class Measurement:
     peak_bytes: tensor bytes alive at the worst moment of a steady step, by rank. gradient_error: worst parameter,
     ||g - reference|| / max(||reference||, 0.001 ||all references||). load: load averages before and after.
     disturbed: steps that were not counted because the machine was busy with something else (see `undisturbed`).
-    pace: seconds of the anchor between the counted steps (`pace_of_steps`; 0 where it was not run).
+    pace: seconds of the anchor between the counted steps (`pace_of_steps`; 0 where it was not run);
+    pace_alone: of rank 0 while the others waited.
     """
 
     plan: ParallelPlan
@@ -67,6 +68,7 @@ class Measurement:
     load: tuple[float, float] = (float("nan"), float("nan"))
     disturbed: int = 0
     pace: float = 0.0
+    pace_alone: float = 0.0
     peak_bytes: tuple[int, ...] = ()
     loss_error: float = float("nan")
     gradient_error: float = float("nan")
@@ -108,7 +110,7 @@ def measurement(plan: ParallelPlan, replies: list[dict[str, Any]]) -> Measuremen
         steps=len(times),
         block_medians=block_medians(times),
         load=(first["load"][0], first["load"][1]), disturbed=first.get("disturbed", 0),
-        pace=pace_of_steps(plan, first["paces"]) if "paces" in first else 0.0,
+        pace=pace_of_steps(plan, first["paces"]) if "paces" in first else 0.0, pace_alone=first.get("alone", 0.0),
         peak_bytes=peaks, notes=notes, traces=traces, **errors,
     )  # fmt: skip
 
@@ -143,7 +145,7 @@ def time_steps(run: Callable[[], Any], options: Options, cuda: bool) -> dict[str
         room_to_grow(dist.get_world_size())
     for _ in range(options.warmup):
         once()
-    pace: Callable[[], float] = (lambda: 0.0) if cuda else _pace()
+    pace: Callable[[], tuple[float, float]] = (lambda: (0.0, 0.0)) if cuda else _pace()
     blocks: list[list[float]] = []
     paces = [pace()]
     begin, limit = time.perf_counter(), 0.0
@@ -154,22 +156,29 @@ def time_steps(run: Callable[[], Any], options: Options, cuda: bool) -> dict[str
         everyone: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(everyone, (blocks, paces, time.perf_counter() - begin))
         slowest = [[max(steps) for steps in zip(*same)] for same in zip(*(b for b, _, _ in everyone))]
-        worst = [max(p) for p in zip(*(p for _, p, _ in everyone))]
-        kept = undisturbed(worst)
+        ranks = [[both for both, _ in p] for _, p, _ in everyone]
+        kept = undisturbed([max(p) for p in zip(*ranks)])
         times = [t for block, good in zip(slowest, kept) if good for t in block]
         spent = max(s for *_, s in everyone)
         limit = limit or max(options.max_seconds, 1.5 * spent)  # as long as that for enough undisturbed steps
         enough = len(times) >= options.min_steps
         if (enough and (blocks_agree(block_medians(times)) or spent > options.max_seconds)) or spent > limit:
             times = times if enough else [t for block in slowest for t in block]
-            dropped = BLOCK * len(blocks) - len(times)
-            own = [beside(p, kept if enough else None) for _, p, _ in everyone]
-            load = load_before, os.getloadavg()[0]
-            return {"seconds": times, "disturbed": dropped, "paces": own, "load": load}
+            counted = kept if enough else None
+            return {
+                "seconds": times, "disturbed": BLOCK * len(blocks) - len(times),
+                "paces": [beside(p, counted) for p in ranks],
+                "alone": beside([alone for _, alone in everyone[0][1]], counted),
+                "load": (load_before, os.getloadavg()[0]),
+            }  # fmt: skip
 
 
-def _pace() -> Callable[[], float]:
-    """A function that runs the anchor on as many ranks as there are cores, and returns its seconds. Collective."""
+def _pace() -> Callable[[], tuple[float, float]]:
+    """A function that returns the anchor's seconds on this rank, while as many ranks as there are cores run it, and on
+    rank 0 alone (0 where this rank does not run it). Collective.
+
+    Virtual cores may share a physical one for seconds: then two at once took 21 ms where one alone took 13 ms.
+    """
     import torch.distributed as dist
 
     from validation.anchor import make_anchor
@@ -178,9 +187,11 @@ def _pace() -> Callable[[], float]:
     mine = dist.get_rank() < available_cores()
     anchor()
 
-    def run() -> float:
+    def run() -> tuple[float, float]:
         dist.barrier()
-        return min(anchor() for _ in range(3)) if mine else 0.0
+        both = min(anchor() for _ in range(3)) if mine else 0.0
+        dist.barrier()
+        return both, min(anchor() for _ in range(3)) if dist.get_rank() == 0 else 0.0
 
     return run
 
@@ -192,7 +203,7 @@ def beside(paces: list[float], kept: list[bool] | None) -> float:
 
 
 def pace_of_steps(plan: ParallelPlan, paces: list[float]) -> float:
-    """The anchor seconds that a step of the plan feels, from those of its ranks (0: the rank did not run it).
+    """The anchor seconds of ranks that compute at once, from those of each (0: the rank did not run it).
 
     Ranks of one stage wait for the slowest; stages work in turn. Where more ranks than cores run, any rank may get the
     slow core.

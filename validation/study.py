@@ -131,7 +131,7 @@ def validate(
             calibrated = cluster.device.host.get("anchor_in_rank", 0.0)
             if pace.anchors is None or not m.pace or not calibrated:
                 return p
-            ratios.append(m.pace / calibrated)
+            ratios.append(felt(p, m, cluster.cores) / calibrated)
             return predict(graph, p.plan, pace.at(ratios[-1]))
 
         ratios = list(pace.ratios)
@@ -143,6 +143,19 @@ def validate(
             model, cluster.name, cluster.device.name, global_batch, tuple(done[i] for i in range(len(predictions))),
             tuple(searches), tuple(ratios), predicted_at, executed_at, time.monotonic() - began, at_first.device.notes,
         )  # fmt: skip
+
+
+def felt(p: Prediction, m: Measurement, cores: int) -> float:
+    """The anchor seconds that the plan's computing goes by: between those of one rank alone and of all at once.
+
+    Stages of a pipeline compute at once for a part of their time only: of n ranks that are busy for a share u of the
+    step, at least (n u - 1) / (n - 1) / u of it, if their idle times do not coincide.
+    """
+    ranks, share = p.plan.world_size, p.breakdown["compute"] / p.step_seconds
+    if p.plan.pp == 1 or ranks > cores or not m.pace_alone:
+        return m.pace
+    at_once = min(max((ranks * share - 1) / (ranks - 1) / share, 0.0), 1.0)
+    return m.pace_alone + (m.pace - m.pace_alone) * at_once
 
 
 def drift_warning(study: Study) -> str:

@@ -9,6 +9,7 @@ import sys
 import time
 from dataclasses import replace
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
@@ -19,6 +20,7 @@ from planner.plan import ParallelPlan
 from validation.anchor import Anchors, anchor_on_cores
 from validation.measure import DISTURBED, beside, pace_of_steps, undisturbed
 from validation.pace import NEAR, Pace, pace_of, usual
+from validation.study import felt
 
 
 class Fixed:
@@ -89,6 +91,18 @@ def test_the_pace_that_a_step_feels():
     assert pace_of_steps(pipe, slow) == pytest.approx(1.2)  # stages work in turn
     assert pace_of_steps(pipe, [1.4, 1.0, 0.0, 0.0]) == 1.4  # more ranks than cores
     assert beside([1.0, 1.0, 2.0, 2.0], [True, False, False]) == 1.0 and beside([1.0, 1.0, 2.0], None) == 1.25
+
+
+def test_a_pipeline_feels_what_its_stages_do_at_once():
+    pipe = ParallelPlan(8, pp=2, cuts=("h.1",), micro_batches=2)
+    predicted = SimpleNamespace(plan=pipe, step_seconds=1.0, breakdown={"compute": 0.75})
+    run = SimpleNamespace(pace=2.0, pace_alone=1.0)
+    assert felt(predicted, run, 2) == pytest.approx(1 + 2 / 3)  # at once half of the step: two thirds of the computing
+    predicted.breakdown["compute"] = 0.4  # never at once
+    assert felt(predicted, run, 2) == 1.0
+    assert felt(predicted, run, 1) == 2.0  # ranks share cores
+    predicted.plan = ParallelPlan(8, dp=2)
+    assert felt(predicted, run, 2) == 2.0
 
 
 def test_anchor_processes_answer_and_end():
