@@ -163,7 +163,7 @@ def drift_warning(study: Study) -> str:
     if not (study.drift > STEADY or study.drift < 1 / STEADY):
         return ""
     return (
-        f"the pace of this machine changed by a factor of {study.drift:.2f}: something else ran on it; the predictions "
+        f"the pace of this machine changed by a factor of {study.drift:.2f} (other work on it, or on its host); predictions "
         "were brought to the pace of each plan's steps, but a quiet machine is a better judge"
     )
 
