@@ -44,7 +44,6 @@ class Device:
     floor_seconds: least time of a kernel where no law says more.
     efficiency: share of the peak (FLOP/s for compute families, bandwidth for the others) by op family,
         used by the roofline only.
-    kernels: constants of the kernel laws of `costmodels.kernels`, by "family/dtype" ("gemm/bfloat16").
     laws: measured laws by key. samples: measured ops, "signature" -> seconds (see `ops.signature`).
     host: seconds of Python and runtime overhead by kind. anchor_seconds: time of the anchor benchmark
         (`validation.anchor`) at calibration, 0 where there is none.
@@ -70,7 +69,6 @@ class Device:
     units: int = 1
     floor_seconds: float = 0.0
     efficiency: dict[str, float] = field(default_factory=dict)
-    kernels: dict[str, dict[str, float]] = field(default_factory=dict)
     laws: dict[str, Law] = field(default_factory=dict)
     samples: dict[str, float] = field(default_factory=dict)
     host: dict[str, float] = field(default_factory=dict)
@@ -166,9 +164,6 @@ def device_from(data: dict[str, Any], where: str) -> Device:
         units=toml.whole(data, "units", where, 1, least=1),
         floor_seconds=toml.number(data, "floor_seconds", where, 0.0),
         efficiency=toml.numbers(data, "efficiency", where),
-        kernels={
-            key: toml.numbers(data.get("kernels", {}), key, f"{where}: kernels") for key in data.get("kernels", {})
-        },
         laws={law.key: law for law in laws},
         samples=_samples_from(toml.strings(data, "samples", where), where),
         host=toml.numbers(data, "host", where),

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from costmodels import kernels
 from costmodels.device import Device, Law
 from costmodels.families import COMPUTE, FREE, base_name, family
 from costmodels.features import extent, features, form_of, touched
@@ -111,8 +110,6 @@ def _price(device: Device, shape: OpShape) -> Price:
     law = law_of(device, shape)
     if device.samples and (seen := device.samples.get(signature(shape))) is not None:
         return Price(seen, "measured", min(0.05, law.error) if law else 0.05)
-    if law is None and (found := kernels.kernel_price(device, shape)) is not None:
-        return Price(*found)
     if law is None:
         return Price(roofline_seconds(device, shape), "roofline", ROOFLINE_ERROR)
     seconds = sum(c * f for c, f in zip(law.coefficients, features(shape, law.form)))

@@ -27,7 +27,7 @@ ABOUT = (
     "GPT-2 and AlexNet of real shape but smaller (4 layers of 256 over 64 tokens; pictures of 128, a classifier of "
     "1024), so that minutes suffice"
 )
-CALIBRATION_SECONDS = 75.0
+CALIBRATION_SECONDS = 88.0
 DAY = 86400.0
 SLOWEST = 1.6  # times the fastest plan's step: slower ones would take most of the demo's time
 

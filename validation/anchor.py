@@ -18,7 +18,6 @@ from pathlib import Path
 from validation.environment import RANK_ENV
 
 ROOT = Path(__file__).resolve().parent.parent
-REPEATS = 100
 
 
 def make_anchor(clock: Callable[[], float] = time.perf_counter) -> Callable[[], float]:
@@ -76,7 +75,7 @@ class Anchors:
             self.close()
             raise
 
-    def seconds(self, repeats: int = REPEATS) -> float:
+    def seconds(self, repeats: int) -> float:
         """Median seconds of one anchor over all processes."""
         for process in self._processes:
             assert process.stdin is not None
@@ -106,12 +105,6 @@ class Anchors:
         if not line:
             raise RuntimeError("the anchor benchmark died; its message stands above")
         return line
-
-
-def anchor_on_cores(cores: int, repeats: int = REPEATS, cpu_clock: bool = False) -> float:
-    """Median seconds of the anchor in `cores` fresh processes, one thread each, all at once."""
-    with Anchors(cores, cpu_clock) as anchors:
-        return anchors.seconds(repeats)
 
 
 def main() -> None:

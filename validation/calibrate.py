@@ -35,7 +35,7 @@ from validation.environment import RANK_ENV, available_cores
 Progress = Callable[[str, float], None]
 ROOT = Path(__file__).resolve().parent.parent
 MOST_RANKS = 8  # of the op measurement: more ranks than this would only repeat each other
-FIXED_SECONDS = 56.0  # runtimes, models, anchors and collectives of 2 and 4 ranks, on two cores
+AFTER_ROUNDS = 42.0  # seconds kept for collectives of 2 and 4 ranks (31 to 36 on two cores) and fitting (3 to 4)
 SAMPLE_SECONDS = 2e-5  # shorter ops are not stored one by one: their law is as good and the file stays small
 SMALL_OPTIMIZER = 0.002  # seconds: the same for optimizer steps
 SMALL_STEP = 0.04  # seconds: host overhead is read off steps below this, where op noise does not drown it
@@ -82,7 +82,7 @@ def calibrate(
                 **common, "ranks": world, "store": str(Path(folder) / f"store-{world}"), "anchor": 8 if short else 40,
                 "kinds": _kinds(world) if world in sizes else [], "runtime": main,
                 "models": list(models) if main else None, "least_rounds": 3,
-                "seconds": max(budget_seconds - FIXED_SECONDS, 2.0),
+                "until": time.time() + max(budget_seconds - AFTER_ROUNDS, 0.0),
                 "reference": 0.0 if main else results[ranks][0]["reference"],
             }  # fmt: skip
             low, high = (0.0, 0.75) if main else (0.75 + 0.2 * (i - 1) / len(sizes), 0.75 + 0.2 * i / len(sizes))
@@ -160,7 +160,7 @@ def _listen(process: subprocess.Popen[bytes], progress: Progress) -> None:
 
 def _wait(processes: list[subprocess.Popen[bytes]], job: dict[str, Any], folder: Path) -> None:
     """Until all ranks have ended well, or one has not."""
-    deadline = time.monotonic() + job["timeout"] + job["seconds"]
+    deadline = time.monotonic() + job["timeout"] + max(job["until"] - time.time(), 0.0)
     while any(p.poll() is None for p in processes):
         failed = next((r for r, p in enumerate(processes) if p.poll()), None)
         if failed is None and time.monotonic() < deadline:

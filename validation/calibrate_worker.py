@@ -13,8 +13,12 @@ import statistics
 import sys
 import threading
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from validation.calibrate_record import Step
 
 
 def die_with_parent() -> None:
@@ -103,10 +107,10 @@ def measure_ops(job: dict[str, Any], rank: int) -> dict[str, Any]:
     """
     import torch.distributed as dist
 
-    from validation.anchor import Anchors, make_anchor
+    from validation.anchor import make_anchor
     from validation.calibrate_models import SOURCES
-    from validation.calibrate_record import at_pace, overhead, prepare, samples, time_ops, time_parts
-    from validation.environment import available_cores, room_to_grow
+    from validation.calibrate_record import at_pace, overhead, prepare, samples
+    from validation.environment import room_to_grow
     from validation.pace import usual
 
     once = make_anchor(time.thread_time)
@@ -121,8 +125,32 @@ def measure_ops(job: dict[str, Any], rank: int) -> dict[str, Any]:
         report(job, rank, f"model {source.name}", 0.2 * i / len(chosen))
         steps.append(prepare(source))
     room_to_grow(job["ranks"])
+    rounds, between = _rounds(job, rank, steps, once)
+    reference = usual([p for s in steps for p in s.paces])
+    for step in steps:
+        at_pace(step, reference)
+    good = [s for s in steps if s.times and s.plain]
+    return {
+        "anchor_solo": solo, "anchor_loaded": loaded, "rounds": rounds,
+        "anchor": reference * between,
+        "reference": reference, "samples": samples(good), "overheads": [overhead(s) for s in good],
+        "unrepeatable": [s.source.name for s in steps if not s.times],
+    }  # fmt: skip
+
+
+def _rounds(job: dict[str, Any], rank: int, steps: Sequence[Step], once: Callable[[], float]) -> tuple[int, float]:
+    """Rounds over all models until the time is used, each step with the anchor's seconds beside it (`Step.paces`).
+
+    Returns the number of rounds, and on rank 0 the anchor in processes of its own over the anchor in this one (else 0).
+    """
+    import torch.distributed as dist
+
+    from validation.anchor import Anchors
+    from validation.calibrate_record import time_ops, time_parts
+    from validation.environment import available_cores
+
     anchors = Anchors(available_cores(), cpu_clock=True) if rank == 0 else None
-    apart, near = [], []  # seconds of the anchor in processes of its own between the rounds, and in this one just then
+    shares: list[float] = []
 
     def quick() -> float:
         return min(once() for _ in range(3))
@@ -130,14 +158,14 @@ def measure_ops(job: dict[str, Any], rank: int) -> dict[str, Any]:
     def pace() -> None:
         dist.barrier()
         before = quick()
-        if anchors is not None:
-            apart.append(anchors.seconds(job["anchor"]))
+        apart = anchors.seconds(job["anchor"]) if anchors is not None else 0.0
         dist.barrier()
-        near.append((before + quick()) / 2)
+        shares.append(2 * apart / (before + quick()))
 
-    began, rounds = time.perf_counter(), 0
-    while together(rounds < job["least_rounds"] or time.perf_counter() - began < job["seconds"]):
-        report(job, rank, f"round {rounds + 1}", 0.2 + 0.8 * min((time.perf_counter() - began) / job["seconds"], 1.0))
+    began, rounds = time.time(), 0
+    length = max(job["until"] - began, 1e-3)  # what starting ranks and building models has left of the budget
+    while together(rounds < job["least_rounds"] or time.time() < job["until"]):
+        report(job, rank, f"round {rounds + 1}", 0.2 + 0.8 * min((time.time() - began) / length, 1.0))
         pace()
         last = quick()
         for step in steps:
@@ -150,16 +178,7 @@ def measure_ops(job: dict[str, Any], rank: int) -> dict[str, Any]:
     pace()
     if anchors is not None:
         anchors.close()
-    reference = usual([p for s in steps for p in s.paces])
-    for step in steps:
-        at_pace(step, reference)
-    good = [s for s in steps if s.times and s.plain]
-    return {
-        "anchor_solo": solo, "anchor_loaded": loaded, "rounds": rounds,
-        "anchor": reference * statistics.median(a / n for a, n in zip(apart, near)) if apart else 0.0,
-        "reference": reference, "samples": samples(good), "overheads": [overhead(s) for s in good],
-        "unrepeatable": [s.source.name for s in steps if not s.times],
-    }  # fmt: skip
+    return rounds, statistics.median(shares)
 
 
 if __name__ == "__main__":

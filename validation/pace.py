@@ -62,9 +62,3 @@ def pace_of(cluster: Cluster) -> Iterator[Pace]:
         return
     with Anchors(cluster.cores) as anchors:
         yield Pace(cluster, anchors)
-
-
-def anchor_ratio(cluster: Cluster) -> float:
-    """The anchor's time now over that of the calibration: what is usual among a few samples."""
-    with pace_of(cluster) as pace:
-        return [pace.sample() for _ in range(5)][-1]

@@ -17,9 +17,10 @@ from planner.plan import Precision
 from validation.compare import Comparison, compare
 from validation.launch import run_plans
 from validation.measure import Measurement, Options
-from validation.pace import pace_of
+from validation.pace import Pace, pace_of
 
 if TYPE_CHECKING:
+    from opgraph.graph import OpGraph
     from planner.predict import Prediction
     from planner.search import Ranked, SearchResult
 
@@ -94,7 +95,6 @@ def validate(
     """
     from opgraph.batch import trace_workload
     from opgraph.models import load_workload
-    from planner.predict import predict
     from planner.search import search
 
     began = time.monotonic()
@@ -120,29 +120,38 @@ def validate(
         predictions = [ranked.prediction for ranked in chosen]
         predicted_at = _now()
         keep(model, predictions)
-        done: dict[int, Comparison] = {}
-
-        def measured(m: Measurement) -> None:
-            i = next(i for i, p in enumerate(predictions) if p.plan == m.plan)
-            done[i] = compare(model, at_its_pace(predictions[i], m), m, predictions[i].step_seconds)
-            progress(outcome(done[i]), 0.1 + 0.88 * len(done) / len(predictions))
-
-        def at_its_pace(p: Prediction, m: Measurement) -> Prediction:
-            calibrated = cluster.device.host.get("anchor_in_rank", 0.0)
-            if pace.anchors is None or not m.pace or not calibrated:
-                return p
-            ratios.append(felt(p, m, cluster.cores) / calibrated)
-            return predict(graph, p.plan, pace.at(ratios[-1]))
-
-        ratios = list(pace.ratios)
         progress(f"executing {len(predictions)} plans", 0.1)
         executed_at = _now()
         options = replace(options or Options(), backend=cluster.backend)
-        run_plans(model, [p.plan for p in predictions], options, measured)
+        before = tuple(pace.ratios)
+        comparisons, beside = _executed(model, graph, pace, predictions, options, progress)
         return Study(
-            model, cluster.name, cluster.device.name, global_batch, tuple(done[i] for i in range(len(predictions))),
-            tuple(searches), tuple(ratios), predicted_at, executed_at, time.monotonic() - began, at_first.device.notes,
+            model, cluster.name, cluster.device.name, global_batch, comparisons, tuple(searches), before + beside,
+            predicted_at, executed_at, time.monotonic() - began, at_first.device.notes,
         )  # fmt: skip
+
+
+def _executed(
+    model: str, graph: OpGraph, pace: Pace, predictions: Sequence[Prediction], options: Options, progress: Progress
+) -> tuple[tuple[Comparison, ...], tuple[float, ...]]:
+    """Runs the plans of the predictions; the comparisons at each plan's own pace, and those paces as ratios."""
+    from planner.predict import predict
+
+    calibrated = pace.cluster.device.host.get("anchor_in_rank", 0.0)
+    done: dict[int, Comparison] = {}
+    ratios: list[float] = []
+
+    def measured(m: Measurement) -> None:
+        i = next(i for i, p in enumerate(predictions) if p.plan == m.plan)
+        own = predictions[i]
+        if pace.anchors is not None and m.pace and calibrated:
+            ratios.append(felt(own, m, pace.cluster.cores) / calibrated)
+            own = predict(graph, own.plan, pace.at(ratios[-1]))
+        done[i] = compare(model, own, m, predictions[i].step_seconds)
+        progress(outcome(done[i]), 0.1 + 0.88 * len(done) / len(predictions))
+
+    run_plans(model, [p.plan for p in predictions], options, measured)
+    return tuple(done[i] for i in range(len(predictions))), tuple(ratios)
 
 
 def felt(p: Prediction, m: Measurement, cores: int) -> float:
@@ -163,8 +172,8 @@ def drift_warning(study: Study) -> str:
     if not (study.drift > STEADY or study.drift < 1 / STEADY):
         return ""
     return (
-        f"the pace of this machine changed by a factor of {study.drift:.2f} (other work on it, or on its host); predictions "
-        "were brought to the pace of each plan's steps, but a quiet machine is a better judge"
+        f"the pace of this machine changed by a factor of {study.drift:.2f} (other work on it, or on its host); "
+        "predictions were brought to the pace of each plan's steps, but a quiet machine is a better judge"
     )
 
 

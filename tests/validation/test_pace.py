@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from costmodels.cluster import Cluster, CollectiveTable, load_cluster
 from planner.plan import ParallelPlan
-from validation.anchor import Anchors, anchor_on_cores
+from validation.anchor import Anchors
 from validation.measure import DISTURBED, beside, pace_of_steps, undisturbed
 from validation.pace import NEAR, Pace, pace_of, usual
 from validation.study import felt
@@ -113,7 +113,8 @@ def test_anchor_processes_answer_and_end():
     for pid in pids:
         with pytest.raises(ProcessLookupError):
             os.kill(pid, 0)
-    assert anchor_on_cores(1, 2, cpu_clock=True) > 0
+    with Anchors(1, cpu_clock=True) as alone:
+        assert 1e-4 < alone.seconds(2) < 10
 
 
 def test_a_dead_anchor_process_is_said():
