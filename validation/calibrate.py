@@ -35,7 +35,8 @@ from validation.environment import RANK_ENV, available_cores
 Progress = Callable[[str, float], None]
 ROOT = Path(__file__).resolve().parent.parent
 MOST_RANKS = 8  # of the op measurement: more ranks than this would only repeat each other
-AFTER_ROUNDS = 42.0  # seconds kept for collectives of 2 and 4 ranks (31 to 36 on two cores) and fitting (3 to 4)
+AFTER_ROUNDS = 42.0  # seconds kept for collectives of 2 and 4 ranks (31 to 46 on two cores) and fitting (3 to 4)
+PER_WORLD, FITTING = 18.0, 6.0  # seconds kept for each further group size (start, one pass), and for what follows
 SAMPLE_SECONDS = 2e-5  # shorter ops are not stored one by one: their law is as good and the file stays small
 SMALL_OPTIMIZER = 0.002  # seconds: the same for optimizer steps
 SMALL_STEP = 0.04  # seconds: host overhead is read off steps below this, where op noise does not drown it
@@ -68,7 +69,7 @@ def calibrate(
     """
     if budget_seconds <= 0:
         raise ValueError(f"the budget is {budget_seconds:g} s; it must be more than 0, and 90 is usual")
-    began = time.monotonic()
+    began, started = time.monotonic(), time.time()
     cores = available_cores()
     ranks = max(min(cores, MOST_RANKS), 2)
     sizes = sorted(set(worlds) or {2, 4, ranks})
@@ -76,13 +77,15 @@ def calibrate(
     common = {"timeout": 300, "sizes": _sizes(short), "seconds_per_point": 0.02 if short else 0.2}
     results: dict[int, list[dict[str, Any]]] = {}
     with tempfile.TemporaryDirectory(prefix="parplan-calibrate-") as folder:
-        for i, world in enumerate([ranks, *(size for size in sizes if size != ranks)]):
+        in_order = [ranks, *(size for size in sizes if size != ranks)]
+        for i, world in enumerate(in_order):
             main = world == ranks
             job = {
                 **common, "ranks": world, "store": str(Path(folder) / f"store-{world}"), "anchor": 8 if short else 40,
                 "kinds": _kinds(world) if world in sizes else [], "runtime": main,
                 "models": list(models) if main else None, "least_rounds": 3,
-                "until": time.time() + max(budget_seconds - AFTER_ROUNDS, 0.0),
+                "until": started + max(budget_seconds - AFTER_ROUNDS, 0.0),
+                "collectives_until": started + budget_seconds - FITTING - PER_WORLD * (len(in_order) - 1 - i),
                 "reference": 0.0 if main else results[ranks][0]["reference"],
             }  # fmt: skip
             low, high = (0.0, 0.75) if main else (0.75 + 0.2 * (i - 1) / len(sizes), 0.75 + 0.2 * i / len(sizes))

@@ -11,6 +11,7 @@ simulation that shares the cores has that wait already.
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -24,23 +25,29 @@ from validation.environment import available_cores
 
 SIZES = (4 << 10, 32 << 10, 256 << 10, 1 << 20, 4 << 20, 16 << 20, 64 << 20)
 KINDS = ("all_reduce", "all_gather", "reduce_scatter", "broadcast", "send")
-MOST, LEAST, PASSES = 40, 3, 2
+MOST, LEAST, PASSES = 40, 3, 2  # rounds of a point in a pass, and passes where there is time
 LEAST_SECONDS = 2e-5  # no message adds less: two system calls and a wake-up
 
 
 def measure_collectives(
-    kinds: tuple[str, ...], sizes: tuple[int, ...], seconds_per_point: float, reference: float = 0.0
+    kinds: tuple[str, ...],
+    sizes: tuple[int, ...],
+    seconds_per_point: float,
+    reference: float = 0.0,
+    until: float = math.inf,
 ) -> list[dict[str, Any]]:
     """Rows of `costmodels.cluster.CollectiveTable` on the default group, the same on every rank (means over ranks).
 
     `sizes` are bytes as nccl-tests counts them; each point repeats for about `seconds_per_point`, spread over `PASSES`
-    passes over all points. Seconds are made to grow with bytes by isotonic regression; "error" is the median over the
-    sizes of the standard error of a point's mean, relative. Times are brought to the pace at which the anchor takes
-    `reference` seconds of CPU time (0: left as they are).
+    passes over all points, of which one that would end after `until` (of `time.time`) is left out. Seconds are made to
+    grow with bytes by isotonic regression; "error" is the median over the sizes of the standard error of a point's
+    mean, relative. Times are brought to the pace at which the anchor takes `reference` seconds of CPU time (0: left as
+    they are).
     """
     from scipy.optimize import isotonic_regression
 
     from validation.anchor import make_anchor
+    from validation.calibrate_worker import together
 
     anchor = make_anchor(time.thread_time)
     anchor()
@@ -51,7 +58,10 @@ def measure_collectives(
         factor = 2 * reference / (before + min(anchor() for _ in range(2))) if reference else 1.0
         return [Round(r.added * factor, r.busy * factor) for r in rounds]
 
-    passes = [[point(k, s) for k in kinds for s in sizes] for _ in range(PASSES)]
+    passes: list[list[list[Round]]] = []
+    began = time.time()
+    while together(not passes or (len(passes) < PASSES and time.time() + (time.time() - began) / len(passes) < until)):
+        passes.append([point(k, s) for k in kinds for s in sizes])
     points = [[p for runs in each for p in runs] for each in zip(*passes)]
     rows = []
     for i, kind in enumerate(kinds):

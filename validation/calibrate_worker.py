@@ -60,7 +60,7 @@ def main() -> None:
             report(job, rank, "collectives", 0.0)
             result["collectives"] = measure_collectives(
                 tuple(job["kinds"]), tuple(job["sizes"]), job["seconds_per_point"],
-                result.get("reference", job.get("reference", 0.0)),
+                result.get("reference", job.get("reference", 0.0)), job["collectives_until"],
             )  # fmt: skip
             result["pair_seconds"] = pair_seconds()
         dist.barrier()
