@@ -18,6 +18,7 @@ from planner.apply_model import casting
 from planner.plan import ParallelPlan
 
 TOLERANCE = {"fp32": 1e-4, "bf16": 5e-2}
+KINK = 100.0  # times the tolerance: gradients that jumped at kinks differ by less
 Reference = tuple[float, dict[str, torch.Tensor]]
 
 
@@ -26,23 +27,48 @@ def prove(
 ) -> dict[str, Any]:
     """The errors of loss and gradients, `wrong` with a sentence if they are too large, and notes. A collective call.
 
-    The reference is computed once by rank 0 and kept in `scratch` for all plans of the same batch and precision.
+    A plan that nearly meets the step on the whole batch is compared once more, with the unsplit model run on the plan's
+    own pieces of the batch: kernels round differently for other batch sizes, and where that moves a value across the
+    kink of a ReLU, gradients jump (ResNet-50 in pieces of 1 against 8, on one device: 0.17 % of one gradient).
     """
     safe, notes, by_pieces = _comparable(workload)
-    pieces = plan.dp * plan.micro_batches if by_pieces else 1
-    key = hashlib.sha256(repr((spec, seed, plan.global_batch, pieces, plan.precision)).encode()).hexdigest()[:16]
-    path = os.path.join(scratch, f"reference-{key}.pt")
-    if rank == 0 and not os.path.exists(path):
-        torch.save(reference(plan, safe, pieces, device, seed), path + ".new")
-        os.replace(path + ".new", path)
-    dist.barrier()
-    loss, gradients = torch.load(path, map_location=device, mmap=True)
+    in_pieces = plan.dp * plan.micro_batches
+    first = _reference_file(plan, safe, spec, in_pieces if by_pieces else 1, rank, device, seed, scratch)
     torch.manual_seed(seed)
     step = apply(plan, safe, rank, device)
     inputs, targets = share(plan, workload, rank, device, seed)
     own_loss = step.backward_only(inputs, targets)
-    report = _compare(plan, step.named_gradients(), own_loss, loss, gradients)
+    gradients = step.named_gradients()
+    report = _compare(plan, gradients, own_loss, *first)
+    if _may_be_rounding(report, TOLERANCE[plan.precision]) and in_pieces > 1 and not by_pieces:
+        second = _reference_file(plan, safe, spec, in_pieces, rank, device, seed, scratch)
+        again = _compare(plan, gradients, own_loss, *second)
+        if not again["wrong"]:
+            said = f"the proof's reference runs the plan's own {in_pieces} pieces of the batch"
+            notes.append(f"{said}; {report['wrong']}")
+            report = again
     return {**report, "notes": notes}
+
+
+def _may_be_rounding(report: dict[str, Any], limit: float) -> bool:
+    """Whether the loss is right, and gradients miss the limit by less than any wrong plan would."""
+    right_loss = report["loss_error"] <= limit
+    return bool(report["wrong"]) and right_loss and limit < report["gradient_error"] <= KINK * limit
+
+
+def _reference_file(
+    plan: ParallelPlan, workload: Workload, spec: str, pieces: int, rank: int, device: torch.device, seed: int,
+    scratch: str,
+) -> Reference:  # fmt: skip
+    """The reference, computed once by rank 0 and kept in `scratch` for all plans of the same batch and precision."""
+    key = hashlib.sha256(repr((spec, seed, plan.global_batch, pieces, plan.precision)).encode()).hexdigest()[:16]
+    path = os.path.join(scratch, f"reference-{key}.pt")
+    if rank == 0 and not os.path.exists(path):
+        torch.save(reference(plan, workload, pieces, device, seed), path + ".new")
+        os.replace(path + ".new", path)
+    dist.barrier()
+    loss, gradients = torch.load(path, map_location=device, mmap=True)
+    return loss, gradients
 
 
 def share(

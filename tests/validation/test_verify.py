@@ -35,3 +35,13 @@ def test_batch_statistics_and_dropout_are_said():
         assert (m.status, m.reason) == ("ok", "")
         assert any("dropout of 1 module(s)" in note for note in m.notes)
         assert any("batch statistics" in note for note in m.notes)
+
+
+@pytest.mark.parametrize("kind, status", [("slightly", "ok"), ("badly", "failed")])
+def test_kernels_that_round_otherwise_on_small_batches(kind, status):
+    """A gradient that jumps between batch sizes on one device too is forgiven if small, and said."""
+    plan = ParallelPlan(global_batch=8, dp=2, micro_batches=4)
+    (m,) = run_plans(f"tests.validation.workloads:{kind}_kinked", [plan], PROOF)
+    assert m.status == status
+    said = m.notes if status == "ok" else [m.reason]
+    assert any("differs from the single-device step" in text for text in said)

@@ -51,3 +51,23 @@ def wrong_mean() -> Workload:
 
 def batch_statistics() -> Workload:
     return norm_net()
+
+
+def kinked(by: float) -> Workload:
+    """Gradients grow by the fraction `by` where a batch is a single sample, as if kernels rounded otherwise there."""
+    good = mlp()
+
+    def loss(y: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        if y.requires_grad and len(y) == 1:
+            y.register_hook(lambda g: g * (1 + by))
+        return good.loss(y, target)
+
+    return replace(good, loss=loss)
+
+
+def slightly_kinked() -> Workload:
+    return kinked(1e-3)
+
+
+def badly_kinked() -> Workload:
+    return kinked(0.05)
