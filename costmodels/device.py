@@ -47,6 +47,8 @@ class Device:
     laws: measured laws by key. samples: measured ops, "signature" -> seconds (see `ops.signature`).
     host: seconds of Python and runtime overhead by kind. anchor_seconds: time of the anchor benchmark
         (`validation.anchor`) at calibration, 0 where there is none.
+    kernels: constants of kernel laws that were fitted to tables of measured ops, one section per law and dtype
+        ("gemm": {"bfloat16": {...}}), from `catalogue/kernels`; empty where there is none.
     step_error: root mean square relative error of whole training steps predicted by laws that saw none of their ops,
         0 where none were measured.
 
@@ -71,6 +73,7 @@ class Device:
     efficiency: dict[str, float] = field(default_factory=dict)
     laws: dict[str, Law] = field(default_factory=dict)
     samples: dict[str, float] = field(default_factory=dict)
+    kernels: dict[str, Any] = field(default_factory=dict, repr=False)
     host: dict[str, float] = field(default_factory=dict)
     anchor_seconds: float = 0.0
     step_error: float = 0.0
@@ -138,7 +141,15 @@ def load_device(path_or_name: str | Path) -> Device:
         if not path.is_file():
             known = ", ".join(list_devices())
             raise ValueError(f"'{path_or_name}' is no known device; give a path that ends in .toml, or one of: {known}")
-    return device_from(toml.read_toml(path), str(path))
+    device = device_from(toml.read_toml(path), str(path))
+    kernels = kernels_path(path)
+    return replace(device, kernels=toml.read_toml(kernels)) if kernels.is_file() else device
+
+
+def kernels_path(path: Path) -> Path:
+    """Where the fitted kernel constants of a device file lie: `../kernels` in the catalogue, else beside it."""
+    in_catalogue = path.parent.name == "devices"
+    return path.parent.parent / "kernels" / path.name if in_catalogue else path.with_suffix(".kernels.toml")
 
 
 def device_from(data: dict[str, Any], where: str) -> Device:
@@ -228,8 +239,8 @@ def _samples_from(rows: Iterable[str], where: str) -> dict[str, float]:
 
 def device_data(device: Device) -> dict[str, Any]:
     """The content of the device's TOML file."""
-    data: dict[str, Any] = asdict(replace(device, laws={}, cache={}))
-    del data["cache"]
+    data: dict[str, Any] = asdict(replace(device, laws={}, cache={}, kernels={}))
+    del data["cache"], data["kernels"]  # kernel constants have a file of their own
     data["samples"] = [f"{signature}={seconds:.4g}" for signature, seconds in device.samples.items()]
     data["laws"] = [asdict(law) for law in device.laws.values()]
     return {k: v for k, v in data.items() if v or k in ("memory_bytes", "peak_flops")}

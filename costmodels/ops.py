@@ -11,6 +11,7 @@ import numpy as np
 from costmodels.device import Device, Law
 from costmodels.families import COMPUTE, FREE, base_name, family
 from costmodels.features import extent, features, form_of, touched
+from costmodels.kernels import kernel_prices
 
 if TYPE_CHECKING:
     from opgraph.graph import Op, OpGraph
@@ -83,13 +84,19 @@ def price(device: Device, shape: OpShape) -> Price:
 def price_many(device: Device, shapes: Sequence[OpShape]) -> list[Price]:
     """`[price(device, s) for s in shapes]`, with the laws of all ops of one kind evaluated at once."""
     groups: dict[str, list[OpShape]] = {}
+    lawless: list[OpShape] = []
     for shape in dict.fromkeys(shapes):
         if shape not in device.cache:
-            law = None if family(shape.name) in FREE else law_of(device, shape)
-            if law is None or device.samples:
+            free = family(shape.name) in FREE
+            law = None if free else law_of(device, shape)
+            if free or device.samples:
                 device.cache[shape] = _price(device, shape)
+            elif law is None:
+                lawless.append(shape)
             else:
                 groups.setdefault(law.key, []).append(shape)
+    for shape, known in zip(lawless, kernel_prices(device, lawless)):
+        device.cache[shape] = known or _roofline(device, shape)
     for key, members in groups.items():
         law = device.laws[key]
         seconds = np.array([features(s, law.form) for s in members]) @ np.array(law.coefficients)
@@ -111,9 +118,13 @@ def _price(device: Device, shape: OpShape) -> Price:
     if device.samples and (seen := device.samples.get(signature(shape))) is not None:
         return Price(seen, "measured", min(0.05, law.error) if law else 0.05)
     if law is None:
-        return Price(roofline_seconds(device, shape), "roofline", ROOFLINE_ERROR)
+        return kernel_prices(device, [shape])[0] or _roofline(device, shape)
     seconds = sum(c * f for c, f in zip(law.coefficients, features(shape, law.form)))
     return _from_law(law, shape, seconds)
+
+
+def _roofline(device: Device, shape: OpShape) -> Price:
+    return Price(roofline_seconds(device, shape), "roofline", ROOFLINE_ERROR)
 
 
 def _from_law(law: Law, shape: OpShape, seconds: float) -> Price:

@@ -1,0 +1,57 @@
+"""Which kernel law prices an op: the laws of matrix products, attention, convolution and row-wise ops, by family."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from importlib import import_module
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
+
+from costmodels.device import Device
+from costmodels.families import family
+
+if TYPE_CHECKING:
+    from costmodels.ops import OpShape, Price
+
+    Law = Callable[[Device, Sequence[OpShape]], list[Price | None]]
+
+_MODULE_OF_FAMILY = {"gemm": "gemm", "attention": "attention", "conv": "convolution"} | {
+    "attention_backward": "attention", "conv_backward": "convolution"
+}  # fmt: skip
+_LAW_OF_MODULE = {"gemm": "gemm", "attention": "attention", "convolution": "conv", "rowwise": "rowwise"}
+
+
+def kernel_price(device: Device, shape: OpShape) -> Price | None:
+    """The price of one op by the kernel law of its family; None where no law knows the device or the op."""
+    return kernel_prices(device, [shape])[0]
+
+
+def kernel_prices(device: Device, shapes: Sequence[OpShape]) -> list[Price | None]:
+    """`[kernel_price(device, s) for s in shapes]`, with all ops of one law priced at once. A CPU follows the laws that
+    `parplan calibrate` measures, so no kernel law speaks for it."""
+    prices: list[Price | None] = [None] * len(shapes)
+    if device.kind == "cpu":
+        return prices
+    groups: dict[str, list[int]] = {}
+    for i, shape in enumerate(shapes):
+        groups.setdefault(_MODULE_OF_FAMILY.get(family(shape.name), "rowwise"), []).append(i)
+    for module, members in groups.items():
+        law = _law(module)
+        if law is not None:
+            for i, price in zip(members, law(device, [shapes[i] for i in members])):
+                prices[i] = price
+    return prices
+
+
+@lru_cache(maxsize=8)
+def _law(module: str) -> Law | None:
+    """The function of a module that prices a list of ops; imported at the first op that needs it, because most
+    commands price none."""
+    if find_spec(f"costmodels.{module}") is None:
+        return None
+    names = vars(import_module(f"costmodels.{module}"))
+    many, one = f"{_LAW_OF_MODULE[module]}_prices", f"{_LAW_OF_MODULE[module]}_price"
+    if many in names:
+        return names[many]
+    return lambda device, shapes: [names[one](device, shape) for shape in shapes]
