@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 import re
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import accumulate
+from math import inf, prod
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, cast, get_args
 
 import numpy as np
 
@@ -16,18 +19,69 @@ from costmodels import tomlfile as toml
 from costmodels.device import CATALOGUE, Device, device_from, load_device, local_path
 
 Backend = Literal["gloo", "nccl"]
+# How the devices of a node are joined. nvswitch: all to one switch. mesh: every pair by its share of a device's links.
+# cube-mesh, pcie: by `wires` (pcie without any: all to one host bridge). torus: a grid with wraparound over the whole
+# cluster. loopback: processes of one machine.
+Fabric = Literal["nvswitch", "mesh", "cube-mesh", "pcie", "torus", "loopback"]
 
 
 @dataclass(frozen=True, slots=True)
 class Link:
     """bandwidth: bytes/s per direction of one port. latency: seconds of an empty message, one way.
-    ports: ports per node that its devices share (0: every device has its own)."""
+    ports: ports per node that its devices share (0: every device has its own).
+    flow_cap: bytes/s of one flow at most (0: no cap). window: bytes that one flow may have under way, so that its rate
+    is at most window / round trip (0: no limit). ecmp: share of the bandwidth that is left when several flows are
+    spread over parallel links by a hash and some collide (1: they do not)."""
 
     name: str
     bandwidth: float
     latency: float
     source: str = ""
     ports: int = 0
+    flow_cap: float = 0.0
+    window: float = 0.0
+    ecmp: float = 1.0
+
+    def flow_rate(self, round_trip: float = 0.0) -> float:
+        """bytes/s that one flow alone reaches; round_trip: seconds, by default twice the latency of this link."""
+        trip = round_trip or 2 * self.latency
+        caps = [self.bandwidth, self.flow_cap or inf, self.window / trip if self.window and trip else inf]
+        return min(caps)
+
+
+@dataclass(frozen=True, slots=True)
+class Tier:
+    """One layer of switches above the nodes, from the bottom up; the last one joins what the others leave apart.
+
+    nodes: nodes below one switch of this tier. oversubscription: bandwidth of the links below one switch over that of
+    its links upwards. rails: one switch for each port index of the nodes rather than one for all. ecmp: as in `Link`,
+    of the links upwards. latency: seconds of passing one switch more, one way.
+    """
+
+    name: str
+    nodes: int
+    oversubscription: float = 1.0
+    rails: bool = False
+    ecmp: float = 1.0
+    latency: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Wire:
+    """A connection inside a node: the ends are gpu0, gpu1, ..., nic0, ..., cpu0, ..., or any other name, which is a
+    switch."""
+
+    a: str
+    b: str
+    link: Link
+
+
+@dataclass(frozen=True, slots=True)
+class NodeGroup:
+    """Equal nodes of a cluster whose nodes differ; `part` describes them as a cluster of their own."""
+
+    nodes: int
+    part: Cluster
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +104,10 @@ class Cluster:
     backend: what moves the messages. cores: host cores of a node that all its ranks share, where the devices are
     those cores (0: devices compute on their own). node_memory: bytes that all ranks of a node share (0: every
     device has its own `device.memory_bytes`). More ranks than devices may run on a node with `cores`.
+
+    fabric, wires: how the devices of a node are joined. dims: the grid of a torus. tiers: the switches between nodes
+    (none: one switch that joins all at full rate). groups: empty where all nodes are equal; otherwise nodes in rank
+    order, and the other fields say what the weakest of them has, which is what a group over all of them feels.
     """
 
     name: str
@@ -64,16 +122,39 @@ class Cluster:
     tables: tuple[CollectiveTable, ...] = ()
     sources: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    fabric: Fabric = "nvswitch"
+    wires: tuple[Wire, ...] = ()
+    dims: tuple[int, ...] = ()
+    tiers: tuple[Tier, ...] = ()
+    groups: tuple[NodeGroup, ...] = ()
     cache: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     @property
     def size(self) -> int:
         """Devices in all."""
-        return self.nodes * self.devices_per_node
+        return self.first_ranks[-1]
 
     def node_of(self, rank: int) -> int:
         """The node of a rank; ranks beyond the last device oversubscribe the last node."""
+        if self.groups:
+            return min(bisect_right(self.first_ranks, rank) - 1, self.nodes - 1)
         return min(rank // self.devices_per_node, self.nodes - 1)
+
+    def part_of(self, node: int) -> Cluster:
+        """The description of one node: the cluster itself where all nodes are equal."""
+        for group in self.groups:
+            if node < group.nodes:
+                return group.part
+            node -= group.nodes
+        return self
+
+    @cached_property
+    def first_ranks(self) -> tuple[int, ...]:
+        """The first rank of every node, and the number of ranks."""
+        if not self.groups:
+            return tuple(range(0, (self.nodes + 1) * self.devices_per_node, self.devices_per_node))
+        counts = [g.part.devices_per_node for g in self.groups for _ in range(g.nodes)]
+        return (0, *accumulate(counts))
 
     @cached_property
     def curves(self) -> dict[tuple[str, int], tuple[np.ndarray, np.ndarray, np.ndarray]]:
@@ -95,27 +176,61 @@ def list_clusters() -> list[str]:
 
 
 def load_cluster(name: str | Path) -> Cluster:
-    """A cluster by catalogue name ("dgx-h100"), TOML path, with more nodes ("8x dgx-h100"), or this machine ("local").
+    """A cluster by catalogue name ("dgx-h100"), TOML path, with more nodes ("8x dgx-h100"), of nodes that differ
+    ("2x dgx-h100 + 2x dgx-a100"), what `nvidia-smi topo -m` printed (.txt), an NCCL topology (.xml), or "local".
 
     >>> load_cluster("8x dgx-h100").size
     64
     """
     text = str(name).strip()
+    if " + " in text:
+        return mixed([load_cluster(part) for part in text.split(" + ")])
     if match := re.fullmatch(r"(\d+)\s*x\s*(\S.*)", text):
         base = load_cluster(match[2])
         count = int(match[1])
         if count < 1:
             raise ValueError(f"'{text}' has no nodes; write 1x or more")
-        return replace(base, name=f"{count}x {base.name}", nodes=count * base.nodes, cache={})
+        if base.dims and count > 1:
+            raise ValueError(
+                f"'{text}': a torus does not grow by nodes; give its grid, as 'tpu-v4-cube' has, in a file"
+            )
+        groups = base.groups * count
+        return replace(base, name=f"{count}x {base.name}", nodes=count * base.nodes, groups=groups, cache={})
     if text == "local":
         return local_cluster()
     path = Path(text)
+    if path.suffix in (".txt", ".xml"):
+        from costmodels.import_topology import read_topology
+
+        return read_topology(path)
     if path.suffix != ".toml":
         path = CATALOGUE / "clusters" / f"{text.lower()}.toml"
         if not path.is_file():
             known = ", ".join(list_clusters())
             raise ValueError(f"'{text}' is no known cluster; give a path that ends in .toml, or one of: {known}")
     return cluster_from(toml.read_toml(path), path)
+
+
+def mixed(parts: Sequence[Cluster]) -> Cluster:
+    """One cluster of the nodes of several, in this order; its plain fields are those of the weakest part."""
+    if len({p.backend for p in parts}) > 1 or any(p.dims for p in parts):
+        raise ValueError(
+            "a mixed cluster needs parts of one backend, none of them a torus; put them in files of their own"
+        )
+    groups = tuple(g for p in parts for g in (p.groups or (NodeGroup(p.nodes, p),)))
+    return replace(
+        parts[0],
+        name=" + ".join(p.name for p in parts),
+        device=min((p.device for p in parts), key=lambda d: max(d.peak_flops.values(), default=0.0)),
+        nodes=sum(g.nodes for g in groups),
+        devices_per_node=min(g.part.devices_per_node for g in groups),
+        intra=min((p.intra for p in parts), key=lambda link: link.bandwidth),
+        inter=min((p.inter for p in parts), key=lambda link: link.bandwidth),
+        sources=tuple(dict.fromkeys(s for p in parts for s in p.sources)),
+        notes=tuple(dict.fromkeys(n for p in parts for n in p.notes)),
+        groups=groups,
+        cache={},
+    )
 
 
 def cluster_from(data: dict[str, Any], path: Path) -> Cluster:
@@ -125,12 +240,21 @@ def cluster_from(data: dict[str, Any], path: Path) -> Cluster:
     if backend not in ("gloo", "nccl"):
         raise ValueError(f"{where}: field 'backend' is '{backend}'; it must be gloo or nccl")
     device = toml.text(data, "device", where)
+    fabric = toml.text(data, "fabric", where, "nvswitch")
+    if fabric not in get_args(Fabric):
+        raise ValueError(f"{where}: field 'fabric' is '{fabric}'; it must be one of {', '.join(get_args(Fabric))}")
     per_node = toml.whole(data, "devices_per_node", where, least=1)
+    nodes = toml.whole(data, "nodes", where, 1, least=1)
+    dims = tuple(int(d) for d in toml.array(data, "dims", where, least=1)) if "dims" in data else ()
+    if (fabric == "torus") != bool(dims) or (dims and prod(dims) != nodes * per_node):
+        raise ValueError(
+            f"{where}: fabric torus needs 'dims' whose product is the number of devices, {nodes * per_node}"
+        )
     intra = _link(toml.table(data, "intra", where, required=True), f"{where}: table [intra]")
     return Cluster(
         name=toml.text(data, "name", where),
         device=load_device(path.parent / device if device.endswith(".toml") else device),
-        nodes=toml.whole(data, "nodes", where, 1, least=1),
+        nodes=nodes,
         devices_per_node=per_node,
         intra=intra,
         inter=_link(toml.table(data, "inter", where), f"{where}: table [inter]") if "inter" in data else intra,
@@ -140,7 +264,37 @@ def cluster_from(data: dict[str, Any], path: Path) -> Cluster:
         tables=tables_from(data, where),
         sources=toml.strings(data, "sources", where),
         notes=toml.strings(data, "notes", where),
+        fabric=cast(Fabric, fabric),
+        wires=tuple(w for row in toml.tables(data, "wires", where) for w in _wires(row, f"{where}: [[wires]]")),
+        dims=dims,
+        tiers=tuple(_tier(row, f"{where}: [[tiers]]") for row in toml.tables(data, "tiers", where)),
     )
+
+
+def _wires(row: dict[str, Any], where: str) -> list[Wire]:
+    link = _link(row, where)
+    pairs = [text.split() for text in toml.strings(row, "ends", where)]
+    if not pairs or any(len(pair) != 2 or pair[0] == pair[1] for pair in pairs):
+        raise ValueError(f"{where}: field 'ends' must be strings of two names each, such as [\"gpu0 gpu1\"]")
+    return [Wire(a, b, link) for a, b in pairs]
+
+
+def _tier(row: dict[str, Any], where: str) -> Tier:
+    return Tier(
+        toml.text(row, "name", where),
+        toml.whole(row, "nodes", where, least=1),
+        toml.number(row, "oversubscription", where, 1.0, least=1e-3),
+        toml.flag(row, "rails", where),
+        _share(row, where),
+        toml.number(row, "latency", where, 0.0),
+    )
+
+
+def _share(row: dict[str, Any], where: str) -> float:
+    ecmp = toml.number(row, "ecmp", where, 1.0)
+    if not 0 < ecmp <= 1:
+        raise ValueError(f"{where}: field 'ecmp' is {ecmp:g}; it must be a share above 0 and up to 1")
+    return ecmp
 
 
 def _link(row: dict[str, Any], where: str) -> Link:
@@ -153,6 +307,9 @@ def _link(row: dict[str, Any], where: str) -> Link:
         toml.number(row, "latency", where),
         toml.text(row, "source", where, ""),
         toml.whole(row, "ports", where, 0),
+        toml.number(row, "flow_cap", where, 0.0),
+        toml.number(row, "window", where, 0.0),
+        _share(row, where),
     )
 
 
@@ -205,7 +362,7 @@ def local_cluster(path: Path | None = None) -> Cluster:
     else:
         device = uncalibrated_core(memory)
     return Cluster(
-        "local", device, 1, cores, link, link, "gloo", cores, memory, tables, notes=device.notes, sources=device.sources
+        "local", device, 1, cores, link, link, "gloo", cores, memory, tables, device.sources, device.notes, "loopback"
     )
 
 
