@@ -21,7 +21,7 @@ from planner.apply_data import data_parallel
 from planner.apply_mesh import along, make_mesh
 from planner.apply_model import casting, check_paths, local_module, recompute, shard_tensor_parallel
 from planner.apply_pipeline import make_schedule, tied_parameters
-from planner.plan import ParallelPlan
+from planner.plan import ParallelPlan, check_executable
 from planner.split import Split, StageModule, split
 
 
@@ -135,6 +135,7 @@ def apply(
     `materialize=False` allocates no weights: the module is built on meta and its tensors are made empty under
     whatever mode is active (the dry run's FakeTensorMode). A collective call.
     """
+    check_executable(plan)
     device = torch.device(device)
     check(plan)
     model, whole = _module(plan, workload, rank, device, materialize)

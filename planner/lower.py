@@ -16,7 +16,7 @@ from costmodels.families import is_known
 from costmodels.ops import price_many
 from opgraph.graph import OpGraph
 from planner.layout import Layout, propagate
-from planner.plan import ParallelPlan
+from planner.plan import ParallelPlan, check_executable
 from planner.runtime import stage_segments
 from planner.runtime_stage import Stage, prepare
 from planner.script import Host, Item, Message, Transfer, Wait, Work, transfer_key
@@ -74,6 +74,7 @@ class _Tally:
 def lower(graph: OpGraph, plan: ParallelPlan, cluster: Cluster) -> Lowered:
     """The program of one step. ValueError where the plan does not fit the model (a shape that does not divide, a cut
     that is not reached, an op that cannot be sharded)."""
+    check_executable(plan)
     graph, layout, stages = prepared_graph(graph, plan)
     prepared = tuple(prepare(graph, plan, layout, stages, i) for i in range(plan.pp))
     builder = _Builder(plan, cluster, shared_parameters(stages))

@@ -8,33 +8,41 @@ from math import prod
 from pathlib import Path
 from typing import Any, Literal
 
-SCHEMA_VERSION = 1
-DataParallel = Literal["ddp", "zero1", "fsdp"]
+SCHEMA_VERSION = 2
+OLDER_SCHEMAS = (1,)  # read as plans without the fields that came later
+DataParallel = Literal["ddp", "zero1", "zero2", "fsdp"]
 Schedule = Literal["gpipe", "1f1b"]
-Precision = Literal["fp32", "bf16"]
+Precision = Literal["fp32", "tf32", "fp16", "bf16", "fp8"]
 Sharding = Literal["colwise", "rowwise"]
 AXES = ("pp", "dp", "tp")
 
 
 @dataclass(frozen=True, slots=True)
 class ParallelPlan:
-    """A plan for one model on `pp * dp * tp` devices.
+    """A plan for one model on `pp * dp * cp * tp` devices.
 
-    Rank r sits at row-major coordinates of the mesh (pp, dp, tp), tp innermost.
+    Rank r sits at row-major coordinates of the mesh (pp, dp, tp), tp innermost; context-parallel ranks, where there
+    are any, lie between dp and tp and share the gradients of the dp axis.
 
     global_batch: samples per optimizer step, over all data-parallel ranks.
     micro_batches: micro-batches per step and data-parallel rank.
-    data_parallel: how dp ranks keep the model; without effect where dp == 1.
+    data_parallel: how dp ranks keep the model; without effect where dp == 1. "zero2" keeps whole parameters, and
+        shards of gradients and optimizer state.
     schedule: order of micro-batches; without effect where pp == 1.
-    cuts: module paths at which pipeline stage 1, 2, ... begins (pp - 1 of them, in execution order).
+    cuts: module paths at which pipeline stage 1, 2, ... begins (pp * vpp - 1 of them, in execution order).
     shardings: (module path, style) of the tensor-parallel Linear modules: "colwise" splits the output
         features, "rowwise" the input features and all-reduces its output. A colwise output stays sharded,
         a rowwise input is expected sharded (Megatron pairs).
     fsdp_units: module paths wrapped by `fully_shard`, besides the root (or the stage's root).
     recompute: module paths whose activations are recomputed in backward.
-    precision: "fp32", or "bf16" (autocast, fp32 parameters and gradients).
+    precision: "fp32", or "bf16" (autocast, fp32 parameters and gradients); "fp16", "tf32" and "fp8" (matrix products
+        in 8 bits, the rest in bfloat16) for predictions.
     bucket_bytes: a DDP bucket closes once it holds this much; at the default 25 MiB the first one closes at 1 MiB,
         as torch does it.
+    vpp: model chunks per pipeline stage (interleaved 1F1B). sequence_parallel: what tensor parallelism leaves whole
+        is split along the sequence (Korthikanti 2022). cp: ranks that share the sequence of a sample. ep: ranks,
+        within dp, that share the experts. These, zero2 and 16-bit training without autocast are predicted by
+        `planner.folded`, not executed yet.
     """
 
     global_batch: int
@@ -50,24 +58,36 @@ class ParallelPlan:
     recompute: tuple[str, ...] = ()
     precision: Precision = "fp32"
     bucket_bytes: int = 25 * 2**20
+    vpp: int = 1
+    sequence_parallel: bool = False
+    cp: int = 1
+    ep: int = 1
 
     def __post_init__(self) -> None:
-        for axis in AXES:
+        for axis in (*AXES, "cp", "ep", "vpp"):
             if getattr(self, axis) < 1:
                 raise ValueError(f"{axis} is {getattr(self, axis)}; every mesh axis needs a size of 1 or more")
+        if self.dp % self.ep:
+            raise ValueError(f"ep = {self.ep} does not divide dp = {self.dp}; expert-parallel ranks are dp ranks")
+        if self.vpp > 1 and self.pp == 1:
+            raise ValueError(f"vpp = {self.vpp} needs a pipeline; use pp of 2 or more, or vpp = 1")
         if self.global_batch % (self.dp * self.micro_batches):
             raise ValueError(
                 f"global batch {self.global_batch} is not divisible by dp x micro-batches = "
                 f"{self.dp} x {self.micro_batches}; use a multiple of {self.dp * self.micro_batches}"
             )
-        if len(self.cuts) != self.pp - 1:
-            raise ValueError(f"pp = {self.pp} needs {self.pp - 1} cuts (module paths), but {len(self.cuts)} are given")
+        if len(self.cuts) != self.pp * self.vpp - 1:
+            chunks = f" x vpp = {self.vpp}" if self.vpp > 1 else ""
+            needed = self.pp * self.vpp - 1
+            raise ValueError(
+                f"pp = {self.pp}{chunks} needs {needed} cuts (module paths), but {len(self.cuts)} are given"
+            )
         if self.tp > 1 and not self.shardings:
             raise ValueError(f"tp = {self.tp} needs shardings (module path and style), but none are given")
 
     @property
     def world_size(self) -> int:
-        return self.pp * self.dp * self.tp
+        return self.pp * self.dp * self.cp * self.tp
 
     @property
     def micro_batch(self) -> int:
@@ -95,10 +115,14 @@ class ParallelPlan:
         parts = []
         if self.dp > 1:
             parts.append(f"dp{self.dp} {self.data_parallel}")
+        if self.cp > 1:
+            parts.append(f"cp{self.cp}")
         if self.tp > 1:
-            parts.append(f"tp{self.tp}")
+            parts.append(f"tp{self.tp}" + (" sp" if self.sequence_parallel else ""))
+        if self.ep > 1:
+            parts.append(f"ep{self.ep}")
         if self.pp > 1:
-            parts.append(f"pp{self.pp} {self.schedule}")
+            parts.append(f"pp{self.pp} {self.schedule}" + (f" vpp{self.vpp}" if self.vpp > 1 else ""))
         name = " x ".join(parts) or "single"
         if self.micro_batches > 1:
             name += f" mb{self.micro_batches}"
@@ -117,7 +141,7 @@ def plan_from_dict(data: dict[str, Any]) -> ParallelPlan:
     """The plan that `to_dict` wrote. ValueError for an unknown schema version or field."""
     data = dict(data)
     version = data.pop("schema", None)
-    if version != SCHEMA_VERSION:
+    if version != SCHEMA_VERSION and version not in OLDER_SCHEMAS:
         raise ValueError(f"plan schema is {version!r}; this version of parplan reads schema {SCHEMA_VERSION}")
     known = {f.name for f in fields(ParallelPlan)}
     unknown = sorted(set(data) - known)
@@ -129,6 +153,23 @@ def plan_from_dict(data: dict[str, Any]) -> ParallelPlan:
         data[name] = tuple(data.get(name, ()))
     data["shardings"] = tuple((str(path), style) for path, style in data.get("shardings", ()))
     return ParallelPlan(**data)
+
+
+def check_executable(plan: ParallelPlan) -> None:
+    """ValueError, in one sentence, for what torch's own runtimes are not driven to do yet."""
+    beyond = {
+        f"vpp = {plan.vpp}": plan.vpp > 1,
+        "sequence_parallel": plan.sequence_parallel,
+        f"cp = {plan.cp}": plan.cp > 1,
+        f"ep = {plan.ep}": plan.ep > 1,
+        "data_parallel = zero2": plan.data_parallel == "zero2",
+        f"precision = {plan.precision}": plan.precision not in ("fp32", "bf16"),
+    }
+    if found := [name for name, there in beyond.items() if there]:
+        raise ValueError(
+            f"{', '.join(found)} can be predicted for folded transformers (parplan predict --cases) but is neither "
+            "lowered op by op nor executed yet; use a plan without it"
+        )
 
 
 def load_plan(path: str | Path) -> ParallelPlan:

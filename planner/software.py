@@ -1,0 +1,74 @@
+"""Training software: what it runs in one kernel, what its host thread pays, what it overlaps. Descriptions, no code.
+
+Nothing here is fitted to a training run that is predicted. Every number is an ASSUMPTION with its range; see `HOST`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Fusion = Literal["none", "module", "chain"]
+
+
+@dataclass(frozen=True, slots=True)
+class HostCosts:
+    """Seconds that the host thread pays. op: an op that launches a kernel, through Python, autograd and the
+    dispatcher. backward: the same from the autograd engine (C++ only). view: an op that launches nothing.
+    module: call of a module. message: a collective (c10d bookkeeping, NCCL enqueue). step: once an optimizer step
+    (loss scale, logging, data)."""
+
+    op: float
+    backward: float
+    view: float
+    module: float
+    message: float
+    step: float
+
+
+# Ranges: eager floor of one op with its launch 28-45 us on A100-time machines (NeuSight: 28 us bmm, 45 us linear with
+# its views, shared/facts/compute.md B1, B2); an aten op 5-10 us on newer ones, its autograd node about the same.
+# ASSUMPTION within these ranges; a linear is one op, four views and a module call: 12 + 4 * 3 + 6 = 30 us.
+HOST = {
+    "torch-2021": HostCosts(14e-6, 14e-6, 4e-6, 10e-6, 40e-6, 5e-3),
+    "torch": HostCosts(8e-6, 7e-6, 2.5e-6, 5e-6, 25e-6, 2e-3),
+    "static graph": HostCosts(4e-6, 4e-6, 0.0, 0.0, 10e-6, 1e-3),
+    "graph": HostCosts(0.0, 0.0, 0.0, 0.0, 0.0, 1e-3),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Software:
+    """One trainer.
+
+    fusion: "none" runs every traced op; "module" runs the pointwise work of one module as one kernel (hand-written
+    kernels: bias and GELU, masked softmax, norm, dropout and add); "chain" joins pointwise work of neighbouring
+    modules (compilers). fused_loss: cross entropy is one kernel forward and one backward.
+    tp_async: the reduction of an input's gradient runs beside the product for the weight's.
+    tp_overlap: products that neighbour a tensor-parallel message run in tp pieces beside it (user buffers).
+    dp_overlap: gradients are reduced (and shards gathered) beside backward (and forward).
+    p2p_overlap: a stage computes while it sends; otherwise sending blocks, and the host waits for the device.
+    p2p_split: each tensor-parallel rank sends its part to the next stage, which gathers it.
+    main_grads: bytes per element of the buffer that sums gradients over micro-batches (0: .grad in the
+    parameter's dtype). fused_accumulation: the product for the weight adds into that buffer itself.
+    reduce_bytes: bytes per element of reduced gradients. norm_clip: the gradient norm is computed each step.
+    vocab_parallel: embedding and logits are split over tp. optimizer: one kernel for all parameters, or none at all.
+    cast_bytes: bytes per weight element that are moved each micro-batch to make 16-bit weights (autocast).
+    """
+
+    name: str
+    host: HostCosts = HOST["torch"]
+    fusion: Fusion = "module"
+    fused_loss: bool = False
+    tp_async: bool = True
+    tp_overlap: bool = False
+    dp_overlap: bool = True
+    p2p_overlap: bool = True
+    p2p_split: bool = True
+    main_grads: int = 4
+    fused_accumulation: bool = True
+    reduce_bytes: int = 4
+    norm_clip: bool = True
+    vocab_parallel: bool = True
+    optimizer: Literal["adam", "sgd", "none"] = "adam"
+    recompute_matmuls: float = 1.0
