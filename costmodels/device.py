@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
@@ -59,6 +60,7 @@ class Device:
     unified_memory: the host uses the same memory, so that nothing is copied.
     tdp: watts. price_per_hour: USD per device in a cloud. best_flops: best matmul rate measured by anyone, FLOP/s by
         dtype.
+    aliases: other names that published tables and drivers use for it (see `costmodels.names`).
     sources: where the values were read. source_of: field, or "field.key" of a table, to the numbers (from 1) of the
         `sources` that state it. from_memory: fields that no source backs, or that are derived: to be checked.
     """
@@ -88,6 +90,7 @@ class Device:
     tdp: float = 0.0
     price_per_hour: float = 0.0
     best_flops: dict[str, float] = field(default_factory=dict)
+    aliases: tuple[str, ...] = ()
     sources: tuple[str, ...] = ()
     source_of: dict[str, tuple[int, ...]] = field(default_factory=dict)
     from_memory: tuple[str, ...] = ()
@@ -139,11 +142,18 @@ def load_device(path_or_name: str | Path) -> Device:
     if path.suffix != ".toml":
         path = CATALOGUE / "devices" / f"{str(path_or_name).lower()}.toml"
         if not path.is_file():
-            known = ", ".join(list_devices())
-            raise ValueError(f"'{path_or_name}' is no known device; give a path that ends in .toml, or one of: {known}")
+            raise unknown_device(str(path_or_name), get_close_matches(path.stem, list_devices(), n=4, cutoff=0.5))
     device = device_from(toml.read_toml(path), str(path))
     kernels = kernels_path(path)
     return replace(device, kernels=toml.read_toml(kernels)) if kernels.is_file() else device
+
+
+def unknown_device(text: str, near: Iterable[str]) -> ValueError:
+    """The error for a name that no device has, with those that are nearest to it."""
+    hint = f"the nearest are {', '.join(near)}; " if near else ""
+    return ValueError(
+        f"'{text}' is no known device; {hint}give a path that ends in .toml, or a name that `parplan devices` lists"
+    )
 
 
 def kernels_path(path: Path) -> Path:
@@ -191,6 +201,7 @@ def device_from(data: dict[str, Any], where: str) -> Device:
         tdp=toml.number(data, "tdp", where, 0.0),
         price_per_hour=toml.number(data, "price_per_hour", where, 0.0),
         best_flops=toml.numbers(data, "best_flops", where),
+        aliases=toml.strings(data, "aliases", where),
         sources=toml.strings(data, "sources", where),
         source_of=sheet.source_numbers(toml.table(data, "source_of", where), f"{where}: table [source_of]"),
         from_memory=toml.strings(data, "from_memory", where),

@@ -32,7 +32,7 @@ def test_every_catalogue_device_loads_and_survives_a_round_trip(tmp_path: Path) 
     assert {"a100-sxm-80gb", "h100-sxm", "h200", "b200", "v100-sxm2-32gb", "l40s", "a10g"} <= set(list_devices())
     for name in list_devices():
         device = load_device(name)
-        assert device.sources and device.peak_flops["float32"] > 1e12 and device.memory_bandwidth > 1e11, name
+        assert device.sources and max(device.peak_flops.values()) > 1e12 and device.memory_bandwidth > 5e10, name
         save_device(device, tmp_path / "copy.toml")
         assert device_data(load_device(tmp_path / "copy.toml")) == device_data(device)
 
