@@ -65,7 +65,7 @@ def test_local_uses_the_calibrated_file(monkeypatch: pytest.MonkeyPatch, tmp_pat
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        (GOOD.replace('device = "a10g"', 'device = "nonesuch"'), ("nonesuch", "a10g")),
+        (GOOD.replace('device = "a10g"', 'device = "nonesuch"'), ("nonesuch", "parplan devices")),
         (GOOD.replace("devices_per_node = 4", ""), ("'devices_per_node'", "missing")),
         (GOOD.replace("devices_per_node = 4", "devices_per_node = 2.5"), ("'devices_per_node'", "whole number")),
         (GOOD.replace("2e10", "0"), ("[intra]", "'bandwidth'", "bytes per second")),
