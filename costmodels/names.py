@@ -47,8 +47,8 @@ def plain(text: str) -> str:
     >>> plain("NVIDIA GeForce RTX 4090")
     'rtx4090'
     """
-    lower = text.lower()
-    return re.sub(r"[^a-z0-9]", "", _MAKERS.sub("", lower)) or re.sub(r"[^a-z0-9]", "", lower)
+    words = re.sub(r"[^a-z0-9]+", " ", text.lower())
+    return (_MAKERS.sub("", words).strip() or words).replace(" ", "")
 
 
 @lru_cache(maxsize=1)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from costmodels import tomlfile as toml
 
 if TYPE_CHECKING:
     from costmodels.device import Device
 
+Backing = Literal["stated", "derived", "memory", "unknown"]
 TABLES = ("peak_flops", "best_flops")
 FIELDS = (
     "memory_bytes", "memory_bandwidth", "unified_memory", "l2_bytes", "units", "boost_clock", "link", "links",
@@ -31,6 +32,29 @@ def sources_of(device: Device, name: str) -> tuple[int, ...]:
     (1,)
     """
     return device.source_of.get(name) or device.source_of.get(name.partition(".")[0], ())
+
+
+def backing_of(device: Device, name: str) -> Backing:
+    """What backs a field of `stated`: stated by a source, derived from one and to be checked, quoted from memory, or
+    unknown where the file records neither.
+
+    >>> from costmodels.device import load_device
+    >>> backing_of(load_device("a10g"), "tdp"), backing_of(load_device("a10g"), "pcie_bandwidth")
+    ('stated', 'memory')
+    """
+    sourced = bool(sources_of(device, name))
+    if name in device.from_memory or name.partition(".")[0] in device.from_memory:
+        return "derived" if sourced else "memory"
+    return "stated" if sourced else "unknown"
+
+
+def memory_share(device: Device) -> float | None:
+    """Share of the fields of `stated` that are quoted from memory, 0 to 1; none where the file records no provenance,
+    as that of a machine that was measured."""
+    if not device.source_of and not device.from_memory:
+        return None
+    marks = [backing_of(device, name) for name in stated(device)]
+    return sum(mark == "memory" for mark in marks) / len(marks)
 
 
 def source_numbers(data: Mapping[str, Any], where: str) -> dict[str, tuple[int, ...]]:

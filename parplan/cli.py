@@ -12,8 +12,9 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from parplan.cli_calibrate import calibrate
-from parplan.cli_catalogue import clusters, devices
+from parplan.cli_catalogue import clusters
 from parplan.cli_demo import demo
+from parplan.cli_devices import devices
 from parplan.cli_search import search
 from parplan.cli_simulate import simulate
 from parplan.cli_trace import trace

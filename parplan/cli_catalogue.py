@@ -1,4 +1,4 @@
-"""`parplan devices` and `parplan clusters`: what is in the catalogue, with sources."""
+"""`parplan clusters`: what is in the catalogue, with sources."""
 
 from __future__ import annotations
 
@@ -7,30 +7,9 @@ from typing import Annotated, Any
 import typer
 
 from parplan.arguments import Json
-from parplan.console import emit, number, seconds, show, size, table
+from parplan.console import emit, number, seconds, show, table
 
 Name = Annotated[str | None, typer.Argument(help="One of them, in detail.", show_default=False)]
-
-
-def devices(name: Name = None, json: Json = False) -> None:
-    """List the devices of the catalogue, or show one with its sources.
-
-    Example: parplan devices h100-sxm
-    """
-    from costmodels.device import list_devices, load_device
-
-    found = {n: device_entry(load_device(n)) for n in ([name] if name else list_devices())}
-    if json:
-        emit({"devices": [{"name": n, **entry} for n, entry in found.items()]})
-    elif name:
-        _details(name, found[name])
-    else:
-        rows = [
-            (n, d["full_name"], _peaks(d), size(d["memory_bytes"]), number(d["memory_bandwidth"], "B/s"))
-            for n, d in found.items()
-        ]
-        show(table("Devices", ("name", "device", "peak (dense)", "memory", "bandwidth"), rows, left=3))
-        show("`parplan devices NAME` shows details and sources.")
 
 
 def clusters(name: Name = None, json: Json = False) -> None:
@@ -55,23 +34,6 @@ def clusters(name: Name = None, json: Json = False) -> None:
         show("More nodes: '8x dgx-h100'. `parplan clusters NAME` shows details and sources.")
 
 
-def device_entry(device: Any) -> dict[str, Any]:
-    return {
-        "full_name": device.name,
-        "kind": device.kind,
-        "peak_flops": device.peak_flops,
-        "memory_bytes": device.memory_bytes,
-        "memory_bandwidth": device.memory_bandwidth,
-        "units": device.units,
-        "floor_seconds": device.floor_seconds,
-        "efficiency": device.efficiency,
-        "laws": len(device.laws),
-        "samples": len(device.samples),
-        "sources": device.sources,
-        "notes": device.notes,
-    }
-
-
 def cluster_entry(cluster: Any) -> dict[str, Any]:
     links = {
         key: {name: getattr(link, name) for name in ("name", "bandwidth", "latency", "ports", "source")}
@@ -92,11 +54,6 @@ def cluster_entry(cluster: Any) -> dict[str, Any]:
     }
 
 
-def _peaks(device: dict[str, Any]) -> str:
-    usual = [(d, device["peak_flops"][d]) for d in ("float32", "bfloat16") if d in device["peak_flops"]]
-    return ", ".join(f"{dtype} {number(rate, 'FLOP/s')}" for dtype, rate in usual)
-
-
 def _link(link: dict[str, Any]) -> str:
     return f"{link['name']}: {number(link['bandwidth'], 'B/s')}, {seconds(link['latency'])}"
 
@@ -115,12 +72,8 @@ def _details(name: str, entry: dict[str, Any]) -> None:
 
 def _plain(key: str, value: Any) -> str:
     match key:
-        case "peak_flops":
-            return number(value, "FLOP/s")
-        case "memory_bytes":
-            return size(value)
-        case "memory_bandwidth" | "bandwidth":
+        case "bandwidth":
             return number(value, "B/s")
-        case "latency" | "floor_seconds":
+        case "latency":
             return seconds(value)
     return str(value)
