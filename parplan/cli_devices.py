@@ -171,6 +171,7 @@ def plain(key: str, value: Any) -> str:
         return f"{value:g} USD/h"
     unit = {"peak_flops": "FLOP/s", "best_flops": "FLOP/s", "boost_clock": "Hz", "tdp": "W"}.get(field)
     unit = unit or ("B/s" if field.endswith("bandwidth") else None)
+    unit = "OP/s" if key.endswith("int8") else unit
     if field == "unified_memory":
         return "yes: nothing is copied from or to the host"
     return number(value, unit) if unit else str(value)

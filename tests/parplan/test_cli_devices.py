@@ -77,7 +77,8 @@ def test_an_unknown_device_is_one_sentence(parplan) -> None:
 @pytest.mark.parametrize(
     ("key", "value", "text"),
     [
-        ("peak_flops.float32", 67e12, "67 TFLOP/s"), ("link_bandwidth", 450e9, "450 GB/s"), ("tdp", 72.0, "72 W"),
+        ("peak_flops.float32", 67e12, "67 TFLOP/s"), ("peak_flops.int8", 130e12, "130 TOP/s"),
+        ("link_bandwidth", 450e9, "450 GB/s"), ("tdp", 72.0, "72 W"),
         ("l2_bytes", 2**20, "1 MiB"), ("boost_clock", 1.83e9, "1.83 GHz"), ("price_per_hour", 3.0, "3 USD/h"),
         ("units", 132, "132"), ("link", "NVLink4", "NVLink4"), ("floor_seconds", 5e-6, "5 us"),
     ],
