@@ -94,7 +94,7 @@ def _transpose(base: str, ins: list[Placed], outs: list[Shape], args: tuple[Any,
 
 def _expand(base: str, ins: list[Placed], outs: list[Shape], args: tuple[Any, ...], parts: int) -> list[int]:
     shape, placement = ins[0]
-    return [placement if placement < 0 else placement + len(outs[0]) - len(shape)]
+    return [placement if placement < 0 else placement + len(out) - len(shape) for out in outs]
 
 
 def _unsqueeze(base: str, ins: list[Placed], outs: list[Shape], args: tuple[Any, ...], parts: int) -> list[int]:
@@ -124,6 +124,9 @@ def _along(base: str, ins: list[Placed], outs: list[Shape], args: tuple[Any, ...
     position = _DIM_ARGUMENT.get(base, 1)
     dim = args[position] if len(args) > position else 0
     rank = len(ins[0][0])
+    if base == "select_backward":  # the dim that was selected away comes back
+        back = dim % (rank + 1)
+        return [placement + (back <= placement)] * len(outs)
     if dim % rank == placement:
         raise _fail(base, ins, f"it needs all of dim {placement}")
     return [placement - 1 if base == "select" and dim % rank < placement else placement] * len(outs)

@@ -26,12 +26,13 @@ class HostCosts:
     step: float
 
 
-# Ranges: eager floor of one op with its launch 28-45 us on A100-time machines (NeuSight: 28 us bmm, 45 us linear with
-# its views, shared/facts/compute.md B1, B2); an aten op 5-10 us on newer ones, its autograd node about the same.
-# ASSUMPTION within these ranges; a linear is one op, four views and a module call: 12 + 4 * 3 + 6 = 30 us.
+# Eager floors of single ops: 28 us for bmm, 45 us for linear, which is one product and three views in a module
+# (NeuSight's measurements, shared/facts/compute.md B1). So 28 us an op, 4 us a view, 5 us a module. Backward runs
+# without Python: half of it. ASSUMPTION (range 20-45 us an op); on machines of 2023 and later an aten op takes 5-10 us
+# and its autograd node about the same (range 8-20 us).
 HOST = {
-    "torch-2021": HostCosts(14e-6, 14e-6, 4e-6, 10e-6, 40e-6, 5e-3),
-    "torch": HostCosts(8e-6, 7e-6, 2.5e-6, 5e-6, 25e-6, 2e-3),
+    "torch-2021": HostCosts(28e-6, 14e-6, 4e-6, 5e-6, 40e-6, 5e-3),
+    "torch": HostCosts(14e-6, 8e-6, 2.5e-6, 5e-6, 25e-6, 2e-3),
     "static graph": HostCosts(4e-6, 4e-6, 0.0, 0.0, 10e-6, 1e-3),
     "graph": HostCosts(0.0, 0.0, 0.0, 0.0, 0.0, 1e-3),
 }

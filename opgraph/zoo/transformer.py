@@ -100,7 +100,11 @@ class Core(nn.Module):
             return F.scaled_dot_product_attention(q, k, v, is_causal=self.causal, enable_gqa=self.grouped)
         if self.grouped:
             k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
-        return self.drop(self.softmax(q @ k.transpose(-1, -2), mask)) @ v
+        rows = q.shape[0]
+        # heads before the batch, so that a shard of the heads is a shard of the products (Megatron does the same)
+        q, k, v = (t.transpose(0, 1).flatten(0, 1) for t in (q, k, v))
+        y = torch.bmm(self.drop(self.softmax(torch.bmm(q, k.transpose(1, 2)), mask)), v)
+        return y.unflatten(0, (-1, rows)).transpose(0, 1)
 
 
 class Rope(nn.Module):
@@ -214,14 +218,16 @@ class Dispatch(nn.Module):
 
     def forward(self, x: torch.Tensor, choice: torch.Tensor, experts: int) -> tuple[torch.Tensor, torch.Tensor]:
         order = choice.flatten().argsort()
-        slots = ceil(order.numel() / experts)
+        slots = ceil(choice.shape[1] * choice.shape[2] / experts) * choice.shape[0]
+        order = F.pad(order, (0, experts * slots - order.numel()))
         given = x.flatten(0, 1).index_select(0, (order * (1.0 / choice.shape[-1])).long())  # the choice's token
         return given.view(experts, slots, x.shape[-1]), order
 
 
 class Combine(nn.Module):
     def forward(self, done: torch.Tensor, order: torch.Tensor, score: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-        taken = done.flatten(0, 1).index_select(0, order.argsort()).view(*like.shape[:2], -1, like.shape[-1])
+        home = order[: score.numel()].argsort()
+        taken = done.flatten(0, 1).index_select(0, home).view(*like.shape[:2], -1, like.shape[-1])
         return (taken * score.to(like.dtype).unsqueeze(-1)).sum(dim=2)
 
 

@@ -165,3 +165,14 @@ def test_uneven_parts_are_refused():
 def test_an_op_without_a_rule_is_named():
     with pytest.raises(ShardingError, match="convolution"):
         place("aten.convolution.default", [((2, 4, 8, 8), 1), ((4, 4, 3, 3), R)], [(2, 4, 8, 8)], (), 2)
+
+
+def test_a_selected_dim_comes_back_in_backward() -> None:
+    args = (None, (2, 6, 8, 2), -1, 0)
+    assert place("aten.select_backward.default", [((2, 6, 8), 2)], [(2, 6, 8, 2)], args, 2) == [2]
+    args = (None, (2, 6, 8), 0, 0)
+    assert place("aten.select_backward.default", [((6, 8), 1)], [(2, 6, 8)], args, 2) == [2]
+
+
+def test_expanding_a_tensor_to_its_own_shape_makes_no_new_one() -> None:
+    assert place("aten.expand.default", [((4, 8), 0)], [], (None, (4, 8)), 2) == []

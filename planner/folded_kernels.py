@@ -1,0 +1,221 @@
+"""The kernels and messages of one part of a folded step, in launch order, with what the host pays for each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from math import prod
+
+import numpy as np
+
+from costmodels.cluster import Cluster
+from costmodels.collectives import collective_price
+from costmodels.families import family
+from costmodels.ops import OpShape, price_many
+from opgraph.graph import Op, Phase
+from planner.folded_groups import Groups
+from planner.folded_local import Local
+from planner.fusion import Fused
+from planner.host_queue import Run, run_of
+from planner.software import Software
+from planner.stages import within
+
+EIGHT_BIT = "float8_e4m3fn"
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """A message on the compute stream. beside: index from here of the kernel that it runs beside (0: none).
+    pieces: the message and its neighbour run in so many pieces beside each other."""
+
+    kind: str
+    bytes: int
+    axis: str
+    beside: int = 0
+    pieces: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """host: seconds before the launch. share: of the kernel's time that is counted (what a recompute policy skips)."""
+
+    host: float
+    shape: OpShape | None = None
+    message: Message | None = None
+    share: float = 1.0
+
+
+@dataclass(slots=True)
+class Kernels:
+    """Makes launches of ops; `eight`: products of the blocks run in 8 bits."""
+
+    local: Local
+    software: Software
+    fused: Fused = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.fused = Fused(self.local, self.software)
+
+    # -- parts ----------------------------------------------------------------------------------------------
+    def forward(self, ops: Sequence[Op], phase: Phase = "forward") -> list[Launch]:
+        return list(self._launches(ops, phase))
+
+    def backward(self, ops: Sequence[Op], again: Sequence[Op] = (), regions: Sequence[str] = ()) -> list[Launch]:
+        """Backward of a part; the forward ops `again` of `regions` run before the first op that is inside one."""
+        launches: list[Launch] = []
+        begin = next((i for i, op in enumerate(ops) if any(within(op.module, r) for r in regions)), 0)
+        launches += self._launches(ops[:begin], "backward")
+        if again:
+            share = self.software.recompute_matmuls
+            for launch in self._launches(again, "recompute"):
+                skipped = share < 1 and launch.shape is not None and family(launch.shape.name) == "gemm"
+                launches.append(replace(launch, share=share) if skipped else launch)
+        launches += self._launches(ops[begin:], "backward")
+        return launches
+
+    def _launches(self, ops: Sequence[Op], phase: Phase) -> Iterator[Launch]:
+        host = self.software.host
+        ready: list[Launch] = []
+        previous = ""
+        for group in self.fused.groups(ops):
+            shape = self.fused.shape(group)
+            module = next((op.module for op in group if not op.is_view), group[0].module)
+            cost = sum(host.view for op in group if op.is_view or family(op.name) == "view")
+            if module != previous:
+                cost += host.module
+                ready += self._entering(module, phase)
+            if shape is None:
+                ready.append(Launch(cost))
+            else:
+                cost += host.backward if phase == "backward" else host.op
+                ready += self._kernel(replace(shape, phase=phase), module, cost, phase)
+            for op in group:
+                ready += self._after(op, phase)
+            previous = module
+        yield from ready
+
+    # -- one kernel -----------------------------------------------------------------------------------------
+    def _kernel(self, shape: OpShape, module: str, host: float, phase: Phase) -> Iterator[Launch]:
+        if self.local.plan.precision != "fp8" or family(shape.name) != "gemm" or not self._eight(module):
+            yield Launch(host, shape)
+            return
+        rows = shape.out_shapes[0][-2]
+        cast = next((s for s in shape.in_shapes if len(s) >= 2 and s[-2] == rows), None)
+        if cast and prod(shape.out_shapes[0]) != prod(self.local.parameter(f"{module}.weight")):
+            # Activations and gradients become 8 bits, as they are and transposed (for the product for the weight,
+            # which finds both); their largest magnitude is found in the same pass.
+            size = prod(cast)
+            pass_ = OpShape("aten._to_copy.default", phase, (cast,), (cast,), "bfloat16", 0, 2 * size, 2 * size)
+            yield Launch(host, pass_)
+            host = self.software.host.op
+        yield Launch(host, replace(shape, dtype=EIGHT_BIT))
+
+    def _eight(self, module: str) -> bool:
+        return module.startswith("blocks.") and "router" not in module
+
+    # -- messages of tensor parallelism --------------------------------------------------------------------
+    def _entering(self, module: str, phase: Phase) -> Iterator[Launch]:
+        """Sequence parallelism gathers what a split product reads."""
+        plan = self.local.plan
+        style = plan.style.get(module)
+        if plan.tp == 1 or not plan.sequence_parallel or style is None:
+            return
+        hidden = self._hidden_bytes(module, style)
+        if (phase != "backward" and style == "colwise") or (phase == "backward" and style == "rowwise"):
+            yield self._message("all_gather", hidden, 0)
+        elif phase == "backward" and style == "colwise":  # the input again, beside the product for its gradient
+            yield self._message("all_gather", hidden, 1 if self.software.tp_async else 0)
+
+    def _after(self, op: Op, phase: Phase) -> Iterator[Launch]:
+        plan, tensors = self.local.plan, self.local.graph.tensors
+        for reduction in self.local.reductions.get(op.id, ()):
+            size = tensors[reduction.tensor].bytes
+            kind = "reduce_scatter" if plan.sequence_parallel else "all_reduce"
+            yield self._message(kind, size, -1 if phase == "backward" and self.software.tp_async else 0)
+        if self.local.vocab_parallel and not op.is_view:
+            yield from self._vocabulary(op, phase)
+
+    def _vocabulary(self, op: Op, phase: Phase) -> Iterator[Launch]:
+        """Split embedding and logits: partial rows are summed; the loss needs the rows' maximum, sum and target."""
+        tensors, plan = self.local.graph.tensors, self.local.plan
+        if op.module == "embed" and op.name == "aten.embedding.default":
+            kind = "reduce_scatter" if plan.sequence_parallel else "all_reduce"
+            yield self._message(kind, tensors[op.outputs[0]].bytes, 0)
+        elif op.module == "head" and phase != "backward" and family(op.name) == "gemm":
+            if plan.sequence_parallel:
+                yield self._message("all_gather", tensors[op.inputs[-2]].bytes, 0)
+        elif op.module == "head" and phase == "backward" and family(op.name) == "gemm":
+            if self.local.vocab not in tensors[op.outputs[0]].shape:
+                kind = "reduce_scatter" if plan.sequence_parallel else "all_reduce"
+                yield self._message(kind, tensors[op.outputs[0]].bytes, 0)
+        elif op.name == "aten._log_softmax.default":
+            rows = tensors[op.outputs[0]].shape[0]
+            for _ in range(3):
+                yield self._message("all_reduce", 4 * rows, 0)
+
+    def _hidden_bytes(self, module: str, style: str) -> int:
+        """Bytes of the whole activations at the border of a split product, which all its ranks share."""
+        weight = self.local.graph.parameters[f"{module}.weight"]
+        width = weight.shape[1] if style == "colwise" else weight.shape[0]
+        return self.local.graph.batch * self.local.seq * width * (weight.bytes // weight.numel)
+
+    def _message(self, kind: str, size: int, beside: int) -> Launch:
+        pieces = self.local.tp if self.software.tp_overlap else 0
+        return Launch(self.software.host.message, None, Message(kind, size, "tp", beside, pieces))
+
+
+@dataclass(frozen=True, slots=True)
+class Priced:
+    """A part as a run of kernels, and what its seconds consist of and rest on."""
+
+    run: Run
+    seconds: dict[str, float]
+    sources: dict[str, float]
+    errors: dict[str, float]
+
+
+def priced(launches: Sequence[Launch], cluster: Cluster, groups: Groups) -> Priced:
+    """Prices the launches of one part on one device of the cluster."""
+    prices = iter(price_many(cluster.device, [x.shape for x in launches if x.shape is not None]))
+    device = np.zeros(len(launches))
+    seconds: dict[str, float] = {}
+    sources: dict[str, float] = {}
+    errors: dict[str, float] = {}
+
+    def count(what: str, value: float, source: str, error: float) -> None:
+        seconds[what] = seconds.get(what, 0.0) + value
+        sources[source] = sources.get(source, 0.0) + value
+        errors[what] = errors.get(what, 0.0) + value * error
+
+    for i, launch in enumerate(launches):
+        if launch.shape is not None:
+            price = next(prices)
+            device[i] = price.seconds * launch.share
+            count(family(launch.shape.name), device[i], price.source, price.error)
+    for i, launch in enumerate(launches):
+        if launch.message is not None:
+            message = launch.message
+            ranks = groups.ranks(message.axis)[: 2 if message.kind == "send" else None]
+            cost = collective_price(cluster, message.kind, message.bytes, ranks)
+            device[i] = _exposed(launches, i, device, cost.seconds)
+            count(f"{message.axis} {message.kind}", device[i], cost.source, cost.error)
+    return Priced(run_of(np.array([x.host for x in launches]), device), seconds, sources, errors)
+
+
+def _exposed(launches: Sequence[Launch], at: int, device: np.ndarray, seconds: float) -> float:
+    """What a message adds to the device's time: all of it, or what the product beside it does not cover."""
+    message = launches[at].message
+    assert message is not None
+    if not message.beside and not message.pieces:
+        return seconds
+    step = message.beside or (1 if message.kind == "all_gather" else -1)
+    i = at + step
+    while 0 <= i < len(launches):
+        shape = launches[i].shape
+        kind = family(shape.name) if shape is not None else ""
+        if kind == "gemm" or (message.axis == "cp" and kind.startswith("attention")):
+            covered = min(seconds, float(device[i]))
+            rest = covered / message.pieces if message.pieces and not message.beside else 0.0
+            return seconds - covered + rest
+        i += step
+    return seconds

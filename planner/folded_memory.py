@@ -1,0 +1,132 @@
+"""Peak memory of a folded step: what rests on a rank between steps, and the activations that its pipeline holds.
+
+Activations of a part are the storages that its forward makes and its backward reads (from the traced lifetimes, at
+local sizes, without what fused kernels make again). A stage holds them for every micro-batch that is in flight.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from opgraph.graph import Op
+from planner.folded_local import Local
+from planner.folded_orders import order
+from planner.folded_parts import recomputed
+from planner.folded_model import Chunk
+from planner.folded_pieces import WHERES, Where
+from planner.folded_step import SIXTEEN, Context
+from planner.stages import within
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """Bytes of the fullest stage by category; allocated is their sum."""
+
+    parameters: int
+    gradients: int
+    optimizer: int
+    activations: int
+    workspace: int
+
+    @property
+    def allocated(self) -> int:
+        return self.parameters + self.gradients + self.optimizer + self.activations + self.workspace
+
+
+def memory_of(context: Context) -> Memory:
+    """The fullest stage's memory."""
+    return max((_stage(context, s) for s in range(context.plan.pp)), key=lambda m: m.allocated)
+
+
+def _stage(c: Context, stage: int) -> Memory:
+    plan, software = c.plan, c.software
+    own = [c.chunks[i * plan.pp + stage] for i in range(plan.vpp)]
+    dense = sum(c.elements(chunk)[0] for chunk in own)
+    experts = sum(c.elements(chunk)[1] for chunk in own)
+    replicas, expert_replicas = plan.dp * plan.cp, max(1, plan.dp // plan.ep)
+    fsdp = plan.data_parallel == "fsdp"
+    sharded = plan.data_parallel in ("zero1", "zero2", "fsdp")
+    shard = (dense / replicas + experts / expert_replicas) if sharded else dense + experts
+    whole = dense + experts
+    sixteen = plan.precision in SIXTEEN
+    parameter = 2 if sixteen and not fsdp else 4
+    gradient = software.main_grads or (2 if sixteen and not fsdp else 4)
+    moments = {"adam": 8, "sgd": 4, "none": 0}[software.optimizer]
+    master = 4 if sixteen and not fsdp and software.optimizer != "none" else 0
+    saved = {w: _saved(c, w) for w in WHERES}
+    activations, last = _in_flight(c, own, stage, saved)
+    workspace = last
+    if fsdp:  # two blocks, and the root, are whole while they compute
+        blocks = [c.parts.by_where[w].elements for chunk in own for w, _ in chunk.parts if w.startswith("block")]
+        root = sum(c.parts.by_where[w].elements for chunk in own for w, _ in chunk.parts if not w.startswith("block"))
+        workspace += (2 * max(blocks) + root) * (2 if sixteen else 4)
+    return Memory(
+        int((shard if fsdp else whole) * parameter),
+        int((shard if fsdp or plan.data_parallel == "zero2" else whole) * gradient),
+        int(shard * (moments + master)),
+        int(activations),
+        int(workspace),
+    )
+
+
+def _in_flight(
+    c: Context, own: list[Chunk], stage: int, saved: dict[Where, tuple[int, int]]
+) -> tuple[float, float]:
+    """Most bytes of saved activations at once, and what the running part needs beside them."""
+    live = peak = 0.0
+    sizes = [sum(saved[w][0] * n for w, n in chunk.parts) for chunk in own]
+    running = max(saved[w][1] for chunk in own for w, _ in chunk.parts)
+    for step in order(stage, c.plan.pp, c.plan.vpp, c.plan.micro_batches, c.plan.schedule == "gpipe"):
+        live += -sizes[step.chunk] if step.backward else sizes[step.chunk]
+        peak = max(peak, live)
+    return peak, running
+
+
+def _saved(c: Context, where: Where) -> tuple[int, int]:
+    """Bytes that one run of a part keeps for its backward, and the most that exist only while it runs."""
+    local, pieces = c.parts.local, c.parts.pieces
+    forward = pieces.forward[where]
+    graph = local.graph
+    end = max((op.id for op in graph.ops if op.phase == "forward"), default=0)
+    again, regions = recomputed(local.plan, where, list(forward))
+    inside = {op.id for op in again}
+    kept = again_bytes = 0
+    hidden = c.parts.kernels.fused.hidden
+    seen: set[int] = set()
+    for op in forward:
+        for t in (*op.outputs, *op.mutates):
+            s = graph.storages[graph.tensors[t].storage]
+            if s.id in seen or s.death <= end or s.id in hidden or s.role == "parameter":
+                continue
+            seen.add(s.id)
+            size = _local_bytes(local, t, op)
+            if op.id in inside and not _leaves(local, s.id, regions):
+                again_bytes += size
+            else:
+                kept += size
+    if again and any(within(f"blocks.{0 if where == 'block0' else 1}", r) for r in regions):
+        kept = _border(local, forward)  # a whole block: only what it reads is kept
+    passing = max((_passing(local, op) for op in (*forward, *pieces.backward[where])), default=0)
+    return kept, again_bytes + passing
+
+
+def _local_bytes(local: Local, tensor: int, op: Op) -> int:
+    size = local.storage_bytes(tensor, op)
+    return size // 2 if "bernoulli" in op.name else size
+
+
+def _leaves(local: Local, storage: int, regions: tuple[str, ...]) -> bool:
+    """Whether something outside the recomputed regions reads a storage."""
+    readers = local.readers.get(storage, ())
+    return any(not any(within(op.module, r) for r in regions) for op in readers if op.phase == "backward")
+
+
+def _border(local: Local, forward: tuple[Op, ...]) -> int:
+    """Bytes of the hidden state that enters a block; a tensor-parallel rank keeps its part where it may."""
+    first = next(op for op in forward if not op.is_view)
+    return local.storage_bytes(first.inputs[0], first)
+
+
+def _passing(local: Local, op: Op) -> int:
+    """Bytes that an op makes; two such results exist at once where one is computed from the other."""
+    return 0 if op.is_view else 2 * max((local.storage_bytes(t, op) for t in op.outputs), default=0)

@@ -1,0 +1,123 @@
+"""Every part of a folded step priced once: forward, backward with what is recomputed, and its parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+
+from costmodels.cluster import Cluster
+from costmodels.ops import OpShape
+from opgraph.graph import Op
+from planner.folded_groups import Groups
+from planner.folded_kernels import Kernels, Launch, Message, Priced, priced
+from planner.folded_local import Local, element_bytes
+from planner.folded_pieces import WHERES, Pieces, Where
+from planner.plan import ParallelPlan
+from planner.software import Software
+from planner.stages import within
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """elements: parameters on one rank (before data parallelism divides them). experts: of these, in experts.
+    dtype_bytes: of one parameter element."""
+
+    forward: Priced
+    backward: Priced
+    elements: int
+    experts: int
+    dtype_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    local: Local
+    pieces: Pieces
+    kernels: Kernels
+    by_where: dict[Where, Part]
+
+
+def parts_of(local: Local, pieces: Pieces, software: Software, cluster: Cluster) -> Parts:
+    """Prices all parts. The forward of a part is priced before its backward, which makes some of it again."""
+    kernels = Kernels(local, software)
+    groups = Groups(local.plan)
+    found: dict[Where, Part] = {}
+    host = software.host.message
+    for where in WHERES:
+        forward, backward = list(pieces.forward[where]), pieces.backward[where]
+        again, regions = recomputed(local.plan, where, forward)
+        exchange = _experts(local, forward, host)
+        f = [*kernels.forward(forward), *exchange]
+        b = [*kernels.backward(backward, again, regions), *exchange, *(exchange if regions == (_block(where),) else ())]
+        names = pieces.parameters[where]
+        b += _accumulation(local, names, software)
+        first = local.graph.parameters[names[0]] if names else None
+        experts = tuple(n for n in names if len(local.graph.parameters[n].shape) == 3)
+        found[where] = Part(
+            priced(_per_ring(local, f, host), cluster, groups), priced(_per_ring(local, b, host), cluster, groups),
+            local.parameter_elements(names), local.parameter_elements(experts),
+            first.bytes // first.numel if first else 4,
+        )  # fmt: skip
+    return Parts(local, pieces, kernels, found)
+
+
+def _block(where: Where) -> str:
+    return "blocks.0" if where == "block0" else "blocks.1"
+
+
+def recomputed(plan: ParallelPlan, where: Where, forward: Sequence[Op]) -> tuple[list[Op], tuple[str, ...]]:
+    """Forward ops that backward runs again, and the module paths that they belong to."""
+    if where not in ("block", "block0"):
+        return [], ()
+    block = _block(where)
+    regions = tuple(p for p in plan.recompute if within(p, block))
+    return [op for op in forward if any(within(op.module, r) for r in regions)], regions
+
+
+def _accumulation(local: Local, names: Sequence[str], software: Software) -> list[Launch]:
+    """Summing gradients over micro-batches: into a buffer of `main_grads` bytes, or into .grad after the first."""
+    elements = local.parameter_elements(tuple(names))
+    own = 2 if local.plan.precision in ("fp16", "bf16", "fp8") else 4
+    if not elements or local.plan.data_parallel == "fsdp":
+        return []
+    if software.main_grads:
+        read, written = (own + software.main_grads) * elements, software.main_grads * elements
+        if software.fused_accumulation:  # the product writes main_grads bytes instead of its own, and reads them
+            read, written = software.main_grads * elements, max(0, software.main_grads - own) * elements
+    elif local.plan.micro_batches > 1:
+        read, written = 2 * own * elements, own * elements
+    else:
+        return []
+    shape = OpShape("aten.add_.Tensor", "backward", ((elements,),), ((elements,),), "float32", 0, read, written)
+    launches = 0 if software.fused_accumulation else len(names)
+    return [Launch(launches * software.host.backward, shape)]
+
+
+def _per_ring(local: Local, launches: list[Launch], host: float) -> list[Launch]:
+    """Context parallelism: as many attentions as ranks in the ring, each of one part of the queries with one of keys.
+
+    Causal parts are dealt so that every rank has the same work (zigzag): cp attentions of this rank's own length. While
+    one runs, the keys and values of the next come from the neighbour (in backward their gradients, too).
+    """
+    cp = local.plan.cp
+    found = []
+    for launch in launches:
+        if cp == 1 or launch.shape is None or "scaled_dot_product" not in launch.shape.name:
+            found.append(launch)
+            continue
+        backward = "backward" in launch.shape.name
+        keys, values = launch.shape.in_shapes[1 + backward : 3 + backward]
+        size = (prod(keys) + prod(values)) * element_bytes(launch.shape.dtype) * (2 if backward else 1)
+        send = Launch(host, None, Message("send", size, "cp", -1))
+        found += [launch, *(x for _ in range(cp - 1) for x in (launch, send))]
+    return found
+
+
+def _experts(local: Local, forward: Sequence[Op], host: float) -> list[Launch]:
+    """Tokens to the ranks that have their experts and back: one all-to-all each way, in forward and in backward."""
+    given = next((op for op in forward if op.module.endswith("mlp.dispatch") and "index_select" in op.name), None)
+    if given is None or local.plan.ep == 1:
+        return []
+    size = local.graph.tensors[given.outputs[0]].bytes
+    return [Launch(host, None, Message("all_to_all", size, "ep")) for _ in range(2)]

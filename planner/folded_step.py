@@ -1,0 +1,314 @@
+"""The program of a folded step: one rank stands for all that run the same, so a stage of a pipeline is one rank.
+
+Three resources a stage: the device, the host thread that feeds it, and the queue of data-parallel messages.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+from costmodels.cluster import Cluster
+from costmodels.collectives import collective_price
+from costmodels.ops import OpShape, price
+from planner.folded_groups import Groups
+from planner.folded_kernels import Priced
+from planner.folded_model import Chunk
+from planner.folded_orders import Step, order
+from planner.folded_parts import Parts
+from planner.host_queue import EMPTY, Run, joined, repeated
+from planner.plan import ParallelPlan
+from planner.software import Software
+from simulator import Program, ProgramBuilder
+
+SIXTEEN = ("fp16", "bf16", "fp8")
+LIGHT_HOST = 0.8  # a host that needs less than this share of the device's time runs ahead of it and is left out
+GROUPS_OF_BLOCKS = 8  # a pass whose gradients are reduced beside it is cut into so many parts
+
+
+@dataclass(slots=True)
+class Tally:
+    """Device seconds by what they are, by source of the price, and seconds of error by law; of the fullest stage."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+    sources: dict[str, float] = field(default_factory=dict)
+    errors: dict[str, float] = field(default_factory=dict)
+
+    def add(self, what: str, value: float, source: str, error: float) -> None:
+        self.seconds[what] = self.seconds.get(what, 0.0) + value
+        self.sources[source] = self.sources.get(source, 0.0) + value
+        self.errors[what] = self.errors.get(what, 0.0) + value * error
+
+    def merge(self, part: Priced, times: float) -> None:
+        pairs = ((self.seconds, part.seconds), (self.sources, part.sources), (self.errors, part.errors))
+        for mine, theirs in pairs:
+            for key, value in theirs.items():
+                mine[key] = mine.get(key, 0.0) + value * times
+
+
+@dataclass(slots=True)
+class Context:
+    """What every part of a step's program is made from."""
+
+    parts: Parts
+    plan: ParallelPlan
+    software: Software
+    cluster: Cluster
+    chunks: Sequence[Chunk]
+    tally: Tally = field(default_factory=Tally)
+
+    def message(self, kind: str, size: float, axis: str, stage: int = 0) -> float:
+        cost = collective_price(self.cluster, kind, size, Groups(self.plan, stage).ranks(axis))
+        self.tally.add(f"{axis} {kind}", cost.seconds, cost.source, cost.error)
+        return cost.seconds
+
+    def kernel(self, name: str, read: float, written: float, elements: float) -> float:
+        flat = ((int(elements),),)
+        shape = OpShape(name, "optimizer", flat, flat, "float32", 0, int(read), int(written))
+        cost = price(self.cluster.device, shape)
+        self.tally.add("optimizer", cost.seconds, cost.source, cost.error)
+        return cost.seconds
+
+    def pass_of(self, chunk: Chunk, backward: bool, parts: int = 1) -> list[Run]:
+        """Runs of one pass through a chunk, in execution order, its blocks in up to `parts` groups."""
+        runs: list[Run] = []
+        for where, count in reversed(chunk.parts) if backward else chunk.parts:
+            part = self.parts.by_where[where]
+            run = (part.backward if backward else part.forward).run
+            pieces = min(parts, count)
+            runs += [repeated(run, count // pieces + (i < count % pieces)) for i in range(pieces)]
+        if parts > 1:
+            return runs
+        whole = EMPTY
+        for run in runs:
+            whole = joined(whole, run)
+        return [whole]
+
+    def count_pass(self, chunk: Chunk, times: int) -> None:
+        for where, count in chunk.parts:
+            part = self.parts.by_where[where]
+            for p in (part.forward, part.backward):
+                self.tally.merge(p, count * times)
+
+    def elements(self, chunk: Chunk) -> tuple[int, int]:
+        """Parameters of a chunk on one rank: outside experts, in experts."""
+        parts = [(self.parts.by_where[w], n) for w, n in chunk.parts]
+        return sum((p.elements - p.experts) * n for p, n in parts), sum(p.experts * n for p, n in parts)
+
+
+class Lane:
+    """The tasks of one stage, one after the other."""
+
+    def __init__(self, tasks: ProgramBuilder, stage: int) -> None:
+        self.tasks, self.stage = tasks, stage
+        self.device = tasks.resource(f"stage {stage} device", rank=stage)
+        self.queue = tasks.resource(f"stage {stage} messages", rank=stage, kind="communication")
+        self.free = -1  # task after which the device is free
+        self.host = -1  # task after which the host thread is free
+
+    def run(self, label: str, category: str, run: Run, waits: Sequence[int] = (), synced: bool = False) -> int:
+        """A run of kernels; `synced`: the host waits for the device before it issues the first one."""
+        deps = [t for t in (self.free, *waits) if t >= 0]
+        if synced:
+            self.free = self.host = self.tasks.task(label, category, max(run.alone, 0.0), self.device, deps)
+            return self.free
+        kernels = self.tasks.task(label, category, run.device, self.device, deps)
+        if run.host < LIGHT_HOST * run.device:
+            self.free = kernels
+            return kernels
+        issued = [self.host] if self.host >= 0 else []
+        tail = self.tasks.task(f"{label} issued", "host", max(run.tail, 0.0), -1, issued, 0.0)
+        self.host = self.tasks.task(f"{label} host", "host", run.host, -1, issued, 0.0)
+        self.free = self.tasks.task(f"{label} done", category, 0.0, -1, [kernels, tail], 0.0)
+        return self.free
+
+    def busy(self, label: str, category: str, seconds: float, waits: Sequence[int] = ()) -> int:
+        """Device seconds that no host thread limits."""
+        deps = [t for t in (self.free, *waits) if t >= 0]
+        self.free = self.tasks.task(label, category, seconds, self.device, deps)
+        return self.free
+
+    def message(self, label: str, kind: str, seconds: float, after: Sequence[int] = ()) -> int:
+        """A message beside the device's work."""
+        return self.tasks.task(label, kind, seconds, self.queue, [t for t in after if t >= 0])
+
+
+def program_of(context: Context) -> Program:
+    """The whole step of all stages."""
+    tasks = ProgramBuilder()
+    plan = context.plan
+    lanes = [Lane(tasks, s) for s in range(plan.pp)]
+    if plan.data_parallel == "fsdp" and plan.dp * plan.cp > 1:
+        from planner.folded_fsdp import fsdp_step
+
+        fsdp_step(context, lanes[0])
+        return tasks.build()
+    for _ in _stages_in_turn(context, lanes):
+        pass
+    return tasks.build()
+
+
+def _stages_in_turn(context: Context, lanes: list[Lane]) -> Iterator[None]:
+    """Adds the steps of all stages so that each comes after what it needs."""
+    plan = context.plan
+    orders = [order(s, plan.pp, plan.vpp, plan.micro_batches, plan.schedule == "gpipe") for s in range(plan.pp)]
+    at = [0] * plan.pp
+    done: dict[tuple[bool, int, int], int] = {}  # (backward, chunk of all, micro) -> task that delivers it
+    stages = [_StageRunner(context, lane, done) for lane in lanes]
+    for runner in stages:
+        runner.begin()
+    left = sum(len(o) for o in orders)
+    while left:
+        before = left
+        for s, runner in enumerate(stages):
+            while at[s] < len(orders[s]) and runner.ready(orders[s][at[s]]):
+                runner.step(orders[s][at[s]])
+                at[s] += 1
+                left -= 1
+        assert left < before, "stages wait for each other"
+        yield
+    for runner in stages:
+        runner.end()
+
+
+class _StageRunner:
+    def __init__(self, context: Context, lane: Lane, done: dict[tuple[bool, int, int], int]) -> None:
+        self.c, self.lane, self.done = context, lane, done
+        plan = context.plan
+        self.own = [context.chunks[c * plan.pp + lane.stage] for c in range(plan.vpp)]
+        self.runs = {(b, c): context.pass_of(chunk, b)[0] for c, chunk in enumerate(self.own) for b in (False, True)}
+        self.gathers: dict[int, int] = {}
+        self.reduces: list[int] = []
+        self.replicas = plan.dp * plan.cp
+        self.overlapped = self.replicas > 1 and context.software.dp_overlap
+        for chunk in self.own if lane.stage == 0 else ():
+            context.count_pass(chunk, plan.micro_batches)
+        self.send = self._send_seconds()
+
+    def ready(self, step: Step) -> bool:
+        need = self._need(step)
+        return need is None or need in self.done
+
+    def _index(self, step: Step) -> int:
+        return step.chunk * self.c.plan.pp + self.lane.stage
+
+    def _need(self, step: Step) -> tuple[bool, int, int] | None:
+        """What the step takes from another chunk: activations of the one before, gradients of the one after."""
+        index = self._index(step) + (1 if step.backward else -1)
+        if index < 0 or index >= len(self.c.chunks):
+            return None
+        return step.backward, index, step.micro
+
+    def begin(self) -> None:
+        """Optimizer shards are gathered into whole parameters, chunk by chunk, while forward begins."""
+        plan = self.c.plan
+        if self.overlapped and plan.data_parallel in ("zero1", "zero2"):
+            for c, chunk in enumerate(self.own):
+                seconds = self._data("all_gather", chunk, 2)
+                self.gathers[c] = self.lane.message("gather parameters", "all_gather", seconds)
+
+    def _data(self, kind: str, chunk: Chunk, element: int) -> float:
+        """Seconds of a data-parallel message over a chunk's parameters; experts are shared by fewer ranks."""
+        dense, experts = self.c.elements(chunk)
+        own = element if self.c.plan.precision in SIXTEEN else 4
+        seconds = self.c.message(kind, dense * own, "dp", self.lane.stage)
+        if experts and self.c.plan.dp // self.c.plan.ep > 1:
+            seconds += self.c.message(kind, experts * own, "edp", self.lane.stage)
+        return seconds
+
+    def step(self, step: Step) -> None:
+        plan, software = self.c.plan, self.c.software
+        need = self._need(step)
+        waits = [self.done[need]] if need else []
+        if not step.backward and step.micro == 0 and step.chunk in self.gathers:
+            waits.append(self.gathers.pop(step.chunk))
+        name = f"{'B' if step.backward else 'F'}{step.micro}.{step.chunk}"
+        phase = "backward" if step.backward else "forward"
+        last = step.backward and step.micro == plan.micro_batches - 1
+        if last and self.overlapped and plan.pp == 1:
+            self._last_backward(waits)
+        else:
+            synced = plan.pp > 1 and not software.p2p_overlap
+            self.lane.run(name, phase, self.runs[step.backward, step.chunk], waits, synced)
+            if last and self.overlapped:
+                self._reduce(self.own[step.chunk], 1.0)
+        self._deliver(step, name)
+
+    def _deliver(self, step: Step, name: str) -> None:
+        """Hands the result to the next stage: beside what follows, or before it."""
+        index = self._index(step) + (-1 if step.backward else 1)
+        result = self.lane.free
+        if 0 <= index < len(self.c.chunks) and self.send:
+            if self.c.software.p2p_overlap:
+                result = self.lane.tasks.task(f"send {name}", "send", self.send, -1, [result], 0.0, self.lane.stage)
+            else:
+                result = self.lane.busy(f"send {name}", "send", self.send)
+        self.done[step.backward, self._index(step), step.micro] = result
+
+    def _send_seconds(self) -> float:
+        plan = self.c.plan
+        if plan.pp == 1:
+            return 0.0
+        local = self.c.parts.local
+        weight = local.graph.parameters[next(n for n in local.graph.parameters if n.endswith("norm1.weight"))]
+        size = local.graph.batch * local.seq * weight.shape[0] * (weight.bytes // weight.numel)
+        own, other = Groups(plan, self.lane.stage).neighbours((self.lane.stage + 1) % plan.pp)
+        split = plan.tp if plan.sequence_parallel or self.c.software.p2p_split else 1
+        seconds = collective_price(self.c.cluster, "send", size / split, (own, other)).seconds
+        if split > 1 and not plan.sequence_parallel:
+            seconds += collective_price(self.c.cluster, "all_gather", size, Groups(plan).ranks("tp")).seconds
+        return seconds
+
+    def _last_backward(self, waits: list[int]) -> None:
+        """The backward whose gradients are complete, in groups of blocks: each is reduced beside the next."""
+        runs = self.c.pass_of(self.own[0], True, GROUPS_OF_BLOCKS)
+        for i, run in enumerate(runs):
+            self.lane.run(f"B last {i}", "backward", run, waits if i == 0 else ())
+            self._reduce(self.own[0], 1.0 / len(runs))
+
+    def _reduce(self, chunk: Chunk, share: float) -> None:
+        kind = "all_reduce" if self.c.plan.data_parallel == "ddp" else "reduce_scatter"
+        dense, experts = self.c.elements(chunk)
+        element = self.c.software.reduce_bytes if self.c.plan.precision in SIXTEEN else 4
+        seconds = self.c.message(kind, dense * element * share, "dp", self.lane.stage)
+        if experts and self.c.plan.dp // self.c.plan.ep > 1:
+            seconds += self.c.message(kind, experts * element * share, "edp", self.lane.stage)
+        self.reduces.append(self.lane.message("reduce gradients", kind, seconds, [self.lane.free]))
+
+    def end(self) -> None:
+        """After the backwards: messages that nothing hides, the tied embedding, the optimizer."""
+        plan, software = self.c.plan, self.c.software
+        if self.replicas > 1 and not self.overlapped:
+            for chunk in self.own:
+                self._reduce(chunk, 1.0)
+        embeds = any(chunk.count("first") or chunk.count("last") for chunk in self.own)
+        part = self.c.parts.by_where["first"]
+        if plan.pp > 1 and embeds and part.elements and self.c.parts.local.graph.name.endswith("tied"):
+            ends = (Groups(plan).first, Groups(plan, plan.pp - 1).first)
+            size = part.elements * (software.reduce_bytes if plan.precision in SIXTEEN else 4)
+            cost = collective_price(self.c.cluster, "all_reduce", size, ends)
+            self.reduces.append(self.lane.message("tied embedding", "all_reduce", cost.seconds, [self.lane.free]))
+        optimizer(self.c, self.lane, sum(sum(self.c.elements(c)) for c in self.own), self.reduces)
+        if self.replicas > 1 and not self.overlapped and plan.data_parallel in ("zero1", "zero2"):
+            for chunk in self.own:
+                seconds = self._data("all_gather", chunk, 2)
+                gathered = self.lane.message("gather parameters", "all_gather", seconds, [self.lane.free])
+                self.lane.busy("wait", "wait", 0.0, [gathered])
+
+
+def optimizer(c: Context, lane: Lane, elements: int, waits: Sequence[int]) -> None:
+    """The gradient norm, and one kernel that updates a rank's share. Bytes per element of Adam with 16-bit
+    parameters: reads gradient, master copy and two moments (4 each), writes all but the gradient, and the parameter."""
+    plan, software = c.plan, c.software
+    if software.optimizer == "none":
+        return
+    shared = plan.data_parallel in ("zero1", "zero2", "fsdp")
+    share = elements / (plan.dp * plan.cp if shared else 1)
+    sixteen = plan.precision in SIXTEEN and plan.data_parallel != "fsdp"
+    seconds = c.kernel("aten.norm.default", 4 * share, 0, share) if software.norm_clip else 0.0
+    moments = 2 if software.optimizer == "adam" else 1
+    read, written = 4 * (2 + moments), 4 * (1 + moments) + (2 if sixteen else 0)
+    name = "aten._fused_adam_.default" if software.optimizer == "adam" else "aten._fused_sgd_.default"
+    seconds += c.kernel(name, read * share, written * share, share)
+    lane.busy("optimizer", "optimizer", seconds, waits)
+    lane.busy("host of the step", "host", software.host.step)

@@ -1,0 +1,104 @@
+"""Published training runs: the rows of a CSV file in the schema of transformer_cases.csv or vision_cases.csv."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+Kind = Literal["transformer", "vision"]
+
+TRANSFORMER = (
+    "case_id", "set", "model", "family", "layers", "hidden", "heads", "kv_heads", "ffn", "gated_mlp", "seq_len",
+    "vocab", "moe_experts", "moe_topk", "moe_ffn", "gpu", "num_gpus", "gpus_per_node", "intra_node", "inter_node",
+    "dp", "tp", "pp", "cp", "vpp", "sp", "ep", "zero_fsdp", "global_batch", "micro_batch", "recompute", "precision",
+    "attention", "software", "step_time_s",
+)  # fmt: skip
+VISION = (
+    "case_id", "set", "model", "gpu", "num_gpus", "gpus_per_node", "interconnect", "parallelism", "dp", "pp",
+    "chunks", "balance", "global_batch", "precision", "software", "step_time_s",
+)  # fmt: skip
+
+
+class CaseError(ValueError):
+    """A row that cannot be predicted; the sentence is its reason."""
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One row: text by column; empty text where nothing was published."""
+
+    kind: Kind
+    fields: dict[str, str]
+
+    @property
+    def id(self) -> str:
+        return self.fields["case_id"]
+
+    @property
+    def set(self) -> str:
+        return self.fields["set"] or "(no set)"
+
+    def text(self, name: str) -> str:
+        return self.fields.get(name, "").strip()
+
+    def whole(self, name: str, default: int | None = None) -> int:
+        """A whole number. CaseError where the row has none."""
+        text = self.text(name)
+        if not text and default is not None:
+            return default
+        try:
+            value = float(text)
+        except ValueError:
+            raise CaseError(f"column {name} is {text!r}; a whole number is needed") from None
+        if value != int(value) or value < 0:
+            raise CaseError(f"column {name} is {text}; a whole number of 0 or more is needed")
+        return int(value)
+
+    def number(self, name: str) -> float | None:
+        """A measured number, None where it is empty."""
+        text = self.text(name)
+        try:
+            return float(text) if text else None
+        except ValueError:
+            raise CaseError(f"column {name} is {text!r}; a number is needed") from None
+
+    @property
+    def measured(self) -> float | None:
+        return self.number("step_time_s")
+
+    @property
+    def scored(self) -> bool:
+        """Whether the row counts: what was quoted from memory, or marked as suspect by who collected it, does not."""
+        return self.text("from_memory") != "1"
+
+
+def read_cases(path: Path) -> list[Case]:
+    """All rows of a file. ValueError, in one sentence, where it is no such file."""
+    try:
+        with path.open(newline="") as file:
+            reader = csv.DictReader(file)
+            columns = [c for c in reader.fieldnames or () if c is not None]
+            rows = [{k: v or "" for k, v in row.items() if k is not None} for row in reader]
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise ValueError(f"{path} is no text file; give a CSV file with a header line") from None
+    kind = _kind(columns, path)
+    if not rows:
+        raise ValueError(f"{path} has a header line and no rows; give at least one case")
+    return [Case(kind, row) for row in rows]
+
+
+def _kind(columns: Sequence[str], path: Path) -> Kind:
+    missing = {kind: [c for c in names if c not in columns] for kind, names in
+               (("transformer", TRANSFORMER), ("vision", VISION))}  # fmt: skip
+    kind = min(missing, key=lambda k: len(missing[k]))
+    if missing[kind]:
+        raise ValueError(
+            f"{path} lacks the column(s) {', '.join(missing[kind][:8])} of {kind} cases; "
+            f"the header needs {', '.join(TRANSFORMER if kind == 'transformer' else VISION)}"
+        )
+    return "transformer" if kind == "transformer" else "vision"

@@ -1,0 +1,78 @@
+"""The cluster of a published run, from the names of its device and links."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from math import ceil
+
+from costmodels.cluster import Cluster, Fabric, Link
+from costmodels.device import Device
+from costmodels.names import device_named
+from validation.cases import Case, CaseError
+
+GB = 1e9
+LATENCY_INSIDE, LATENCY_BETWEEN = 0.0, 0.0  # the collective models have the latencies of NVLink, PCIe and networks
+# Network share of one device in bytes/s where a row does not state it: ASSUMPTION, the reference designs of DGX A100
+# (8 x 200 Gb/s), DGX H100 and later (400 Gb/s a device), DGX-1 (4 x 100 Gb/s per node of 8); elsewhere 100 Gb/s a node.
+UNSTATED = {"a100": 25e9, "h100": 50e9, "h200": 50e9, "b200": 50e9, "b300": 100e9, "gb200": 50e9, "gb300": 100e9,
+            "v100": 6.25e9, "p100": 6.25e9, "mi300x": 50e9, "mi355x": 50e9}  # fmt: skip
+PCIE_SHARED = 0.5  # share of its PCIe rate that a device reaches while its neighbours use the same switch: ASSUMPTION
+
+
+def cluster_of(case: Case) -> Cluster:
+    """Nodes, device and links of a row; each device has an equal share of its node's network."""
+    try:
+        device = device_named(case.text("gpu"))
+    except ValueError as error:
+        raise CaseError(str(error)) from None
+    count, per_node = case.whole("num_gpus"), case.whole("gpus_per_node", 8) or 1
+    inside = case.text("intra_node") or case.text("interconnect")
+    between = case.text("inter_node") or case.text("interconnect").partition("inside the node")[2]
+    if domain := re.search(r"NVL(\d+)", inside):
+        per_node = int(domain[1])
+    intra = _inside(device, inside)
+    inter, assumed = _between(device, between, per_node, case)
+    notes = (f"network between nodes assumed: {inter.bandwidth / GB:.3g} GB/s a device",) if assumed else ()
+    cluster = Cluster(
+        f"{case.text('gpu')} x {count}", device, ceil(count / per_node), per_node, intra, inter, "nccl",
+        notes=notes, fabric=_fabric(inside),
+    )  # fmt: skip
+    return cluster
+
+
+def _fabric(text: str) -> Fabric:
+    low = text.lower()
+    return "cube-mesh" if "cube" in low else "nvswitch" if "nvlink" in low or "nvswitch" in low else "pcie"
+
+
+def _inside(device: Device, text: str) -> Link:
+    """NVLink at the device's own rate, or PCIe."""
+    if "nvlink" in text.lower() or ("xgmi" in text.lower() or "infinity" in text.lower()):
+        rate = device.link_bandwidth
+        if stated := re.search(r"(\d+)\s*GB/s", text):
+            rate = float(stated[1]) * GB / 2  # both directions are quoted
+        if rate:
+            return Link(device.link or "NVLink", rate, LATENCY_INSIDE, "device file")
+    rate = device.pcie_bandwidth or 12 * GB
+    return Link("PCIe", rate * PCIE_SHARED, LATENCY_INSIDE, "device file, shared switch assumed")
+
+
+def _between(device: Device, text: str, per_node: int, case: Case) -> tuple[Link, bool]:
+    """One device's share of the network between nodes."""
+    rate = None
+    if found := re.search(r"(\d+)\s*x\s*(\d+)\s*Gb/s.*per node", text):
+        rate = int(found[1]) * int(found[2]) / 8 * GB / per_node
+    elif found := re.search(r"(\d+)\s*Gb/s.*per (node|GPU)", text):
+        rate = int(found[1]) / 8 * GB / (per_node if found[2] == "node" else 1)
+    if rate is not None:
+        return Link(text, rate, LATENCY_BETWEEN, "the row"), False
+    name = re.sub(r"[^a-z0-9]", "", device.name.lower())
+    family = next((f for f in sorted(UNSTATED, key=len, reverse=True) if f in name), "")
+    share = UNSTATED.get(family, 12.5e9 / per_node)
+    return Link("network (assumed)", share, LATENCY_BETWEEN, "reference design"), case.whole("num_gpus") > per_node
+
+
+def slower_memory(cluster: Cluster, bandwidth: float) -> Cluster:
+    """The same cluster whose devices have other memory (bytes/s)."""
+    return replace(cluster, device=replace(cluster.device, memory_bandwidth=bandwidth, cache={}), cache={})

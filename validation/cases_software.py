@@ -1,0 +1,83 @@
+"""What the trainers of the published runs fuse, overlap and pay on the host: descriptions, by their names.
+
+Each follows from the program's source or documents, as far as known to us; none is fitted to the runs. Marked guesses:
+OneFlow and TensorFlow run static graphs whose scheduling cost we take as half of eager torch's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from planner.software import HOST, Software
+from validation.cases import Case
+
+# Megatron-LM 2021 and its forks: pointwise work of a module in one kernel, gradients reduced after backward, the
+# host waits for the device around each send. Megatron-DeepSpeed of vTrain's runs: "no gradient bucketing".
+MEGATRON_2021 = Software(
+    "Megatron 2021", HOST["torch-2021"], "module", tp_async=False, dp_overlap=False, p2p_overlap=False,
+    fused_accumulation=False, reduce_bytes=2, main_grads=0,
+)  # fmt: skip
+MEGATRON_2022 = replace(
+    MEGATRON_2021, name="Megatron 2022", tp_async=True, main_grads=4, fused_accumulation=True, reduce_bytes=4
+)
+# Megatron-Core with Transformer Engine: fused accumulation into fp32, distributed optimizer.
+MEGATRON_CORE = Software("Megatron-Core", HOST["torch"], "module", fused_loss=False)
+TORCHTITAN = Software(
+    "torchtitan", HOST["torch"], "none", main_grads=0, fused_accumulation=False, vocab_parallel=False,
+    recompute_matmuls=0.5,
+)  # fmt: skip
+COMPOSER = replace(TORCHTITAN, name="Composer", recompute_matmuls=1.0)
+HUGGING_FACE = Software(
+    "Hugging Face eager", HOST["torch"], "none", main_grads=0, dp_overlap=True, fused_accumulation=False,
+    vocab_parallel=False, norm_clip=False, optimizer="none", tp_async=False, p2p_overlap=False, reduce_bytes=4,
+)  # fmt: skip
+ONEFLOW = replace(
+    MEGATRON_2021, name="OneFlow", host=HOST["static graph"], dp_overlap=True, p2p_overlap=True, norm_clip=False
+)
+DDP_2020 = Software(
+    "torch DDP 2020", HOST["torch-2021"], "module", main_grads=0, fused_accumulation=False, vocab_parallel=False,
+)  # fmt: skip
+TENSORFLOW = replace(DDP_2020, name="TensorFlow", host=HOST["static graph"])
+
+
+def software_of(case: Case) -> Software:
+    """The trainer of a row; one that is not known is taken as Megatron-Core where it is tensor-parallel, else torch."""
+    name, notes = case.text("software").lower(), case.text("notes").lower()
+    found = _named(case, name)
+    if "compile" in notes:
+        found = replace(found, fusion="chain", fused_loss=True, host=HOST["static graph"])
+    if "fused cross entropy" in notes:
+        found = replace(found, fused_loss=True)
+    if "communication overlap switched off" in notes:
+        found = replace(found, dp_overlap=False, tp_overlap=False, p2p_overlap=True)
+    if "tp user-buffer" in notes or "tp user buffer" in notes:
+        found = replace(found, tp_overlap=True)
+    if "cuda graphs" in notes:
+        found = replace(found, host=HOST["graph"])
+    if "mode pure" in notes:
+        found = replace(found, reduce_bytes=2)
+    if not case.whole("vocab", 1):  # a layer alone, not a training step
+        found = replace(found, optimizer="none", host=replace(found.host, step=0.0))
+    return found
+
+
+def _named(case: Case, name: str) -> Software:
+    if "oneflow" in name:
+        return ONEFLOW
+    if "tensorflow" in name:
+        return TENSORFLOW
+    if "megatron-deepspeed" in name or "8aa4619" in name or "aceso" in name:
+        return MEGATRON_2021
+    if "megatron-lm 2022" in name:
+        return MEGATRON_2022
+    if "hugging face" in name:
+        return HUGGING_FACE
+    if "composer" in name or "llm-foundry" in name:
+        return COMPOSER
+    if "torchtitan" in name:
+        return TORCHTITAN
+    if "apex" in name or "pytorch 1." in name:
+        return DDP_2020
+    if "megatron" in name or "nemo" in name or case.whole("tp", 1) > 1 or case.whole("pp", 1) > 1:
+        return MEGATRON_CORE
+    return TORCHTITAN if case.text("zero_fsdp") == "zero3" else DDP_2020
