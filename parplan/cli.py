@@ -15,6 +15,7 @@ from parplan.cli_calibrate import calibrate
 from parplan.cli_catalogue import clusters
 from parplan.cli_demo import demo
 from parplan.cli_devices import devices
+from parplan.cli_predict import predict
 from parplan.cli_search import search
 from parplan.cli_simulate import simulate
 from parplan.cli_trace import trace
@@ -27,7 +28,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for verb in (trace, calibrate, search, simulate, validate, devices, clusters, demo):
+for verb in (trace, calibrate, search, simulate, validate, predict, devices, clusters, demo):
     app.command()(verb)
 # What typer raises for a wrong command line; newer versions bring their own click, so it has no other stable name.
 UsageProblem: Any = typer.BadParameter.__mro__[2]

@@ -82,17 +82,34 @@ class Kernels:
             module = next((op.module for op in group if not op.is_view), group[0].module)
             cost = sum(host.view for op in group if op.is_view or family(op.name) == "view")
             if module != previous:
-                cost += host.module
+                cost += host.module + self._region(module, phase)
                 ready += self._entering(module, phase)
             if shape is None:
                 ready.append(Launch(cost))
             else:
-                cost += host.backward if phase == "backward" else host.op
+                cost += self._issue(shape, module, phase)
                 ready += self._kernel(replace(shape, phase=phase), module, cost, phase)
             for op in group:
                 ready += self._after(op, phase)
             previous = module
         yield from ready
+
+    def _issue(self, shape: OpShape, module: str, phase: Phase) -> float:
+        """Host seconds of one kernel's launch."""
+        host, kind = self.software.host, family(shape.name)
+        if phase == "backward":
+            handmade = self.software.fusion == "module" and kind in ("norm_backward", "softmax", "pointwise")
+            return max(host.backward, host.custom) if handmade else host.backward
+        forked = module.endswith("core.drop")
+        return host.op + (host.fork if forked else 0.0)
+
+    def _region(self, module: str, phase: Phase) -> float:
+        """Host seconds of the function at a border of tensor parallelism; it is called on one rank, too."""
+        host = self.software.host
+        inside = module.startswith("blocks.") and f"{module}.weight" in self.local.graph.parameters
+        if not host.fork or not inside or len(self.local.graph.parameters[f"{module}.weight"].shape) != 2:
+            return 0.0
+        return host.custom if phase == "backward" else host.op
 
     # -- one kernel -----------------------------------------------------------------------------------------
     def _kernel(self, shape: OpShape, module: str, host: float, phase: Phase) -> Iterator[Launch]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from math import prod
 
 from costmodels.families import base_name
-from costmodels.ops import OpShape
+from costmodels.ops import OpShape, is_causal
 from opgraph.flops import flops_of
 from opgraph.graph import DTYPE_BYTES, Op, OpGraph, Phase, Tensor
 from planner.layout import Layout, Reduction, propagate
@@ -91,7 +91,8 @@ class Local:
             read = sum(self.tensor(tensors[t], tokens)[1] for t in dict.fromkeys(op.inputs))
             written = sum(self.tensor(tensors[t], tokens)[1] for t in dict.fromkeys((*op.outputs, *op.mutates)))
         name = DEVICE_NAMES.get(op.name, op.name)
-        return OpShape(name, phase or op.phase, ins, outs, dtype_of(self.graph, op), flops, read, written)
+        dtype = dtype_of(self.graph, op)
+        return OpShape(name, phase or op.phase, ins, outs, dtype, flops, read, written, is_causal(op))
 
     def storage_bytes(self, tensor: int, op: Op) -> int:
         return self.tensor(self.graph.tensors[tensor], self.by_tokens(op))[1]

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 from opgraph.graph import Op
 from planner.folded_local import Local
+from planner.folded_model import Chunk
 from planner.folded_orders import order
 from planner.folded_parts import recomputed
-from planner.folded_model import Chunk
 from planner.folded_pieces import WHERES, Where
 from planner.folded_step import SIXTEEN, Context
 from planner.stages import within

@@ -48,8 +48,11 @@ def parts_of(local: Local, pieces: Pieces, software: Software, cluster: Cluster)
         forward, backward = list(pieces.forward[where]), pieces.backward[where]
         again, regions = recomputed(local.plan, where, forward)
         exchange = _experts(local, forward, host)
+        whole = regions == (_block(where),)
         f = [*kernels.forward(forward), *exchange]
-        b = [*kernels.backward(backward, again, regions), *exchange, *(exchange if regions == (_block(where),) else ())]
+        b = [*kernels.backward(backward, again, regions), *exchange, *(exchange if whole else ())]
+        if regions:
+            b.insert(0, Launch(software.host.checkpoint))
         names = pieces.parameters[where]
         b += _accumulation(local, names, software)
         first = local.graph.parameters[names[0]] if names else None

@@ -16,7 +16,9 @@ class HostCosts:
     """Seconds that the host thread pays. op: an op that launches a kernel, through Python, autograd and the
     dispatcher. backward: the same from the autograd engine (C++ only). view: an op that launches nothing.
     module: call of a module. message: a collective (c10d bookkeeping, NCCL enqueue). step: once an optimizer step
-    (loss scale, logging, data)."""
+    (loss scale, logging, data). custom: backward of a kernel that is an autograd function written in Python.
+    checkpoint: a recomputed block, in forward and backward together. fork: a forward dropout that changes to the
+    random state of its tensor-parallel rank and back."""
 
     op: float
     backward: float
@@ -24,15 +26,21 @@ class HostCosts:
     module: float
     message: float
     step: float
+    custom: float = 0.0
+    checkpoint: float = 0.0
+    fork: float = 0.0
 
 
 # Eager floors of single ops: 28 us for bmm, 45 us for linear, which is one product and three views in a module
 # (NeuSight's measurements, shared/facts/compute.md B1). So 28 us an op, 4 us a view, 5 us a module. Backward runs
 # without Python: half of it. ASSUMPTION (range 20-45 us an op); on machines of 2023 and later an aten op takes 5-10 us
-# and its autograd node about the same (range 8-20 us).
+# and its autograd node about the same (range 8-20 us). Megatron's own kernels are autograd functions in Python, whose
+# backward costs what their forward does. Its checkpoint reads three random states in forward; in backward it reads,
+# sets and sets back three: 12 calls, each taken as an op. A fork of the random state is 4 such calls (Megatron-LM v2.x
+# mpu/random.py).
 HOST = {
-    "torch-2021": HostCosts(28e-6, 14e-6, 4e-6, 5e-6, 40e-6, 5e-3),
-    "torch": HostCosts(14e-6, 8e-6, 2.5e-6, 5e-6, 25e-6, 2e-3),
+    "torch-2021": HostCosts(28e-6, 14e-6, 4e-6, 5e-6, 40e-6, 5e-3, 28e-6, 12 * 28e-6, 4 * 28e-6),
+    "torch": HostCosts(14e-6, 8e-6, 2.5e-6, 5e-6, 25e-6, 2e-3, 14e-6, 12 * 14e-6, 4 * 14e-6),
     "static graph": HostCosts(4e-6, 4e-6, 0.0, 0.0, 10e-6, 1e-3),
     "graph": HostCosts(0.0, 0.0, 0.0, 0.0, 0.0, 1e-3),
 }

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from dataclasses import replace
 from math import ceil
 
 from costmodels.cluster import Cluster, Fabric, Link
@@ -20,10 +19,12 @@ UNSTATED = {"a100": 25e9, "h100": 50e9, "h200": 50e9, "b200": 50e9, "b300": 100e
 PCIE_SHARED = 0.5  # share of its PCIe rate that a device reaches while its neighbours use the same switch: ASSUMPTION
 
 
-def cluster_of(case: Case) -> Cluster:
-    """Nodes, device and links of a row; each device has an equal share of its node's network."""
+def cluster_of(case: Case, devices: dict[str, Device]) -> Cluster:
+    """Nodes, device and links of a row; each device has an equal share of its node's network. `devices` are those met
+    before, which remember prices."""
+    name = case.text("gpu")
     try:
-        device = device_named(case.text("gpu"))
+        device = devices[name] if name in devices else devices.setdefault(name, device_named(name))
     except ValueError as error:
         raise CaseError(str(error)) from None
     count, per_node = case.whole("num_gpus"), case.whole("gpus_per_node", 8) or 1
@@ -72,7 +73,3 @@ def _between(device: Device, text: str, per_node: int, case: Case) -> tuple[Link
     share = UNSTATED.get(family, 12.5e9 / per_node)
     return Link("network (assumed)", share, LATENCY_BETWEEN, "reference design"), case.whole("num_gpus") > per_node
 
-
-def slower_memory(cluster: Cluster, bandwidth: float) -> Cluster:
-    """The same cluster whose devices have other memory (bytes/s)."""
-    return replace(cluster, device=replace(cluster.device, memory_bandwidth=bandwidth, cache={}), cache={})

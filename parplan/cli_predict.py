@@ -1,0 +1,75 @@
+"""`parplan predict`: published training runs, predicted and compared."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from parplan.arguments import Json, positive
+from parplan.console import emit, remark, show, table, working
+
+
+def predict(
+    cases: Annotated[
+        Path, typer.Option("--cases", help="CSV file in the schema of published cases.", show_default=False)
+    ],
+    set_name: Annotated[str | None, typer.Option("--set", help="Only rows of this set.", show_default=False)] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Folder for table, summary and scatter plot.", show_default=False)
+    ] = None,
+    limit: Annotated[int | None, typer.Option("--limit", help="Only the first rows.", show_default=False)] = None,
+    json: Json = False,
+) -> None:
+    """Predict published training runs and compare with what was measured.
+
+    Example: parplan predict --cases transformer_cases.csv --set korthikanti_tab5 --out reports/published
+    """
+    import time
+
+    from validation.cases import read_cases
+
+    positive("--limit", limit)
+    rows = read_cases(cases)
+    if set_name is not None:
+        known = list(dict.fromkeys(c.set for c in rows))
+        rows = [c for c in rows if c.set == set_name]
+        if not rows:
+            raise ValueError(f"{cases} has no set {set_name!r}; it has {', '.join(known)}")
+    rows = rows[:limit]
+    began = time.perf_counter()
+    with working() as progress:
+        from validation.cases_run import run_cases
+
+        outcomes = run_cases(rows, progress)
+        if out is not None:
+            from validation.cases_report import write_report
+
+            write_report(outcomes, out, f"parplan {' '.join(sys.argv[1:])}")
+    _print(outcomes, time.perf_counter() - began, json)
+
+
+def _print(outcomes: list[Any], seconds: float, json: bool) -> None:
+    from dataclasses import asdict
+
+    from validation.cases_report import COLUMNS, table_rows
+    from validation.cases_score import case_data, summary
+
+    scores = summary(outcomes)
+    for reason, count in _reasons(outcomes).items():
+        remark(f"{count} rows cannot be predicted: {reason}")
+    if json:
+        emit({"cases": [case_data(o) for o in outcomes], "summary": {k: asdict(v) for k, v in scores.items()},
+              "seconds": seconds})  # fmt: skip
+    else:
+        show(table(f"{len(outcomes)} published runs in {seconds:.1f} s", COLUMNS, table_rows(scores)))
+
+
+def _reasons(outcomes: list[Any]) -> dict[str, int]:
+    found: dict[str, int] = {}
+    for outcome in outcomes:
+        if outcome.reason:
+            found[outcome.reason] = found.get(outcome.reason, 0) + 1
+    return found

@@ -1,0 +1,124 @@
+"""Predicts published runs row by row; a row that cannot be predicted keeps its reason."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from validation.cases import Case, CaseError
+
+GIB = 2**30
+Progress = Callable[[str, float], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """Seconds and bytes; None where nothing was predicted or measured. interval: nine in ten steps should lie inside.
+    parts: device seconds of the first stage by kind of work. reason: why nothing was predicted, empty otherwise."""
+
+    case: Case
+    predicted_seconds: float | None = None
+    interval: tuple[float, float] | None = None
+    allocated_bytes: int | None = None
+    reserved_bytes: int | None = None
+    parts: dict[str, float] = field(default_factory=dict)
+    shares: dict[str, float] = field(default_factory=dict)
+    plan: str = ""
+    software: str = ""
+    notes: tuple[str, ...] = ()
+    reason: str = ""
+
+    @property
+    def measured_seconds(self) -> float | None:
+        return _published(self.case, "step_time_s")
+
+    @property
+    def error(self) -> float | None:
+        """Predicted over measured, less one."""
+        return _error(self.predicted_seconds, self.measured_seconds)
+
+    @property
+    def inside(self) -> bool | None:
+        """Whether the measured step lies in the interval."""
+        if self.interval is None or self.measured_seconds is None:
+            return None
+        return self.interval[0] <= self.measured_seconds <= self.interval[1]
+
+    @property
+    def allocated_error(self) -> float | None:
+        measured = _published(self.case, "peak_mem_alloc_gib")
+        return _error(self.allocated_bytes, measured * GIB if measured else None)
+
+    @property
+    def reserved_error(self) -> float | None:
+        measured = _published(self.case, "peak_mem_reserved_gib")
+        return _error(self.reserved_bytes, measured * GIB if measured else None)
+
+
+def _published(case: Case, name: str) -> float | None:
+    try:
+        return case.number(name)
+    except CaseError:
+        return None
+
+
+def _error(predicted: float | None, measured: float | None) -> float | None:
+    return predicted / measured - 1 if predicted is not None and measured else None
+
+
+def run_cases(cases: Sequence[Case], progress: Progress) -> list[Outcome]:
+    """All rows, in their order; rows of one model share its trace, equal rows their prediction."""
+    runner = _Runner()
+    outcomes = []
+    for i, case in enumerate(cases):
+        progress(f"predicting {case.set}", i / len(cases))
+        outcomes.append(runner.outcome(case))
+    return outcomes
+
+
+class _Runner:
+    def __init__(self) -> None:
+        from validation.cases_transformer import Traces
+
+        self.traces = Traces()
+        self.clusters: dict[tuple[str, ...], Any] = {}
+        self.devices: dict[str, Any] = {}
+        self.known: dict[Any, Outcome] = {}
+
+    def outcome(self, case: Case) -> Outcome:
+        try:
+            return self._vision(case) if case.kind == "vision" else self._transformer(case)
+        except ValueError as error:  # a CaseError, or a plan or model that does not fit, or a shape not divisible
+            return Outcome(case, reason=str(error))
+
+    def cluster(self, case: Case) -> Any:
+        """Clusters are shared so that their devices remember prices."""
+        from validation.cases_cluster import cluster_of
+
+        names = ("gpu", "num_gpus", "gpus_per_node", "intra_node", "inter_node", "interconnect")
+        key = tuple(case.text(name) for name in names)
+        if key not in self.clusters:
+            self.clusters[key] = cluster_of(case, self.devices)
+        return self.clusters[key]
+
+    def _transformer(self, case: Case) -> Outcome:
+        from planner.folded import predict_folded
+        from validation.cases_software import software_of
+        from validation.cases_transformer import model_of, plan_of
+
+        software = software_of(case)
+        plan = plan_of(case, software)
+        cluster = self.cluster(case)
+        model = model_of(case, software, self.traces)
+        key = (id(model.graph), model.layers, plan, software, id(cluster))
+        if key not in self.known:
+            p = predict_folded(model, plan, cluster, software)
+            self.known[key] = Outcome(
+                case, p.step_seconds, p.interval, p.memory.allocated, None,
+                p.device, p.shares, plan.label, software.name, cluster.notes,
+            )  # fmt: skip
+        return replace(self.known[key], case=case)
+
+    def _vision(self, case: Case) -> Outcome:
+        raise CaseError("vision rows are not predicted yet")
