@@ -36,7 +36,8 @@ EXTRAPOLATION_FACTOR = 2.0  # an extrapolated law is taken to be twice as wrong 
 @dataclass(frozen=True, slots=True)
 class OpShape:
     """What a price depends on: an op's name, its phase, the shapes of its tensor arguments and results, dtype, FLOP
-    (an FMA is two), bytes read and bytes written (outputs and mutated inputs)."""
+    (an FMA is two), bytes read and bytes written (outputs and mutated inputs), and whether an attention is causal (its
+    FLOP are those of all pairs either way, as torch counts)."""
 
     name: str
     phase: str
@@ -46,6 +47,7 @@ class OpShape:
     flops: int
     bytes_read: int
     bytes_written: int
+    causal: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +66,19 @@ def shape_of(graph: OpGraph, op: Op) -> OpShape:
     # Integer inputs (indices, targets) do not name the dtype that an op computes in.
     dtypes = [graph.tensors[i].dtype for i in (*op.outputs, *op.inputs, *op.mutates)]
     dtype = next((d for d in dtypes if "float" in d), dtypes[0] if dtypes else "float32")
-    return OpShape(op.name, op.phase, ins, outs, dtype, op.flops, graph.bytes_read(op), graph.bytes_written(op))
+    read, written = graph.bytes_read(op), graph.bytes_written(op)
+    return OpShape(op.name, op.phase, ins, outs, dtype, op.flops, read, written, is_causal(op))
+
+
+def is_causal(op: Op) -> bool:
+    """Whether an attention op (forward or backward) was called with a causal mask: in every fused attention of torch
+    this is the first flag after the probability of dropout."""
+    if "attention" not in op.name:
+        return False
+    if dict(op.kwargs).get("is_causal") is True:
+        return True
+    dropout = next((i for i, a in enumerate(op.args) if isinstance(a, float)), len(op.args))
+    return next((a for a in op.args[dropout:] if isinstance(a, bool)), False)
 
 
 def signature(shape: OpShape) -> str:
@@ -168,6 +182,6 @@ def total(prices: Iterable[Price]) -> float:
 
 
 __all__ = [
-    "OpShape", "Price", "form_of", "law_of", "peak_of", "price", "price_many", "roofline_seconds", "shape_of",
-    "signature", "total",
+    "OpShape", "Price", "form_of", "is_causal", "law_of", "peak_of", "price", "price_many", "roofline_seconds",
+    "shape_of", "signature", "total",
 ]  # fmt: skip
