@@ -95,6 +95,7 @@ class _Replay:
     by_parameter: dict[str, list[int]] = field(default_factory=dict)
     inside: dict[int, int] = field(default_factory=dict)  # op -> bytes that it takes inside itself
     again: dict[int, list[tuple[str, list[Op]]]] = field(default_factory=dict)  # backward op -> regions made again
+    unneeded: dict[str, list[int]] = field(default_factory=dict)  # region -> storages made again that backward ignores
     forgotten: dict[int, tuple[str, set[int]]] = field(default_factory=dict)  # last op of a region -> it, storages
     alive: dict[int, dict[int, None]] = field(default_factory=dict)  # micro-batch -> storages, in order
 
@@ -172,6 +173,10 @@ class _Replay:
         self.again.setdefault(first.id, []).append((path, again))
         made = {s for op in again for s in self.born.get(op.id, ())}
         self.forgotten[ops[-1].id] = (path, made - self._leaving(path))
+        here = {op.id for op in again}
+        self.unneeded[path] = [
+            s for op in stage.ops.forward if op.id not in here for s in self.dies.get(op.id, ()) if s in made
+        ]
 
     def _leaving(self, path: str) -> set[int]:
         graph = self.stage.graph
@@ -259,6 +264,8 @@ class _Replay:
             for path, ops in self.again.get(op.id, ()):
                 for again in ops:
                     self._run_op(again, micro, "recompute")
+                for s in self.unneeded[path]:  # forward ends early: its last values go with it
+                    self._free(s, micro)
                 self.ledger.drop(("generator", path, micro))
             self._run_op(op, micro, "backward")
             if op.id in ready and micro > 0:
