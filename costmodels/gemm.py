@@ -1,0 +1,177 @@
+"""Prices of matrix products (mm, bmm, addmm, linear, grouped) by the tile law and its correction.
+
+The time is the kernel's alone; launching it from Python is the host's, and priced there. Products of a device without a
+table of its own borrow constants (`costmodels.kernel_sections`) and are called extrapolated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from math import prod
+
+import numpy as np
+
+from costmodels.device import Device
+from costmodels.families import base_name, family
+from costmodels.features import gemm_dims
+from costmodels.gemm_correction import Correction, correction_from, factors
+from costmodels.gemm_law import (
+    FULL_TILE,
+    Array,
+    Constants,
+    Hardware,
+    Menu,
+    constants_from,
+    hardware_of,
+    law_seconds,
+    menu,
+)
+from costmodels.kernel_sections import Section, section_for, vendor
+from costmodels.ops import OpShape, Price
+
+WIDTH = {"float64": 8, "float32": 4, "tf32": 4, "float16": 2, "bfloat16": 2, "int8": 1}
+REGIONS = (64, 512, 1024)  # upper ends of m of the regions whose errors a section lists; the last has none
+# Mean errors of borrowed constants, from predicting each measured device by its nearest other one
+# (reports/gemm, "borrowed"): of the same generation, of another, and of another maker, for which nothing was measured.
+BORROWED_ERROR = {"generation": 0.15, "vendor": 0.25, "other": 0.40}
+OUTSIDE = 2.0  # outside the fitted range an error is taken to be twice as large, as for the other laws
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Pricing:
+    """All that prices products of one dtype on one device. low, high: the fitted range of (batches, m, n, k).
+    errors: mean relative error by region of m. borrowed: whether the constants are another device's or dtype's."""
+
+    constants: Constants
+    hardware: Hardware
+    menu: Menu
+    correction: Correction | None
+    low: Array
+    high: Array
+    errors: tuple[float, ...]
+    borrowed: bool
+
+
+def gemm_price(device: Device, shape: OpShape) -> Price | None:
+    """The price of one matrix product; None where no measured device is like this one, or the op is none."""
+    return gemm_prices(device, [shape])[0]
+
+
+def gemm_prices(device: Device, shapes: Sequence[OpShape]) -> list[Price | None]:
+    """`[gemm_price(device, s) for s in shapes]`, evaluated at once per dtype and kind."""
+    prices: list[Price | None] = [None] * len(shapes)
+    dims = [product_dims(s) for s in shapes]
+    groups: dict[tuple[str, bool], list[int]] = {}
+    for i, shape in enumerate(shapes):
+        if family(shape.name) == "gemm" and (shape.dtype in WIDTH or shape.dtype.startswith("float8")):
+            groups.setdefault((_dtype(shape), dims[i][0] > 1), []).append(i)
+    for (dtype, batched), members in groups.items():
+        pricing = pricing_of(device, dtype, batched)
+        if pricing is not None:
+            found = _evaluate(pricing, np.array([dims[i] for i in members], float))
+            for i, price in zip(members, found):
+                prices[i] = price
+    return prices
+
+
+def _evaluate(pricing: Pricing, dims: Array) -> list[Price]:
+    seconds = law_seconds(pricing.constants, pricing.hardware, pricing.menu, dims)
+    if pricing.correction is not None:
+        seconds = seconds * factors(pricing.correction, dims)
+    inside = np.logical_and(dims >= pricing.low, dims <= pricing.high).all(axis=1)
+    errors = np.array(pricing.errors)[np.searchsorted(REGIONS, dims[:, 1], side="right")]
+    prices = []
+    for value, within, error in zip(seconds.tolist(), np.asarray(inside).tolist(), errors.tolist()):
+        if pricing.borrowed:
+            prices.append(Price(value, "extrapolated", error))
+        else:
+            prices.append(
+                Price(value, "interpolated" if within else "extrapolated", error * (1 if within else OUTSIDE))
+            )
+    return prices
+
+
+def pricing_of(device: Device, dtype: str, batched: bool) -> Pricing | None:
+    """What prices products of a dtype on a device; kept in the device's cache."""
+    key = ("gemm", dtype, batched)
+    if key not in device.cache:
+        section = section_for(device, "gemm", dtype + "_batched" * batched)
+        device.cache[key] = None if section is None else _pricing(device, dtype, section)
+    found: Pricing | None = device.cache[key]
+    return found
+
+
+def _pricing(device: Device, dtype: str, section: Section) -> Pricing:
+    values = section.values
+    constants = constants_from(values)
+    if not section.own:
+        constants = borrowed_constants(device, dtype, constants)
+    return Pricing(
+        constants=constants,
+        hardware=hardware_of(device, dtype, WIDTH.get(dtype, 1)),
+        menu=menu(values["tiles"], values["splits"]),
+        correction=correction_from(values) if section.own else None,
+        low=np.array(values["low"], float),
+        high=np.array(values["high"], float),
+        errors=tuple(values["errors"]) if section.own else (_borrowed_error(device, section),) * (len(REGIONS) + 1),
+        borrowed=not section.own,
+    )
+
+
+def borrowed_pricing(device: Device, relative: Device, section: str) -> Pricing:
+    """What prices products of a device by the constants and the correction of another one; for scoring that."""
+    values = relative.kernels["gemm"][section]
+    found = Section(values, relative.name, section, True)
+    return _pricing(device, section.removesuffix("_batched"), found)
+
+
+def borrowed_constants(device: Device, dtype: str, constants: Constants) -> Constants:
+    """Constants of a relative, with the best rate that anyone measured on this device in place of the relative's."""
+    best = device.best_flops.get(dtype, 0.0)
+    if not best:
+        return constants
+    peak = hardware_of(device, dtype, 2.0).peak
+    return replace(constants, compute=min(best / peak, 1.0))
+
+
+def _borrowed_error(device: Device, section: Section) -> float:
+    from costmodels.kernel_sections import measured
+
+    relative = next((d for d in measured() if d.name == section.device), device)
+    if vendor(relative) != vendor(device):
+        return BORROWED_ERROR["other"]
+    return BORROWED_ERROR["generation" if set(relative.peak_flops) == set(device.peak_flops) else "vendor"]
+
+
+def _dtype(shape: OpShape) -> str:
+    """The dtype that the operands have: scaled 8-bit products name their result's."""
+    return "float8_e4m3fn" if base_name(shape.name) == "_scaled_mm" else shape.dtype
+
+
+def product_dims(shape: OpShape) -> tuple[int, int, int, int]:
+    """Batches, m, n, k. Grouped products (experts) count as batches that share the rows evenly, which packs the waves
+    of all groups; products of tensors with equal leading dims are batches too."""
+    name = base_name(shape.name)
+    ins = [s for s in shape.in_shapes if len(s) >= 2]
+    if name == "_grouped_mm" and len(ins) >= 2:
+        return _grouped_dims(ins[0], ins[1], shape.out_shapes[0])
+    if name in ("matmul", "einsum") and len(ins) >= 2 and len(ins[1]) > 2 and ins[0][:-2] == ins[1][:-2]:
+        return prod(ins[0][:-2]), ins[0][-2], ins[1][-1], ins[0][-1]
+    return gemm_dims(shape)
+
+
+def _grouped_dims(left: tuple[int, ...], right: tuple[int, ...], out: tuple[int, ...]) -> tuple[int, int, int, int]:
+    """2-D x 3-D shares the rows, 3-D x 2-D the columns, 2-D x 2-D (a weight's gradient) the k of all groups."""
+    groups = next((s[0] for s in (right, left, out) if len(s) == 3), 1)
+    m, n, k = left[-2], right[-1], left[-1]
+    if len(left) == 2 and len(right) == 3:
+        m = -(-m // groups)
+    elif len(left) == 3 and len(right) == 2:
+        n = -(-n // groups)
+    elif len(left) == 2 and len(right) == 2:
+        k = -(-k // groups)
+    return groups, max(m, 1), max(n, 1), max(k, 1)
+
+
+__all__ = ["BORROWED_ERROR", "FULL_TILE", "Pricing", "gemm_price", "gemm_prices", "pricing_of", "product_dims"]

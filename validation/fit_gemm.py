@@ -1,0 +1,194 @@
+"""Fit the law of matrix products to half of every measured table, write the constants, score the other half.
+
+    python -m validation.fit_gemm --tables FOLDER --ops FOLDER --out reports/gemm
+
+`--tables` holds the unpacked wheel of kernel tables (`--download` fetches it there), `--ops` NeuSight's float32 table.
+Constants go to `costmodels/catalogue/kernels`, one section per dtype; errors to CSV files below `--out`, from which
+`validation.report_gemm` writes the page. Several runs with `--only DEVICE` add up.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from costmodels import tomlfile
+from costmodels.device import CATALOGUE, load_device
+from costmodels.gemm import borrowed_pricing
+from costmodels.gemm_correction import factors
+from costmodels.gemm_law import law_seconds
+from costmodels.kernel_sections import measured, relatives
+from validation.fit_gemm_law import Array, Fit, Mask, calibration_half, fit, predictions, section_values
+from validation.tables_gemm import Table, download, eager_tables, kernel_tables, library_rows
+
+REGIONS = {"m < 64": (1, 64), "64 <= m < 512": (64, 512), "512 <= m < 1024": (512, 1024), "m >= 1024": (1024, 10**9)}
+ALL_LARGE = "m, n, k >= 1024"
+WORST = 6  # rows of each table that worst.csv shows
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Entry of the command; 2 for input that cannot be used."""
+    args = _parser().parse_args(arguments)
+    try:
+        if args.download:
+            download(args.tables)
+        tables = [t for t in _tables(args.tables, args.ops) if not args.only or t.device in args.only]
+        for table in tables:
+            _do(table, args.out)
+        if args.tables:
+            for device in sorted({t.device for t in tables if t.section == "bfloat16"}):
+                _merge(args.out / "libraries.csv", _library_scores(args.tables, device), ["device"])
+        if args.borrow:
+            for table in tables:
+                _merge(args.out / "borrowed.csv", _borrowed_scores(table), ["device", "section", "campaign"])
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m validation.fit_gemm", description=__doc__)
+    parser.add_argument("--tables", type=Path, help="folder of the unpacked aiconfigurator-core wheel")
+    parser.add_argument("--download", action="store_true", help="fetch the wheel into --tables first")
+    parser.add_argument("--ops", type=Path, help="folder with gemm_fp32.csv.gz")
+    parser.add_argument("--out", type=Path, default=Path("reports/gemm"), help="where the errors go")
+    parser.add_argument("--only", nargs="*", default=[], help="devices to fit; all where it is left out")
+    parser.add_argument("--borrow", action="store_true", help="score each device by its nearest relative's constants")
+    return parser
+
+
+def _tables(kernel_folder: Path | None, eager_folder: Path | None) -> Iterator[Table]:
+    if kernel_folder is None and eager_folder is None:
+        raise ValueError("there is nothing to fit; give --tables or --ops")
+    if kernel_folder is not None:
+        yield from kernel_tables(kernel_folder)
+    if eager_folder is not None:
+        yield from eager_tables(eager_folder)
+
+
+def _do(table: Table, out: Path) -> None:
+    """Fit and score one table, by both splits; keep the constants of the first."""
+    begun = time.perf_counter()
+    scores, worst = [], []
+    for split in ("shape", "n, k"):
+        mask = calibration_half(table.dims, by_pair=split != "shape")
+        fitted = fit(table, mask)
+        bare, corrected = predictions(fitted, table.dims)
+        for law, seconds in (("bare", bare), ("corrected", corrected)):
+            scores += _scores(table, ~mask, seconds, {"split": split, "law": law})
+        if split == "shape":
+            keep(table, fitted, mask)
+            worst = _worst(table, ~mask, corrected)
+    key = ["device", "section", "campaign"]
+    _merge(out / "errors.csv", scores, key)
+    _merge(out / "worst.csv", worst, key)
+    error = next(s["mean"] for s in scores if s["law"] == "corrected")
+    print(f"{table.device} {table.section} {table.campaign}: {len(table.dims)} rows, held-out {error:.1%}, "
+          f"{time.perf_counter() - begun:.0f} s", file=sys.stderr)  # fmt: skip
+
+
+def keep(table: Table, fitted: Fit, mask: Mask) -> None:
+    """Write the section of a table into the device's kernels file, unless it is the second campaign of a device."""
+    path = CATALOGUE / "kernels" / f"{table.device}.toml"
+    data: dict[str, Any] = tomlfile.read_toml(path) if path.is_file() else {}
+    sections = data.setdefault("gemm", {})
+    if table.campaign == "random" and "models" in sections.get(table.section, {}).get("data", ""):
+        return
+    sections[table.section] = section_values(table, fitted, mask)
+    tomlfile.write_toml(path, data)
+
+
+def _scores(table: Table, held: Mask, seconds: Array, labels: dict[str, str]) -> list[dict[str, Any]]:
+    """Errors of predictions per region: n, mean, median, 90th percentile of the absolute, and mean of the signed; and
+    the share outside the range of the calibration half."""
+    dims, error = table.dims[held], seconds[held] / table.seconds[held] - 1
+    low, high = table.dims[~held].min(axis=0), table.dims[~held].max(axis=0)
+    outside = ((dims < low) | (dims > high)).any(axis=1)
+    rows = []
+    regions = {"all": np.ones(len(dims), bool), ALL_LARGE: dims[:, 1:].min(axis=1) >= 1024}
+    regions |= {name: (dims[:, 1] >= a) & (dims[:, 1] < b) for name, (a, b) in REGIONS.items()}
+    for region, inside in regions.items():
+        if inside.any():
+            e = error[inside]
+            rows.append({
+                "device": table.device, "section": table.section, "campaign": table.campaign, **labels,
+                "region": region, "n": len(e), "mean": float(abs(e).mean()), "median": float(np.median(abs(e))),
+                "p90": float(np.quantile(abs(e), 0.9)), "bias": float(e.mean()),
+                "outside": float(outside[inside].mean()),
+            })  # fmt: skip
+    return rows
+
+
+def _worst(table: Table, held: Mask, seconds: Array) -> list[dict[str, Any]]:
+    error = np.where(held, seconds / table.seconds - 1, 0.0)
+    rows = []
+    for i in np.argsort(-abs(error))[:WORST]:
+        b, m, n, k = table.dims[i].astype(int).tolist()
+        rows.append({"device": table.device, "section": table.section, "campaign": table.campaign, "batches": b,
+                     "m": m, "n": n, "k": k, "measured_us": table.seconds[i] * 1e6, "predicted_us": seconds[i] * 1e6,
+                     "error": error[i]})  # fmt: skip
+    return rows
+
+
+def _library_scores(folder: Path, device: str) -> list[dict[str, Any]]:
+    """How far each library's own bfloat16 rows lie from the other libraries' rows of the same shapes, and from the
+    corrected law on the held-out half."""
+    found = {name: dict(zip(map(tuple, dims), s)) for name, (dims, s) in library_rows(folder, device).items()}
+    pricing = borrowed_pricing(load_device(device), load_device(device), "bfloat16")
+    rows = []
+    for name, times in found.items():
+        for other in (o for o in found if o > name):
+            common = [d for d in times if d in found[other]]
+            ratio = np.array([times[d] / found[other][d] for d in common])
+            rows.append({"device": device, "library": name, "against": other, "n": len(common),
+                         "mean": float(abs(ratio - 1).mean()), "bias": float((ratio - 1).mean())})  # fmt: skip
+        dims = np.array(list(times))
+        held = ~calibration_half(dims)
+        law = law_seconds(pricing.constants, pricing.hardware, pricing.menu, dims[held])
+        assert pricing.correction is not None, "a device's own section has a correction"
+        error = law * factors(pricing.correction, dims[held]) / np.array(list(times.values()))[held] - 1
+        rows.append({"device": device, "library": name, "against": "law", "n": len(error),
+                     "mean": float(abs(error).mean()), "bias": float(error.mean())})  # fmt: skip
+    return rows
+
+
+def _borrowed_scores(table: Table) -> list[dict[str, Any]]:
+    """Errors on the held-out half when the constants are the nearest relative's, without and with its correction."""
+    mask = calibration_half(table.dims)
+    device = load_device(table.device)
+    near = next((d for d in relatives(device) if table.section in d.kernels.get("gemm", {})), None)
+    if near is None:
+        return []
+    host = float(device.kernels["gemm"][table.section].get("host_in_table", 0.0))
+    pricing = borrowed_pricing(device, near, table.section)
+    bare = law_seconds(pricing.constants, pricing.hardware, pricing.menu, table.dims)
+    assert pricing.correction is not None, "every fitted section has a correction"
+    rows = _scores(table, ~mask, bare + host, {"split": "shape", "law": "bare", "from": near.name})
+    corrected = bare * factors(pricing.correction, table.dims) + host
+    return rows + _scores(table, ~mask, corrected, {"split": "shape", "law": "corrected", "from": near.name})
+
+
+def _merge(path: Path, rows: list[dict[str, Any]], key: list[str]) -> None:
+    """Add rows to a CSV file in place of those with the same key."""
+    if not rows:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = pd.DataFrame(rows)
+    if path.is_file():
+        old = pd.read_csv(path)
+        same = old.set_index(key).index.isin(new.set_index(key).index)
+        new = pd.concat([old[~same], new])
+    new.to_csv(path, index=False, float_format="%.5g")
+
+
+if __name__ == "__main__":
+    measured.cache_clear()
+    sys.exit(main())

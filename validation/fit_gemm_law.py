@@ -1,0 +1,219 @@
+"""Fitting the tile law and its correction to the calibration half of a table, and scoring them on the other half."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+import scipy.sparse as sparse
+from numpy.typing import NDArray
+from scipy.optimize import least_squares
+from scipy.sparse.linalg import cg
+
+from costmodels.device import load_device
+from costmodels.gemm import REGIONS, WIDTH
+from costmodels.gemm_correction import Correction, corners, correction_from, factors, section_of
+from costmodels.gemm_law import Constants, Hardware, Menu, hardware_of, law_seconds, menu
+from validation.tables_gemm import Table
+
+Array = NDArray[np.float64]
+Mask = NDArray[np.bool_]
+# Start, least and largest value of each constant.
+RANGES = {
+    "compute": (0.9, 0.1, 1.0), "area": (0.2, 0.0, 1.0), "prologue": (100, 1, 800), "smooth": (0.6, 0.0, 1.0),
+    "stream": (0.85, 0.3, 1.1), "in_flight": (200, 10, 2000), "reread": (0.3, 0.0, 5.0), "overlap": (4, 1.1, 12),
+    "floor": (2.5e-6, 2e-7, 2e-5), "split_floor": (2e-6, 0.0, 5e-5), "split_bytes": (0.1, 0.0, 5.0),
+    "throttle": (0.03, 0.0, 0.5), "odd": (0.03, 0.0, 1.0), "host": (4e-5, 0.0, 3e-4),
+}  # fmt: skip
+TENSOR_TILES = [
+    "16x64", "16x128", "32x64", "32x128", "64x32", "64x64", "64x128", "64x256", "128x32", "128x64", "128x128",
+    "128x256", "256x64", "256x128",
+]  # fmt: skip
+SPLITS = [1, 2, 4, 8]
+EAGER_FLOOR = 3e-6  # a kernel's own floor cannot be told from its launch in eager times: bfloat16's on A100 and H100
+ROWS = 2000  # sampled rows of the calibration half to which the constants are fitted
+NODES = (6, 30, 16, 12)  # most nodes of the correction along batches, m, n, k
+STIFFNESS = (0.03, 0.1, 0.3)  # candidates; chosen on a quarter of the calibration half
+RARE = 0.01  # a tile is on the menu if it has this share of the calibration half
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Fit:
+    """A fitted table. host: seconds of the eager launch in the table's times, no part of the law."""
+
+    constants: Constants
+    hardware: Hardware
+    menu: Menu
+    tiles: list[str]
+    splits: list[int]
+    host: float
+    correction: Correction
+
+
+def calibration_half(dims: Array, by_pair: bool = False) -> Mask:
+    """Which rows calibrate, by a hash of (batches, m, n, k); `by_pair` by (n, k) alone, so that a held-out product has
+    no neighbour in m.
+
+    >>> half = calibration_half(np.array([[1.0, m, 64, 64] for m in range(1, 1001)]))
+    >>> 0.4 < half.mean() < 0.6
+    True
+    """
+    mixed = np.zeros(len(dims), np.uint64)
+    for column in (2, 3) if by_pair else (0, 1, 2, 3):
+        mixed += dims[:, column].astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+        mixed ^= mixed >> np.uint64(29)
+        mixed *= np.uint64(0xBF58476D1CE4E5B9)
+    half: Mask = ((mixed >> np.uint64(40)) & np.uint64(1)).astype(bool)
+    return half
+
+
+def fit(table: Table, mask: Mask, rows: int = ROWS) -> Fit:
+    """Fit constants, then the correction, to the rows of `mask`."""
+    tiles, splits = _menu_of(table, mask)
+    device = load_device(table.device)
+    dtype = table.section.removesuffix("_batched")
+    hardware = hardware_of(device, dtype, WIDTH.get(dtype, 1))
+    dims, seconds = table.dims[mask], table.seconds[mask]
+    candidates = menu(tiles, splits)
+    # What a kind of table cannot show is not fitted to it.
+    fixed = {"floor": EAGER_FLOOR} if table.eager else {"odd": 0.0, "host": 0.0}
+    constants, host = _fit_constants(hardware, candidates, dims, seconds, fixed, rows)
+    left = np.log(np.maximum(seconds - host, 0.2 * seconds) / law_seconds(constants, hardware, candidates, dims))
+    # Where the launch is most of a measured time, the rest tells little of the kernel.
+    weights = (1 - np.minimum(host / seconds, 0.95)) ** 2
+    correction = _choose_correction(dims, left, weights)
+    return Fit(constants, hardware, candidates, tiles, splits, host, correction)
+
+
+def _menu_of(table: Table, mask: Mask) -> tuple[list[str], list[int]]:
+    """Tiles that the calibration half's kernels have, where the table names kernels; else those of tensor cores."""
+    named = Counter(t for t, inside in zip(table.tiles, mask) if inside and t)
+    if not named:
+        return TENSOR_TILES, SPLITS
+    enough = RARE * sum(named.values())
+    tiles = sorted((t for t, n in named.items() if n >= enough), key=lambda t: [int(x) for x in t.split("x")])
+    return tiles, SPLITS if not table.section.endswith("_batched") else [1]
+
+
+def _fit_constants(
+    hw: Hardware,
+    candidates: Menu,
+    dims: Array,
+    seconds: Array,
+    fixed: dict[str, float],
+    rows: int,
+) -> tuple[Constants, float]:
+    """Least squares of ln(law / measured), large errors counted linearly; coarse, then fine steps, because minima and
+    waves make the law jump. Returns the constants and the seconds of the launch in the times."""
+    pick = np.random.default_rng(0).permutation(len(dims))[:rows]
+    dims, seconds = dims[pick], seconds[pick]
+    names = [n for n in RANGES if n not in fixed]
+    start, low, high = np.array([RANGES[n] for n in names]).T
+
+    def constants(unit: Array) -> tuple[Constants, float]:
+        values = dict(zip(names, (low + (high - low) * unit).tolist())) | fixed
+        host = values.pop("host")
+        return Constants(**values), host
+
+    def errors(unit: Array) -> Array:
+        made, host = constants(unit)
+        return np.log((law_seconds(made, hw, candidates, dims) + host) / seconds)
+
+    at = (start - low) / (high - low)
+    for step in (0.02, 0.004):
+        solution = least_squares(
+            errors, at, bounds=(0, 1), loss="soft_l1", f_scale=0.05, diff_step=np.array(step), max_nfev=25
+        )
+        at = solution.x
+    return constants(at)
+
+
+def _choose_correction(dims: Array, left: Array, weights: Array) -> Correction:
+    axes = tuple(_nodes(x, count) for x, count in zip(dims.T, NODES))
+    inner = np.arange(len(dims)) % 4 > 0
+    order = np.random.default_rng(1).permutation(len(dims))
+    inner = inner[order]
+    errors = []
+    for stiffness in STIFFNESS:
+        table = smooth_table(axes, dims[inner], left[inner], weights[inner], stiffness)
+        rest = np.exp(left[~inner]) / factors(table, dims[~inner])
+        errors.append(float(np.average(abs(1 - 1 / rest), weights=weights[~inner])))
+    return smooth_table(axes, dims, left, weights, STIFFNESS[int(np.argmin(errors))])
+
+
+def _nodes(values: Array, count: int) -> Array:
+    """At most `count` of the values, spread evenly in their logs, with the least and the largest."""
+    unique = np.unique(np.log(values))
+    if len(unique) <= count:
+        return unique
+    targets = np.linspace(unique[0], unique[-1], count)
+    nearest = np.unique(abs(unique[None, :] - targets[:, None]).argmin(axis=1))
+    picked: Array = np.log(np.unique(np.rint(np.exp(unique[nearest]))))
+    apart: Array = picked[np.concatenate([[True], np.diff(picked) > 0.04])]
+    return apart
+
+
+def smooth_table(axes: tuple[Array, ...], dims: Array, left: Array, weights: Array, stiffness: float) -> Correction:
+    """The table that is near `left` and smooth: weighted squares plus `stiffness` times the squared slopes between
+    neighbouring nodes (three times that along n and k, where tables are coarser), large residuals counted linearly."""
+    indices, shares = corners(axes, np.log(dims))
+    rows = np.repeat(np.arange(len(dims)), indices.shape[1])
+    size = int(np.prod([len(a) for a in axes]))
+    matrix = sparse.csr_matrix((shares.ravel(), (rows, indices.ravel())), shape=(len(dims), size))
+    rough = _roughness(axes, tuple(stiffness * f for f in (1, 1, 3, 3))) + 0.05 * sparse.identity(size)
+    values, robust = np.zeros(size), np.ones(len(dims))
+    for _ in range(2):
+        scale = sparse.diags(weights * robust)
+        system = (matrix.T @ scale @ matrix + rough).tocsr()
+        target = np.asarray(matrix.T @ (weights * robust * left))
+        values, _ = cg(system, target, x0=values, rtol=1e-4, maxiter=400)
+        robust = 1 / np.maximum(1.0, abs(left - matrix @ values) / 0.08)
+    return Correction(axes, values)
+
+
+def _roughness(axes: tuple[Array, ...], stiffness: tuple[float, ...]) -> Any:
+    """Sum over axes of stiffness times the squared slope in the log of that axis."""
+    total: Any = 0
+    for i, axis in enumerate(axes):
+        if len(axis) == 1:
+            continue
+        width = np.sqrt(np.diff(axis))
+        slope: Any = sparse.diags_array((-1 / width, 1 / width), offsets=(0, 1), shape=(len(axis) - 1, len(axis)))
+        term: Any = sparse.identity(1)
+        for j, other in enumerate(axes):
+            factor = stiffness[i] * (slope.T @ slope) if i == j else sparse.identity(len(other))
+            term = sparse.kron(term, factor)
+        total = total + term
+    return total
+
+
+def predictions(fitted: Fit, dims: Array) -> tuple[Array, Array]:
+    """Measured times that the bare law, and the law with its correction, expect: the eager launch included."""
+    bare = law_seconds(fitted.constants, fitted.hardware, fitted.menu, dims)
+    return bare + fitted.host, bare * factors(fitted.correction, dims) + fitted.host
+
+
+def section_values(table: Table, fitted: Fit, mask: Mask) -> dict[str, Any]:
+    """The section of a kernels file: constants, menu, range, errors on the held-out half, correction."""
+    stored = section_of(fitted.correction)
+    rounded = replace(fitted, correction=correction_from(stored) or fitted.correction)
+    held, seconds = table.dims[~mask], table.seconds[~mask]
+    errors = abs(predictions(rounded, held)[1] / seconds - 1)
+    region = np.searchsorted(REGIONS, held[:, 1], side="right")
+    calibration = table.dims[mask]
+    return {
+        "data": table.data,
+        "rows": int(mask.sum()),
+        "held_out": len(held),
+        "error": float(errors.mean()),
+        "errors": [float((errors[region == r] if (region == r).any() else errors).mean()) for r in range(4)],
+        "tiles": fitted.tiles,
+        "splits": fitted.splits,
+        **asdict(fitted.constants),
+        **({"host_in_table": fitted.host} if table.eager else {}),
+        "low": calibration.min(axis=0).tolist(),
+        "high": calibration.max(axis=0).tolist(),
+        **stored,
+    }
