@@ -1,0 +1,138 @@
+"""The report of a run over emulated networks: a table of errors, the rows that missed, a picture, CSV and JSON."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from statistics import fmean, median
+from typing import TYPE_CHECKING
+
+from validation.emulate_net import BURST, PAYLOAD
+
+if TYPE_CHECKING:
+    from validation.emulate import Row
+
+TARGET = 0.08
+
+
+def write(folder: Path, rows: Sequence[Row], scored_from: int, command: str) -> None:
+    """report.md, results.csv, results.json and predicted_vs_measured.png in `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    scored = [r for r in rows if r.bytes >= scored_from]
+    with (folder / "results.csv").open("w", newline="") as file:
+        table = csv.DictWriter(file, [*asdict(rows[0]), "error"])
+        table.writeheader()
+        table.writerows(asdict(row) | {"error": row.error} for row in rows)
+    summary = {"n": len(scored), "mape": _mape(scored), "within_target": _share(scored), "scored_from": scored_from}
+    data = {"summary": summary, "rows": [asdict(r) | {"error": r.error} for r in rows]}
+    (folder / "results.json").write_text(json.dumps(data, indent=1) + "\n")
+    (folder / "report.md").write_text(_text(rows, scored, scored_from, command))
+    _plot(folder / "predicted_vs_measured.png", scored)
+
+
+def _text(rows: Sequence[Row], scored: Sequence[Row], scored_from: int, command: str) -> str:
+    plain, late = [r for r in scored if not r.added], [r for r in scored if r.added]
+    lines = [
+        "# Collectives of gloo over emulated networks",
+        "",
+        "Network namespaces joined by veth pairs and bridges, every wire shaped by a token bucket. Predicted from the",
+        f"rate of the buckets times the payload of a frame ({PAYLOAD:.4f}), their burst ({BURST} bytes) and the latency of",
+        "4-byte messages on the unshaped network, by gloo's own order of messages (`validation/emulate_predict.py`).",
+        "Nothing is fitted to a row. Measured: median over the repetitions of the slowest rank.",
+        "",
+        f"From {scored_from // 1024} KiB up: {len(plain)} rows, mean absolute error {_mape(plain):.1%}, median "
+        f"{median(abs(r.error) for r in plain):.1%}, {_share(plain):.0%} within {TARGET:.0%}.",
+        "",
+        "![predicted over measured](predicted_vs_measured.png)",
+        "",
+        "| network | collective | n | mean error | bias | worst | within 8 % | closed form (`costmodels.gloo`) |",
+        "|---|---|--:|--:|--:|--:|--:|--:|",
+    ]
+    for key, group in _groups(plain):
+        worst = max((r.error for r in group), key=abs)
+        closed = fmean(abs(r.closed_form / r.measured - 1) for r in group)
+        lines.append(
+            f"| {key[0]} | {key[1]} | {len(group)} | {_mape(group):.1%} | {fmean(r.error for r in group):+.1%} "
+            f"| {worst:+.1%} | {_share(group):.0%} | {closed:.1%} |"
+        )
+    if late:
+        lines += ["", f"## {1e3 * late[0].added:g} ms late by the transport shim", "", _shim_note(), ""]
+        lines += ["| network | collective | bytes | measured ms | predicted ms | error |", "|---|---|--:|--:|--:|--:|"]
+        lines += [_row(r) for r in late]
+    head = "network | Mbit/s | collective | bytes | measured ms | spread | predicted ms | error | load per core"
+    lines += ["", "## Every row", "", f"| {head} |", "|---|--:|---|--:|--:|--:|--:|--:|--:|"]
+    for r in (r for r in rows if not r.added):
+        lines.append(
+            f"| {r.network} | {r.rate * 8e-6:g} | {r.kind} | {r.bytes} | {1e3 * r.measured:.2f} | {r.spread:.0%} "
+            f"| {1e3 * r.predicted:.2f} | {r.error:+.1%} | {r.load:.1f} |"
+        )
+    return "\n".join([*lines, "", *_environment(rows, command)]) + "\n"
+
+
+def _row(r: Row) -> str:
+    times = f"{1e3 * r.measured:.2f} | {1e3 * r.predicted:.2f} | {r.error:+.1%}"
+    return f"| {r.network} | {r.kind} | {r.bytes} | {times} |"
+
+
+def _shim_note() -> str:
+    return (
+        "Where the kernel has no netem, a c10d backend over gloo makes every message of the longest chain of a"
+        " collective late. This shows that the delays arrive as ordered, not how gloo behaves when each packet is late."
+    )
+
+
+def _environment(rows: Sequence[Row], command: str) -> list[str]:
+    import torch
+
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    loads = [r.load for r in rows]
+    return [
+        f"Command: `{command}`; commit {commit or 'unknown'}; {platform.system()} {platform.release()}, "
+        f"{os.cpu_count()} cores, no GPU used; Python {platform.python_version()}, torch {torch.__version__}; "
+        f"load per core while it ran: median {median(loads):.1f}, highest {max(loads):.1f}; "
+        f"{min(r.repetitions for r in rows)} repetitions or more.",
+    ]
+
+
+def _groups(rows: Iterable[Row]) -> list[tuple[tuple[str, str], list[Row]]]:
+    found: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        found.setdefault((row.network, row.kind), []).append(row)
+    return list(found.items())
+
+
+def _mape(rows: Sequence[Row]) -> float:
+    return fmean(abs(r.error) for r in rows) if rows else 0.0
+
+
+def _share(rows: Sequence[Row]) -> float:
+    return fmean(abs(r.error) <= TARGET for r in rows) if rows else 0.0
+
+
+def _plot(path: Path, rows: Sequence[Row]) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 6), layout="constrained")
+    axes = figure.subplots()
+    markers = dict(zip(dict.fromkeys(r.network for r in rows), "os^Dv"))
+    colours = {kind: f"C{i}" for i, kind in enumerate(dict.fromkeys(r.kind for r in rows))}
+    for (network, kind), group in _groups(rows):
+        points = [1e3 * r.measured for r in group], [1e3 * r.predicted for r in group]
+        axes.scatter(*points, s=22, marker=markers[network], color=colours[kind], alpha=0.75)
+    low, high = min(1e3 * r.measured for r in rows) / 1.3, max(1e3 * r.measured for r in rows) * 1.3
+    axes.plot([low, high], [low, high], color="0.4", linewidth=0.8)
+    axes.fill_between([low, high], [low * 0.92, high * 0.92], [low * 1.08, high * 1.08], color="0.5", alpha=0.15)
+    for name, marker in markers.items():
+        axes.scatter([], [], marker=marker, color="0.3", label=name)
+    for name, colour in colours.items():
+        axes.plot([], [], color=colour, linewidth=4, label=name)
+    axes.set(xscale="log", yscale="log", xlim=(low, high), ylim=(low, high))
+    axes.set(xlabel="measured, ms", ylabel="predicted, ms", title="gloo over emulated networks; band: 8 %")
+    axes.legend(fontsize=8)
+    figure.savefig(path, dpi=130)
