@@ -122,6 +122,7 @@ FORMULAS: dict[str, Formula] = {
 LIGHT = frozenset(
     """
     _adaptive_avg_pool2d _adaptive_avg_pool2d_backward _adaptive_avg_pool3d _assert_async _assert_tensor_metadata
+    _prelu_kernel _prelu_kernel_backward
     _batch_norm_with_update _embedding_bag _embedding_bag_forward_only _fused_rms_norm _fused_rms_norm_backward
     _linalg_check_errors _local_scalar_dense _log_softmax _log_softmax_backward_data _native_batch_norm_legit
     _native_batch_norm_legit_functional _native_batch_norm_legit_no_training _pack_padded_sequence _pin_memory

@@ -66,6 +66,8 @@ def _between(device: Device, text: str, per_node: int, case: Case) -> tuple[Link
         rate = int(found[1]) * int(found[2]) / 8 * GB / per_node
     elif found := re.search(r"(\d+)\s*Gb/s.*per (node|GPU)", text):
         rate = int(found[1]) / 8 * GB / (per_node if found[2] == "node" else 1)
+    elif "EC2" in text:
+        rate = 1.25 * GB / per_node  # p2.8xlarge: 10 Gb/s a node, from memory
     if rate is not None:
         return Link(text, rate, LATENCY_BETWEEN, "the row"), False
     name = re.sub(r"[^a-z0-9]", "", device.name.lower())

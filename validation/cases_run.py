@@ -79,9 +79,10 @@ def run_cases(cases: Sequence[Case], progress: Progress) -> list[Outcome]:
 
 class _Runner:
     def __init__(self) -> None:
-        from validation.cases_transformer import Traces
+        from validation import cases_transformer, cases_vision
 
-        self.traces = Traces()
+        self.traces = cases_transformer.Traces()
+        self.pictures = cases_vision.Traces()
         self.clusters: dict[tuple[str, ...], Any] = {}
         self.devices: dict[str, Any] = {}
         self.known: dict[Any, Outcome] = {}
@@ -121,4 +122,16 @@ class _Runner:
         return replace(self.known[key], case=case)
 
     def _vision(self, case: Case) -> Outcome:
-        raise CaseError("vision rows are not predicted yet")
+        from planner.whole_step import predict_whole
+        from validation import cases_vision as vision
+
+        plan, software = vision.plan_of(case), vision.software_of(case)
+        sharing = vision.sharing_of(case)
+        cluster = self.cluster(case)
+        precision = plan.precision if plan.precision in ("fp16", "bf16") else "fp32"
+        graph = self.pictures.graph(vision.model_name(case), precision, plan.micro_batch)
+        p = predict_whole(graph, plan, cluster, software, sharing)
+        return Outcome(
+            case, p.step_seconds, p.interval, p.memory.allocated, None, p.device, p.shares, plan.label, software.name,
+            cluster.notes,
+        )  # fmt: skip

@@ -1,0 +1,209 @@
+"""A training step of any traced model on GPUs whose ranks all do the same: data parallelism by all-reduce or by
+parameter servers, a classification layer divided over the ranks, or a pipeline of micro-batches.
+
+For models without repeated blocks (CNNs). Prices, host model and event engine are those of `planner.folded`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from math import hypot, sqrt
+from typing import Literal
+
+from costmodels.cluster import Cluster
+from costmodels.collectives import collective_price
+from costmodels.ops import OpShape, price
+from opgraph.graph import Op, OpGraph
+from planner.folded import STEP_ERROR, FoldedPrediction
+from planner.folded_groups import Groups
+from planner.folded_kernels import Kernels, Priced, priced
+from planner.folded_local import local_step
+from planner.folded_memory import Memory
+from planner.folded_orders import order
+from planner.folded_step import Lane, Tally
+from planner.plan import ParallelPlan
+from planner.predict import NINE_IN_TEN
+from planner.software import Software
+from planner.stages import StageOps, stage_ops, within
+from simulator import ProgramBuilder, breakdown, overall, simulate
+
+Exchange = Literal["all_reduce", "server", "copies"]
+PARTS = 8  # a pass is cut into so many parts, each of which hands over its gradients
+HOST_MEMORY = 40e9  # bytes/s at which a host adds gradients up: ASSUMPTION (two sockets of 2014 to 2017, 20 to 60)
+
+
+@dataclass(frozen=True, slots=True)
+class Sharing:
+    """exchange: how replicas agree. divided: module whose parameters are divided over the ranks by class ("" for
+    none); every rank sees all samples there. sampled: share of its classes that take part in a step."""
+
+    exchange: Exchange = "all_reduce"
+    divided: str = ""
+    sampled: float = 1.0
+
+
+@dataclass(slots=True)
+class _Whole:
+    graph: OpGraph
+    plan: ParallelPlan
+    cluster: Cluster
+    software: Software
+    sharing: Sharing
+    kernels: Kernels
+    tally: Tally = field(default_factory=Tally)
+
+    def runs(self, ops: Sequence[Op], backward: bool, times: int = 1) -> Priced:
+        launches = self.kernels.backward(ops) if backward else self.kernels.forward(ops)
+        found = priced(launches, self.cluster, Groups(self.plan))
+        self.tally.merge(found, times)
+        return found
+
+    def bytes_of(self, ops: Sequence[Op]) -> int:
+        """Gradients that these backward ops finish and that replicas exchange."""
+        ends = {op: name for name, op in self.graph.gradient_ops}
+        names = (ends[op.id] for op in ops if op.id in ends)
+        return sum(self.graph.parameters[n].bytes for n in names if not self._divided(n))
+
+    def _divided(self, name: str) -> bool:
+        return bool(self.sharing.divided) and within(name.rpartition(".")[0], self.sharing.divided)
+
+    def update_seconds(self, ranks: int) -> float:
+        """The optimizer on a rank's parameters: reads parameter, gradient and momentum, writes two of them."""
+        total = 0.0
+        for name, t in self.graph.parameters.items():
+            total += t.bytes / ranks * self.sharing.sampled if self._divided(name) else t.bytes
+        shape = OpShape("aten._fused_sgd_.default", "optimizer", ((int(total / 4),),), ((int(total / 4),),), "float32",
+                        0, int(3 * total), int(2 * total))  # fmt: skip
+        cost = price(self.cluster.device, shape)
+        self.tally.add("optimizer", cost.seconds, cost.source, cost.error)
+        return cost.seconds
+
+    def message(self, kind: str, size: float) -> float:
+        if self.plan.dp == 1 and self.sharing.exchange != "server":
+            return 0.0
+        if self.sharing.exchange == "all_reduce" or kind != "all_reduce":
+            cost = collective_price(self.cluster, kind, size, Groups(self.plan).ranks("dp"))
+            self.tally.add(f"dp {kind}", cost.seconds, cost.source, cost.error)
+            return cost.seconds
+        seconds = self._served(size)
+        self.tally.add(f"dp {self.sharing.exchange}", seconds, "roofline", 0.3)
+        return seconds
+
+    def _served(self, size: float) -> float:
+        """Gradients to where the variables live, in one direction.
+
+        The node's ranks copy theirs at once; the host adds them up. Between nodes, every node holds an equal part of
+        the variables: it sends the rest of its sums away and receives as much, in both directions at once."""
+        cluster = self.cluster
+        inside = min(self.plan.dp, cluster.devices_per_node)
+        copying = size / cluster.intra.bandwidth
+        adding = inside * size / HOST_MEMORY if self.sharing.exchange == "server" else 0.0
+        nodes = -(-self.plan.dp // cluster.devices_per_node)
+        rate = cluster.inter.bandwidth * cluster.devices_per_node
+        return max(copying, adding) + (size * (nodes - 1) / nodes / rate if nodes > 1 else 0.0)
+
+
+def predict_whole(
+    graph: OpGraph, plan: ParallelPlan, cluster: Cluster, software: Software, sharing: Sharing = Sharing()
+) -> FoldedPrediction:
+    """Predicts one step of `graph`, which is at the plan's micro-batch."""
+    kernels = Kernels(local_step(graph, plan, 1, 0, False), software)
+    whole = _Whole(graph, plan, cluster, software, sharing, kernels)
+    tasks = ProgramBuilder()
+    if plan.pp > 1 or plan.recompute:
+        _pipeline(whole, tasks)
+    else:
+        _replicas(whole, tasks)
+    timeline = simulate(tasks.build())
+    tally, step = whole.tally, timeline.makespan
+    total = sum(tally.sources.values()) or 1.0
+    spread = NINE_IN_TEN * hypot(sqrt(sum(e * e for e in tally.errors.values())) / total, STEP_ERROR)
+    return FoldedPrediction(
+        step, (step * max(0.0, 1 - spread), step * (1 + spread)), _memory(graph),
+        asdict(overall(breakdown(timeline))), dict(sorted(tally.seconds.items(), key=lambda item: -item[1])),
+        {k: v / total for k, v in sorted(tally.sources.items())}, len(timeline.program),
+    )  # fmt: skip
+
+
+def _memory(graph: OpGraph) -> Memory:
+    """By category at the moment when most is alive; one rank with all parameters."""
+    parameters = sum(t.bytes for t in graph.parameters.values())
+    end = max((op.id for op in graph.ops if op.phase == "forward"), default=0)
+    kept = sum(s.bytes for s in graph.storages if s.role == "activation" and 0 <= s.birth <= end < s.death)
+    return Memory(parameters, parameters, parameters, kept, 0)
+
+
+def _cut(ops: Sequence[Op], parts: int) -> list[Sequence[Op]]:
+    size = -(-len(ops) // parts)
+    return [ops[i : i + size] for i in range(0, len(ops), size)]
+
+
+def _replicas(w: _Whole, tasks: ProgramBuilder) -> None:
+    """Forward, backward with gradients handed over part by part, update. Parameters that a server keeps are fetched
+    part by part before forward."""
+    lane = Lane(tasks, 0)
+    forward = [op for op in w.graph.ops if op.phase == "forward"]
+    backward = [op for op in w.graph.ops if op.phase == "backward"]
+    served = w.sharing.exchange == "server"
+    total = sum(w.bytes_of(part) for part in _cut(backward, PARTS))
+    for part in _cut(forward, PARTS):
+        waits = [lane.message("fetch", "server", w.message("all_reduce", total / PARTS))] if served else []
+        lane.run("F", "forward", w.runs(part, False).run, waits)
+    if w.sharing.divided:
+        _divided_layer(w, lane)
+    handed = []
+    for part in _cut(backward, PARTS):
+        lane.run("B", "backward", w.runs(part, True).run)
+        if size := w.bytes_of(part):
+            handed.append(lane.message("gradients", "all_reduce", w.message("all_reduce", size), [lane.free]))
+    update = 0.0 if served else w.update_seconds(w.plan.dp)
+    lane.busy("optimizer", "optimizer", update, handed)
+    lane.busy("host of the step", "host", w.software.host.step)
+
+
+def _divided_layer(w: _Whole, lane: Lane) -> None:
+    """Every rank gets all embeddings for its classes, and gives back their gradients; the loss needs two numbers of
+    every sample from all ranks."""
+    weight = next(t for n, t in w.graph.parameters.items() if within(n.rpartition(".")[0], w.sharing.divided))
+    size = w.graph.batch * w.plan.dp * weight.shape[-1] * 4
+    for kind, amount in (("all_gather", size), ("all_reduce", 8 * w.graph.batch * w.plan.dp), ("reduce_scatter", size)):
+        lane.busy(kind, kind, w.message(kind, amount))
+
+
+def _pipeline(w: _Whole, tasks: ProgramBuilder) -> None:
+    """GPipe with the activations of every micro-batch but the last made again in backward."""
+    plan = w.plan
+    stages = stage_ops(w.graph, plan.cuts)
+    lanes = [Lane(tasks, s) for s in range(plan.pp)]
+    passes = [(w.runs(s.forward, False, plan.micro_batches if s.index == 0 else 0).run,
+               w.runs(s.backward, True, plan.micro_batches if s.index == 0 else 0).run) for s in stages]  # fmt: skip
+    send = [_send(w, s) for s in stages[:-1]]
+    done: dict[tuple[bool, int, int], int] = {}
+    for backward in (False, True):
+        for s in range(plan.pp) if not backward else reversed(range(plan.pp)):
+            for step in order(s, plan.pp, 1, plan.micro_batches, True):
+                if step.backward != backward:
+                    continue
+                before = s + 1 if backward else s - 1
+                waits = [done[backward, before, step.micro]] if 0 <= before < plan.pp else []
+                lane, (f, b) = lanes[s], passes[s]
+                if backward and plan.recompute and step.micro < plan.micro_batches - 1:
+                    lane.run("R", "recompute", f)
+                lane.run("B" if backward else "F", "backward" if backward else "forward", b if backward else f, waits)
+                edge = s - 1 if backward else s
+                sent = lane.free
+                if 0 <= edge < plan.pp - 1:
+                    sent = tasks.task("send", "send", send[edge], -1, [lane.free], 0.0, s)
+                done[backward, s, step.micro] = sent
+    for lane in lanes:
+        lane.busy("optimizer", "optimizer", w.update_seconds(1) / plan.pp)
+        lane.busy("host of the step", "host", w.software.host.step)
+
+
+def _send(w: _Whole, stage: StageOps) -> float:
+    ends = Groups(w.plan, stage.index).neighbours(stage.index + 1)
+    size = sum(w.graph.tensors[t].bytes for t in stage.sends)
+    cost = collective_price(w.cluster, "send", size, ends)
+    w.tally.add("send", cost.seconds * w.plan.micro_batches, cost.source, cost.error)
+    return cost.seconds
