@@ -41,9 +41,10 @@ def _text(rows: Sequence[Row], scored: Sequence[Row], scored_from: int, command:
     lines = [
         "# Collectives of gloo over emulated networks",
         "",
-        "Network namespaces joined by veth pairs and bridges, every wire shaped by a token bucket. Predicted from the",
-        f"rate of the buckets times the payload of a frame ({PAYLOAD:.4f}), their burst ({BURST} bytes) and the latency of",
-        "4-byte messages on the unshaped network, by gloo's own order of messages (`validation/emulate_predict.py`).",
+        "Network namespaces joined by veth pairs and bridges, every wire shaped by a token bucket. Predicted from",
+        f"the rate of the buckets times the payload of a frame ({PAYLOAD:.4f}), their burst ({BURST} bytes) and the",
+        "latency of 4-byte messages on the unshaped network, by gloo's own order of messages",
+        "(`validation/emulate_predict.py`).",
         "Nothing is fitted to a row. Measured: median over the repetitions of the slowest rank.",
         "",
         f"From {scored_from // 1024} KiB up: {len(plain)} rows, mean absolute error {_mape(plain):.1%}, median "
