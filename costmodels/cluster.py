@@ -191,9 +191,7 @@ def load_cluster(name: str | Path) -> Cluster:
         if count < 1:
             raise ValueError(f"'{text}' has no nodes; write 1x or more")
         if base.dims and count > 1:
-            raise ValueError(
-                f"'{text}': a torus does not grow by nodes; give its grid, as 'tpu-v4-cube' has, in a file"
-            )
+            raise ValueError(f"'{text}': a torus does not grow by nodes; give its grid in a file, as tpu-v4-cube has")
         groups = base.groups * count
         return replace(base, name=f"{count}x {base.name}", nodes=count * base.nodes, groups=groups, cache={})
     if text == "local":
