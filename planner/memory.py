@@ -95,6 +95,7 @@ class _Replay:
     by_parameter: dict[str, list[int]] = field(default_factory=dict)
     inside: dict[int, int] = field(default_factory=dict)  # op -> bytes that it takes inside itself
     again: dict[int, list[tuple[str, list[Op]]]] = field(default_factory=dict)  # backward op -> regions made again
+    ends: dict[int, str] = field(default_factory=dict)  # last backward op of a region -> the region
     unneeded: dict[str, list[int]] = field(default_factory=dict)  # region -> storages made again that backward ignores
     forgotten: dict[int, tuple[str, set[int]]] = field(default_factory=dict)  # last op of a region -> it, storages
     alive: dict[int, dict[int, None]] = field(default_factory=dict)  # micro-batch -> storages, in order
@@ -166,17 +167,17 @@ class _Replay:
         """Where a checkpointed region ends in forward, what it forgets there, and where backward makes it again."""
         stage = self.stage
         ops = [op for op in stage.ops.forward if within(op.module, path)]
-        first = next((op for op in stage.ops.backward if within(op.module, path) and op.module != LOSS), None)
-        if not ops or first is None:
+        backward = [op for op in stage.ops.backward if within(op.module, path) and op.module != LOSS]
+        if not ops or not backward:
             return
+        first = backward[0]
+        self.ends[backward[-1].id] = path
         again = recomputed_ops(stage, path)
         self.again.setdefault(first.id, []).append((path, again))
         made = {s for op in again for s in self.born.get(op.id, ())}
         self.forgotten[ops[-1].id] = (path, made - self._leaving(path))
-        here = {op.id for op in again}
-        self.unneeded[path] = [
-            s for op in stage.ops.forward if op.id not in here for s in self.dies.get(op.id, ()) if s in made
-        ]
+        done = {op.id for op in (*stage.ops.forward, *stage.ops.backward) if op.id < first.id} - {op.id for op in again}
+        self.unneeded[path] = [s for op, storages in self.dies.items() if op in done for s in storages if s in made]
 
     def _leaving(self, path: str) -> set[int]:
         graph = self.stage.graph
@@ -264,10 +265,10 @@ class _Replay:
             for path, ops in self.again.get(op.id, ()):
                 for again in ops:
                     self._run_op(again, micro, "recompute")
-                for s in self.unneeded[path]:  # forward ends early: its last values go with it
+                for s in self.unneeded[path]:  # forward ends early, and what left the region was kept
                     self._free(s, micro)
-                self.ledger.drop(("generator", path, micro))
             self._run_op(op, micro, "backward")
+            self.ledger.drop(("generator", self.ends.get(op.id, ""), micro))
             if op.id in ready and micro > 0:
                 for s in self._gradients_of(ready[op.id]):
                     self._free(s, micro)
