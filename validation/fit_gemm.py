@@ -45,9 +45,13 @@ def main(arguments: list[str] | None = None) -> int:
         if args.tables:
             for device in sorted({t.device for t in tables if t.section == "bfloat16"}):
                 _merge(args.out / "libraries.csv", _library_scores(args.tables, device), ["device"])
-        if args.borrow:
-            for table in tables:
+        for table in tables:
+            if table.section.endswith("_batched"):
+                _merge(args.out / "pace.csv", [_pace(table)], ["device", "section", "campaign"])
+            if args.borrow:
                 _merge(args.out / "borrowed.csv", _borrowed_scores(table), ["device", "section", "campaign"])
+            if args.borrow and table.section == "float32" and table.campaign == "models":
+                _merge(args.out / "hull.csv", _outside_tables(table), ["shapes", "device"])
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
@@ -157,6 +161,30 @@ def _library_scores(folder: Path, device: str) -> list[dict[str, Any]]:
         error = law * factors(pricing.correction, dims[held]) / np.array(list(times.values()))[held] - 1
         rows.append({"device": device, "library": name, "against": "law", "n": len(error),
                      "mean": float(abs(error).mean()), "bias": float(error.mean())})  # fmt: skip
+    return rows
+
+
+def _pace(table: Table) -> dict[str, Any]:
+    """How much the rate of products differs that differ in the number of batches only and take more than 1 ms: no law
+    of shapes can say why. Mean and 90th percentile of the distance (ln) to the median of each (m, n, k)."""
+    long = table.seconds > 1e-3
+    frame = pd.DataFrame(table.dims[long, 1:], columns=["m", "n", "k"])
+    frame["rate"] = np.log(table.dims[long].prod(axis=1) / table.seconds[long])
+    groups = frame.groupby(["m", "n", "k"]).rate
+    apart = abs(frame.rate - groups.transform("median"))[groups.transform("size") >= 3]
+    return {"device": table.device, "section": table.section, "campaign": table.campaign, "n": len(apart),
+            "mean": float(apart.mean()), "p90": float(apart.quantile(0.9))}  # fmt: skip
+
+
+def _outside_tables(table: Table) -> list[dict[str, Any]]:
+    """Share of real models' linear shapes that lie outside the range of each device's bfloat16 table."""
+    rows = []
+    for device in measured():
+        section = device.kernels.get("gemm", {}).get("bfloat16")
+        if section:
+            inside = (table.dims >= np.array(section["low"])) & (table.dims <= np.array(section["high"]))
+            rows.append({"shapes": table.data, "device": device.name, "n": len(table.dims),
+                         "outside": float((~inside.all(axis=1)).mean())})  # fmt: skip
     return rows
 
 

@@ -49,7 +49,8 @@ def conv(batch: int, inp: int, out: int, size: int, kernel: int) -> OpShape:
                    4 * (math.prod(image) + math.prod(weight)), 4 * math.prod(result))  # fmt: skip
 
 
-@pytest.mark.parametrize("device", DEVICES, ids=lambda d: d.name)
+# Real GPUs are not monotone (a full wave of tiles is faster than one tile more or less), and their law is not either.
+@pytest.mark.parametrize("device", [LAWFUL, load_device("tpu-v4")], ids=lambda d: d.name)
 @given(dims=st.tuples(DIM, DIM, DIM), axis=st.integers(0, 2), more=st.integers(1, 300))
 def test_matrix_products_cost_more_when_larger(
     device: Device, dims: tuple[int, int, int], axis: int, more: int

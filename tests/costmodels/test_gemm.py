@@ -1,0 +1,193 @@
+"""The law of matrix products: what its terms do, what prices say of themselves, and how its constants are found."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from costmodels.device import Device, list_devices, load_device
+from costmodels.gemm import BORROWED_ERROR, gemm_price, gemm_prices, pricing_of, product_dims
+from costmodels.gemm_correction import STEP, Correction, correction_from, factors, section_of
+from costmodels.gemm_law import Constants, Hardware, law_seconds, menu
+from costmodels.kernel_sections import distance, measured, relatives, section_for
+from costmodels.kernels import kernel_price
+from costmodels.ops import OpShape, price, price_many
+
+PLAIN = Constants(
+    compute=0.9, area=0.1, prologue=100, smooth=0.0, stream=0.8, in_flight=60, reread=0.2, overlap=4, floor=3e-6,
+    split_floor=2e-6, split_bytes=0.2, throttle=0.03,
+)  # fmt: skip
+CHIP = Hardware(units=100, peak=3e14, bandwidth=2e12, cache=4e7, operand_bytes=2, result_bytes=2)
+TILES = menu(["64x64", "128x128", "128x256"], [1, 2, 4])
+
+
+def mm(m: int, n: int, k: int, dtype: str = "bfloat16") -> OpShape:
+    size = 4 if dtype == "float32" else 2
+    return OpShape("aten.mm.default", "forward", ((m, k), (k, n)), ((m, n),), dtype, 2 * m * n * k,
+                   size * (m * k + k * n), size * m * n)  # fmt: skip
+
+
+def seconds(constants: Constants, hardware: Hardware, *dims: tuple[int, int, int, int]) -> list[float]:
+    return law_seconds(constants, hardware, TILES, np.array(dims, float)).tolist()
+
+
+def test_large_products_run_at_the_share_of_the_peak_and_thin_ones_at_the_bandwidth() -> None:
+    large, thin = seconds(PLAIN, CHIP, (1, 12800, 25600, 8192), (1, 1, 16384, 16384))
+    assert 0.75 < 2 * 12800 * 25600 * 8192 / 3e14 / large < 0.9
+    assert 0.7 < 2 * 16384**2 / 2e12 / thin < 0.8
+
+
+def test_one_tile_more_than_a_full_wave_costs_another_wave() -> None:
+    fast_memory = replace(CHIP, bandwidth=1e14)
+    dims = np.array([[1, 128, 12800, 8192], [1, 128, 12928, 8192]], float)
+    full, more = law_seconds(PLAIN, fast_memory, menu(["128x128"], [1]), dims).tolist()
+    assert 1.8 < more / full < 2.1
+    full, more = law_seconds(replace(PLAIN, smooth=1.0), fast_memory, menu(["128x128"], [1]), dims).tolist()
+    assert more / full < 1.05
+
+
+def test_a_split_of_k_helps_few_tiles_and_is_never_forced_on_many() -> None:
+    dims = np.array([[1, 64, 256, 65536], [1, 8192, 8192, 1024]], float)
+    without = law_seconds(PLAIN, CHIP, menu(["64x64", "128x128"], [1]), dims)
+    with_splits = law_seconds(PLAIN, CHIP, menu(["64x64", "128x128"], [1, 8]), dims)
+    assert with_splits[0] < 0.6 * without[0] and with_splits[1] == without[1]
+
+
+def test_misaligned_lengths_slow_compute() -> None:
+    odd = replace(PLAIN, odd=0.3)
+    aligned, misaligned = seconds(odd, CHIP, (1, 4096, 4096, 4096), (1, 4096, 4095, 4096))
+    assert 1.2 < misaligned / aligned < 1.3
+
+
+@given(st.tuples(st.integers(1, 64), *[st.integers(1, 20000)] * 3))
+def test_seconds_are_positive_and_not_below_the_floor_or_either_roof(dims: tuple[int, int, int, int]) -> None:
+    b, m, n, k = dims
+    (value,) = seconds(PLAIN, CHIP, dims)
+    assert value >= PLAIN.floor
+    assert value >= 2.0 * b * m * n * k / CHIP.peak
+    assert value >= 2.0 * b * (m * k + k * n + m * n) / CHIP.bandwidth
+
+
+@given(st.tuples(*[st.integers(1, 4000)] * 3))
+def test_a_better_chip_is_never_slower(dims: tuple[int, int, int]) -> None:
+    here = seconds(PLAIN, CHIP, (1, *dims))[0]
+    for better in ({"peak": 6e14}, {"bandwidth": 4e12}):
+        assert seconds(PLAIN, replace(CHIP, **better), (1, *dims))[0] <= here * (1 + 1e-9)
+
+
+def test_correction_is_stored_to_half_a_step_and_fades_outside() -> None:
+    axes = tuple(np.log(np.array(a, float)) for a in ([1], [1, 64, 4096], [64, 4096], [64, 4096]))
+    table = Correction(axes, np.linspace(-0.3, 0.3, 12))
+    stored = correction_from(section_of(table))
+    assert stored is not None
+    assert np.abs(stored.values - table.values).max() <= STEP / 2 + 1e-12
+    nodes = np.array([[1, 1, 64, 64], [1, 4096, 4096, 4096]], float)
+    assert factors(table, nodes) == pytest.approx(np.exp([-0.3, 0.3]))
+    middle = np.exp(np.array([[0, np.log(512), np.log(512), np.log(512)]]))
+    assert np.exp(-0.3) < factors(table, middle)[0] < np.exp(0.3)
+    assert factors(table, np.array([[1, 4096 * 5, 4096, 4096], [8, 1, 64, 64]], float)) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("name", [d.name for d in measured() if "gemm" in d.kernels])
+def test_every_section_of_the_catalogue_is_complete(name: str) -> None:
+    device = next(d for d in measured() if d.name == name)
+    for dtype, section in device.kernels["gemm"].items():
+        assert section["rows"] > 100 and section["held_out"] > 100 and section["data"]
+        assert 0 < section["error"] < 0.25 and len(section["errors"]) == 4
+        assert all(low <= high for low, high in zip(section["low"], section["high"]))
+        assert pricing_of(device, dtype.removesuffix("_batched"), dtype.endswith("_batched")) is not None
+
+
+@pytest.mark.parametrize("name", ["a100-sxm-80gb", "h100-sxm", "b200"])
+def test_best_rates_are_those_that_others_measured(name: str) -> None:
+    """The device files' best measured rates come from another source (mamf-finder) than the tables of the law."""
+    device = load_device(name)
+    shapes = [mm(m, n, k) for m in (4096, 8192, 16384) for n in (4096, 8192, 16384) for k in (4096, 8192, 16384)]
+    best = max(s.flops / p.seconds for s, p in zip(shapes, gemm_prices(device, shapes)) if p)
+    assert best == pytest.approx(device.best_flops["bfloat16"], rel=0.12)
+
+
+def test_prices_say_where_they_come_from() -> None:
+    h100 = load_device("h100-sxm")
+    inside, outside = price(h100, mm(4096, 4096, 4096)), price(h100, mm(4096, 4096, 4096 * 64))
+    assert inside.source == "interpolated" and outside.source == "extrapolated"
+    assert outside.error > inside.error
+    assert price(h100, mm(4096, 4096, 4096, "float16")).seconds == pytest.approx(inside.seconds)
+    relative = price(load_device("h800"), mm(4096, 4096, 4096))
+    assert relative.source == "extrapolated" and relative.error == BORROWED_ERROR["generation"]
+    assert price(load_device("mi300x"), mm(4096, 4096, 4096)).error == BORROWED_ERROR["other"]
+    assert price(load_device("tpu-v4"), mm(4096, 4096, 4096)).source == "roofline"
+    assert kernel_price(Device("core", "cpu", {"float32": 1e11}, 2**34, 2e10), mm(64, 64, 64)) is None
+    assert (
+        kernel_price(h100, OpShape("aten.mm.default", "forward", ((2, 2), (2, 2)), ((2, 2),), "int64", 16, 64, 32))
+        is None
+    )
+
+
+def test_relatives_are_of_the_same_maker_and_generation() -> None:
+    def nearest(name: str) -> str:
+        return next(iter(relatives(load_device(name)))).name
+
+    assert nearest("h800") == load_device("h100-sxm").name
+    assert nearest("a100-sxm-40gb").startswith("A100")
+    assert nearest("v100-sxm2-32gb") == load_device("v100-pcie-32gb").name
+    assert nearest("rtx-6000-ada") == load_device("l40s").name
+    same = load_device("h200")
+    assert distance(same, same) == 0.0
+    own = section_for(load_device("h100-sxm"), "gemm", "bfloat16")
+    assert own is not None and own.own and own.device == ""
+
+
+def test_a_changed_device_follows_its_data_sheet() -> None:
+    h100 = load_device("h100-sxm")
+    thin, wide = mm(1, 16384, 16384), mm(16384, 16384, 16384)
+    faster_memory = replace(h100, memory_bandwidth=2 * h100.memory_bandwidth, cache={})
+    assert 0.4 < price(faster_memory, thin).seconds / price(h100, thin).seconds < 0.65
+    assert price(faster_memory, wide).seconds == pytest.approx(price(h100, wide).seconds, rel=0.05)
+
+
+def test_every_device_prices_products_or_says_roofline() -> None:
+    for name in list_devices():
+        for dtype in ("float32", "bfloat16", "float8_e4m3fn"):
+            found = price(load_device(name), mm(512, 512, 512, dtype))
+            assert 0 < found.seconds < 1 and found.source in ("interpolated", "extrapolated", "roofline")
+
+
+def test_many_prices_are_the_single_ones_and_cheap() -> None:
+    shapes = [mm(17 + i, 1000 + 8 * i, 4096) for i in range(2000)]
+    one, two = load_device("h100-sxm"), load_device("h100-sxm")
+    price_many(one, shapes[:1])
+    begun = time.process_time()
+    many = price_many(one, shapes)
+    assert (time.process_time() - begun) / len(shapes) < 60e-6  # 8 us on an idle core; the limit allows for a busy one
+    singles = [gemm_price(two, s) for s in shapes[:20]]
+    assert [p.seconds for p in many[:20]] == pytest.approx([p.seconds for p in singles if p])
+
+
+def test_dims_of_every_kind_of_product() -> None:
+    grouped = OpShape("aten._grouped_mm.default", "forward", ((96, 64), (8, 64, 32)), ((96, 32),), "bfloat16", 0, 0, 0)
+    assert product_dims(grouped) == (8, 12, 32, 64)
+    weights = replace(grouped, in_shapes=((64, 96), (96, 32)), out_shapes=((8, 64, 32),))
+    assert product_dims(weights) == (8, 64, 32, 12)
+    matmul = OpShape(
+        "aten.matmul.default", "forward", ((2, 3, 5, 7), (2, 3, 7, 11)), ((2, 3, 5, 11),), "float32", 0, 0, 0
+    )
+    assert product_dims(matmul) == (6, 5, 11, 7)
+    linear = OpShape("aten.linear.default", "forward", ((2, 3, 7), (11, 7)), ((2, 3, 11),), "float32", 0, 0, 0)
+    assert product_dims(linear) == (1, 6, 11, 7)
+    batched = OpShape(
+        "aten.baddbmm.default", "forward", ((4, 5, 6), (4, 5, 7), (4, 7, 6)), ((4, 5, 6),), "float32", 0, 0, 0
+    )
+    assert product_dims(batched) == (4, 5, 6, 7)
+
+
+def test_experts_that_share_the_rows_cost_more_than_one_product_of_all_rows() -> None:
+    h100 = load_device("h100-sxm")
+    experts = OpShape("aten._grouped_mm.default", "forward", ((4096, 2048), (64, 2048, 1024)), ((4096, 1024),),
+                      "bfloat16", 2 * 4096 * 2048 * 1024, 0, 0)  # fmt: skip
+    assert price(h100, experts).seconds > 1.5 * price(h100, mm(4096, 1024, 2048)).seconds

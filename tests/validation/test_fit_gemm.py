@@ -1,0 +1,121 @@
+"""Fitting the law of matrix products: on tables made from known constants, and on files in the published formats."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from costmodels.device import load_device
+from costmodels.gemm_law import Constants, hardware_of, law_seconds, menu
+from validation.fit_gemm import main
+from validation.fit_gemm_law import (
+    SPLITS,
+    TENSOR_TILES,
+    calibration_half,
+    fit,
+    predictions,
+    section_values,
+    smooth_table,
+)
+from validation.tables_gemm import Table, eager_tables, kernel_tables
+
+TRUTH = Constants(
+    compute=0.8, area=0.15, prologue=150, smooth=0.5, stream=0.75, in_flight=70, reread=0.1, overlap=4, floor=3e-6,
+    split_floor=2e-6, split_bytes=0.2, throttle=0.04,
+)  # fmt: skip
+
+
+def table(noise: float, bump: float = 0.0) -> Table:
+    """Products on an A100 that follows TRUTH, with noise, and slower by `bump` (ln) around n = 1024."""
+    rng = np.random.default_rng(3)
+    dims = np.array([[1, m, n, k] for m in (1, 3, 16, 48, 128, 300, 700, 1500, 4096, 9000)
+                     for n in (256, 512, 1024, 2048, 4096, 8192) for k in (256, 700, 2048, 5000)], float)  # fmt: skip
+    hardware = hardware_of(load_device("a100-sxm-80gb"), "bfloat16", 2)
+    exact = law_seconds(TRUTH, hardware, menu(TENSOR_TILES, SPLITS), dims)
+    slower = bump * np.exp(-((np.log(dims[:, 2] / 1024)) ** 2))
+    seconds = exact * np.exp(slower + noise * rng.standard_normal(len(dims)))
+    return Table("a100-sxm-80gb", "bfloat16", "kernels", "made here", dims, seconds, False)
+
+
+def mean_error(guess: np.ndarray, seconds: np.ndarray) -> float:
+    return float(abs(guess / seconds - 1).mean())
+
+
+def test_known_constants_are_found_again_from_half_of_the_rows() -> None:
+    made = table(noise=0.0)
+    mask = calibration_half(made.dims)
+    assert 0.4 < mask.mean() < 0.6
+    fitted = fit(made, mask)
+    assert mean_error(predictions(fitted, made.dims[~mask])[0], made.seconds[~mask]) < 0.03
+    assert fitted.constants.compute == pytest.approx(TRUTH.compute, rel=0.1)
+    assert fitted.constants.stream == pytest.approx(TRUTH.stream, rel=0.1)
+
+
+def test_the_correction_learns_what_the_law_cannot_say_also_for_unseen_pairs() -> None:
+    made = table(noise=0.02, bump=0.5)
+    for by_pair in (False, True):
+        mask = calibration_half(made.dims, by_pair)
+        fitted = fit(made, mask)
+        bare, corrected = predictions(fitted, made.dims[~mask])
+        seconds = made.seconds[~mask]
+        assert mean_error(corrected, seconds) < 0.8 * mean_error(bare, seconds)
+    values = section_values(made, fitted, mask)
+    assert values["rows"] + values["held_out"] == len(made.dims)
+    assert values["error"] == pytest.approx(mean_error(corrected, seconds), abs=0.01)
+
+
+def test_pairs_are_never_on_both_sides() -> None:
+    dims = table(0.0).dims
+    mask = calibration_half(dims, by_pair=True)
+    assert not {tuple(d) for d in dims[mask][:, 2:]} & {tuple(d) for d in dims[~mask][:, 2:]}
+
+
+def test_a_smooth_table_averages_noise_and_ignores_outliers() -> None:
+    rng = np.random.default_rng(0)
+    dims = np.exp(rng.uniform(0, 8, (800, 4)) * [0, 1, 1, 1])
+    left = 0.1 + 0.05 * rng.standard_normal(800)
+    left[::50] = 3.0
+    axes = (np.zeros(1), *[np.linspace(0, 8, 5)] * 3)
+    assert abs(smooth_table(axes, dims, left, np.ones(800), 0.1).values.mean() - 0.1) < 0.03
+
+
+def test_launches_are_told_from_kernels(tmp_path: Path) -> None:
+    """An eager table in the published format: 50 us of launch in each time, the summed length in column N."""
+    rng = np.random.default_rng(5)
+    size = 900
+    frame = pd.DataFrame({c: np.exp(rng.uniform(3, 8, size)).astype(int) for c in "MNK"})
+    dims = np.column_stack([np.ones(size), frame.M, frame.K, frame.N]).astype(float)
+    hardware = hardware_of(load_device("v100-pcie-32gb"), "float32", 4)
+    kernel = law_seconds(TRUTH, hardware, menu(["64x64", "64x128", "128x128"], SPLITS), dims)
+    names = rng.choice(["volta_sgemm_64x64_tn", "volta_sgemm_128x64_tn", "volta_sgemm_128x128_tn"], size)
+    frame = frame.assign(op="linear", B=1, device="Tesla V100-PCIE-32GB", latency_ms=(kernel + 50e-6) * 1e3,
+                         kernel_name=names, origin="train")  # fmt: skip
+    frame.to_csv(tmp_path / "gemm_fp32.csv.gz", index=False)
+    (made,) = list(eager_tables(tmp_path))
+    assert made.eager and made.campaign == "random" and set(made.tiles) == {"64x64", "64x128", "128x128"}
+    fitted = fit(made, calibration_half(made.dims))
+    assert fitted.host == pytest.approx(50e-6, rel=0.1)
+    assert mean_error(predictions(fitted, made.dims)[0], made.seconds) < 0.05
+
+
+def test_kernel_tables_take_the_median_of_libraries(tmp_path: Path) -> None:
+    pytest.importorskip("pyarrow")
+    for library, ms in (("sglang", 1.0), ("vllm", 3.0), ("trtllm", 2.0)):
+        folder = tmp_path / "a100_sxm" / "gemm" / library / "1.0"
+        folder.mkdir(parents=True)
+        row = {"gemm_dtype": ["bfloat16"], "m": [8], "n": [16], "k": [32], "latency": [ms]}
+        pd.DataFrame(row).to_parquet(folder / "gemm_perf.parquet")
+    (found,) = list(kernel_tables(tmp_path))
+    assert found.device == "a100-sxm-80gb" and found.section == "bfloat16"
+    assert found.seconds.tolist() == [2e-3] and found.dims.tolist() == [[1, 8, 16, 32]]
+
+
+def test_bad_input_gives_one_sentence_and_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--tables", str(tmp_path), "--out", str(tmp_path)]) == 2
+    assert "--download" in capsys.readouterr().err
+    assert main(["--ops", str(tmp_path), "--out", str(tmp_path)]) == 2
+    assert "gemm_fp32.csv.gz" in capsys.readouterr().err
+    assert main(["--out", str(tmp_path)]) == 2

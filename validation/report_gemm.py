@@ -1,0 +1,166 @@
+"""The page of the matrix-product law: tables and a plot from the CSV files that `validation.fit_gemm` wrote.
+
+python -m validation.report_gemm reports/gemm
+"""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import pandas as pd
+import scipy
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+TARGETS = {
+    "m < 64": 0.08, "64 <= m < 512": 0.08, "512 <= m < 1024": 0.08, "m >= 1024": 0.06, "m, n, k >= 1024": 0.04,
+}  # fmt: skip
+FP32_TARGETS = {"v100": 0.08, "a100": 0.08, "h100": 0.08, "t4": 0.08}
+FP32_OTHERS = 0.15
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Write report.md and errors.png into the folder of the CSV files."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    folder = Path(given[0] if given else "reports/gemm")
+    if not (folder / "errors.csv").is_file():
+        print(f"{folder} has no errors.csv; run python -m validation.fit_gemm first", file=sys.stderr)
+        return 2
+    errors = pd.read_csv(folder / "errors.csv")
+    (folder / "report.md").write_text("\n\n".join(_sections(folder, errors)) + "\n")
+    _plot(errors, folder / "errors.png")
+    return 0
+
+
+def _sections(folder: Path, errors: pd.DataFrame) -> list[str]:
+    parts = [_head(), "## Targets\n\n" + _targets(errors), "## Float32, eager (NeuSight)\n\n" + _eager(errors)]
+    parts.append("## Every table, held-out half, mean absolute error by region\n\n" + _regions(errors))
+    notes = {
+        "libraries.csv": "How far three libraries' measurements of the same bfloat16 products lie apart, and from the "
+        "law on the held-out half (`against` law: predicted / measured; the law is fitted to the medians of the "
+        "libraries). Two measurements of one shape differ by about as much as the law is off.",
+        "pace.csv": "How much the rate of float32 products of more than 1 ms varies among those of equal m, n, k that "
+        "differ in the number of batches only (ln units, mean and 90th percentile of the distance to the median). On "
+        "T4 and L4 it is the clock, which follows power and temperature: no law of shapes can say it.",
+        "borrowed.csv": "A device priced with the constants of its nearest relative, held-out half, without and with "
+        "the relative's correction (region all).",
+        "hull.csv": "Share of real models' linear products (NeuSight's shapes) outside the range of the bfloat16 "
+        "tables, where prices are called extrapolated and the correction fades.",
+        "worst.csv": "Worst held-out products of each table.",
+    }
+    titles = ("Spread of measurements", "Pace", "Borrowed constants", "Outside the tables", "Worst")
+    for title, (name, note) in zip(titles, notes.items()):
+        if (folder / name).is_file():
+            rows = pd.read_csv(folder / name)
+            rows = rows[rows.region == "all"] if "region" in rows else rows
+            parts.append(f"## {title}\n\n{note}\n\n{_markdown(rows)}")
+    return parts
+
+
+def _head() -> str:
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    return f"""# Matrix products
+
+```
+python -m validation.fit_gemm --tables FOLDER --ops FOLDER --borrow --out reports/gemm
+python -m validation.report_gemm reports/gemm
+```
+
+Code after commit {commit}; 2 cores, no GPU; Python {platform.python_version()}, numpy {np.__version__}, scipy
+{scipy.__version__}, pandas {pd.__version__}. Nothing was run on a GPU: the measurements are published tables
+(`validation/tables_gemm.py`). Half of the shapes, by a hash of (batches, m, n, k), calibrates; every figure is of the
+other half. "n, k" splits by a hash of (n, k) alone: no held-out product has a neighbour in m. "bare" is the law of
+twelve constants, "corrected" has the smooth table on top. Figures of all regions, with median, 90th percentile and
+bias: errors.csv.
+
+![errors by region](errors.png)"""
+
+
+def _targets(errors: pd.DataFrame) -> str:
+    rows = []
+    for device in ("a100-sxm-80gb", "h100-sxm"):
+        for region, target in TARGETS.items():
+            one = errors[(errors.device == device) & (errors.section == "bfloat16") & (errors.region == region)]
+            cells: dict[str, object] = {"device": device, "region": region, "target": f"{target:.0%}"}
+            for split in ("shape", "n, k"):
+                for law in ("corrected", "bare"):
+                    found = one[(one.split == split) & (one.law == law)].iloc[0]
+                    cells |= {"n" if split == "shape" else "n (n, k)": int(found.n)}
+                    cells |= {f"{law}, split by {split}": f"{found['mean']:.1%}"}
+            met = one[(one.split == "shape") & (one.law == "corrected")]["mean"].iloc[0] <= target
+            rows.append(cells | {"met": "yes" if met else "no"})
+    return _markdown(pd.DataFrame(rows))
+
+
+def _eager(errors: pd.DataFrame) -> str:
+    """Per device and kind of product, and all rows of a device together, both splits."""
+    one = errors[errors.section.str.startswith("float32") & (errors.region == "all")]
+    rows = []
+    for device, of_device in one.groupby("device"):
+        target = FP32_TARGETS.get(str(device).split("-")[0], FP32_OTHERS)
+        kept = of_device[of_device.split == "shape"]
+        for (section, campaign), table in kept.groupby(["section", "campaign"]):
+            means = table.set_index("law")["mean"]
+            by_pair = of_device[(of_device.section == section) & (of_device.campaign == campaign)]
+            by_pair = by_pair[(by_pair.split == "n, k") & (by_pair.law == "corrected")]["mean"].iloc[0]
+            rows.append({
+                "device": device, "products": "many matrices" if "batched" in str(section) else "linear",
+                "shapes": campaign, "n": int(table.n.iloc[0]), "corrected": f"{means['corrected']:.1%}",
+                "bare": f"{means['bare']:.1%}", "corrected, split by n, k": f"{by_pair:.1%}",
+                "target": f"{target:.0%}", "met": "yes" if means["corrected"] <= target else "no",
+            })  # fmt: skip
+        corrected = kept[kept.law == "corrected"]
+        pooled = float(np.average(corrected["mean"], weights=corrected.n))
+        rows.append({
+            "device": f"**{device}**", "products": "all", "shapes": "all", "n": int(corrected.n.sum()),
+            "corrected": f"{pooled:.1%}", "bare": "", "corrected, split by n, k": "", "target": f"{target:.0%}",
+            "met": "yes" if pooled <= target else "no",
+        })  # fmt: skip
+    return _markdown(pd.DataFrame(rows))
+
+
+def _regions(errors: pd.DataFrame) -> str:
+    one = errors[errors.split == "shape"].copy()
+    one["cell"] = [f"{m:.1%} ({n})" for m, n in zip(one["mean"], one.n)]
+    index = ["device", "section", "campaign", "law"]
+    wide = one.pivot_table(index=index, columns="region", values="cell", aggfunc="first", sort=False)
+    return _markdown(wide.reset_index().fillna(""))
+
+
+def _markdown(frame: pd.DataFrame) -> str:
+    def cell(value: object) -> str:
+        return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+    head = "| " + " | ".join(map(str, frame.columns)) + " |\n|" + "---|" * len(frame.columns)
+    return head + "".join("\n| " + " | ".join(map(cell, row)) + " |" for row in frame.itertuples(index=False))
+
+
+def _plot(errors: pd.DataFrame, path: Path) -> None:
+    """Error by region of m for each bfloat16 table, bare and corrected, with the targets."""
+    one = errors[(errors.section == "bfloat16") & (errors.split == "shape")]
+    devices = list(dict.fromkeys(one.device))
+    figure, axes = plt.subplots(1, len(TARGETS), figsize=(15, 4), sharey=True)
+    for axis, (region, target) in zip(axes, TARGETS.items()):
+        for shift, law, colour in ((-0.2, "bare", "#b0b8c4"), (0.2, "corrected", "#2f6db3")):
+            means = one[(one.region == region) & (one.law == law)].set_index("device")["mean"].reindex(devices)
+            axis.bar(np.arange(len(devices)) + shift, 100 * means, 0.4, label=law, color=colour)
+        axis.axhline(100 * target, color="#c0392b", linewidth=1, label=f"target (A100, H100) {target:.0%}")
+        axis.set_title(region, fontsize=10)
+        axis.set_xticks(range(len(devices)), [d.split("-")[0] for d in devices], rotation=60, fontsize=8)
+        axis.legend(fontsize=7)
+    axes[0].set_ylabel("mean absolute error, held-out half, %")
+    figure.suptitle("bfloat16 matrix products: the law alone and with its correction")
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
