@@ -199,7 +199,9 @@ def _inside(topology: Topology, a: str, b: str) -> list[str]:
     node = a.partition("/")[0] + "/"
     members = _members(topology, node)
 
-    def weight(x: str, y: str, edge: dict[str, Any]) -> float:
+    def weight(x: str, y: str, edge: dict[str, Any]) -> float | None:
+        if any(members.nodes[z]["kind"] == "nic" and z not in (a, b) for z in (x, y)):
+            return None  # a port passes nothing on between devices
         return float(edge["link"].latency) + 1e-9
 
     return list(nx.dijkstra_path(members, a, b, weight=weight))
