@@ -6,63 +6,95 @@ the others.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import exp, log
 
 import numpy as np
 
-from costmodels import gloo, nccl
+from costmodels import gloo, hockney, nccl
 from costmodels.cluster import Cluster
+from costmodels.nccl_law import Laws, error_of, shipped
 from costmodels.ops import Source
 
-KINDS = ("all_reduce", "all_gather", "reduce_scatter", "broadcast", "send", "all_to_all", "barrier")
-FORMULA_ERROR = 0.25  # gloo formulas with an assumed loopback, NCCL ring with data-sheet links: ASSUMPTION
+KINDS = ("all_reduce", "all_gather", "reduce_scatter", "broadcast", "reduce", "send", "all_to_all", "barrier")
+FORMULA_ERROR = 0.25  # gloo formulas with an assumed loopback: ASSUMPTION
 
 
 @dataclass(frozen=True, slots=True)
 class CollectivePrice:
     """Seconds of one collective, host cores that each rank keeps busy meanwhile (0 on GPUs), where the number comes
-    from, and the expected relative error."""
+    from, and the expected relative error. algorithm, protocol: which of the backend's were assumed ("measured": what
+    a measured table contains)."""
 
     seconds: float
     demand: float
     source: Source
     error: float
+    algorithm: str = ""
+    protocol: str = ""
 
 
-def collective_price(cluster: Cluster, kind: str, bytes: float, ranks: tuple[int, ...]) -> CollectivePrice:
-    """The time of one collective among `ranks` when nothing else uses their links; cached on the cluster."""
-    key = (kind, bytes, ranks)
+def collective_price(
+    cluster: Cluster, kind: str, bytes: float, ranks: Sequence[int], algorithm: str = "", laws: Laws | None = None
+) -> CollectivePrice:
+    """The time of one collective among `ranks` when nothing else uses their links; cached on the cluster.
+
+    algorithm: only this one, as NCCL_ALGO sets it ("ring", "tree", "nvls", ...), or a textbook one of
+    `costmodels.hockney`; by default the backend's own choice. laws: constants of NCCL, by default the catalogue's.
+    """
+    if laws is not None:
+        return _price(cluster, kind, float(bytes), ranks, algorithm, laws)
+    key = (kind, bytes, ranks if isinstance(ranks, tuple | range) else tuple(ranks), algorithm)
     known = cluster.cache.get(key)
     if known is None:
-        known = cluster.cache[key] = _price(cluster, kind, float(bytes), ranks)
+        known = cluster.cache[key] = _price(cluster, kind, float(bytes), ranks, algorithm, None)
     return known
 
 
-def _price(cluster: Cluster, kind: str, nbytes: float, ranks: tuple[int, ...]) -> CollectivePrice:
+def _price(
+    cluster: Cluster, kind: str, nbytes: float, ranks: Sequence[int], algorithm: str, laws: Laws | None
+) -> CollectivePrice:
     if kind not in KINDS:
         raise ValueError(f"'{kind}' is no known collective; use one of {', '.join(KINDS)}")
     if nbytes < 0:
         raise ValueError(f"a {kind} of {nbytes:g} bytes; the size must be 0 or more")
-    if len(set(ranks)) < 2:
+    if len(ranks) < 2 or (len(ranks) < 64 and len(set(ranks)) < 2):
         return CollectivePrice(0.0, 0.0, "measured", 0.0)
-    if cluster.backend == "nccl":
-        return CollectivePrice(nccl.seconds(cluster, kind, nbytes, ranks), 0.0, "roofline", FORMULA_ERROR)
+    measured = None if algorithm or not cluster.tables else _measured(cluster, kind, nbytes, ranks)
+    if measured is not None:
+        return measured
+    if cluster.backend == "nccl" or algorithm:
+        seconds, way, protocol, group = nccl.price(cluster, kind, nbytes, ranks, laws, algorithm)
+        source: Source = "roofline" if way in hockney.ALGORITHMS else "interpolated"
+        return CollectivePrice(seconds, 0.0, source, error_of(laws or shipped(), group, nbytes), way, protocol)
     one_node = len({cluster.node_of(r) for r in ranks}) == 1
-    size = len(set(ranks))
-    link = cluster.intra if one_node else cluster.inter
-    by_formula = gloo.seconds(kind, nbytes, size, link)
-    sizes = [n for k, n in cluster.curves if k == kind] if one_node else []
-    if not sizes:
-        return CollectivePrice(by_formula, 1.0 if one_node else 0.3, "roofline", FORMULA_ERROR)
+    by_formula = gloo.seconds(kind, nbytes, len(set(ranks)), cluster.intra if one_node else cluster.inter)
+    return CollectivePrice(by_formula, 1.0 if one_node else 0.3, "roofline", FORMULA_ERROR, _gloo_way(kind), "tcp")
+
+
+def _gloo_way(kind: str) -> str:
+    """What gloo does; its reduce_scatter is a whole all_reduce."""
+    ways = {"broadcast": "binomial", "all_to_all": "pairwise", "send": "p2p", "reduce": "ring_gather"}
+    return ways.get(kind, "ring")
+
+
+def _measured(cluster: Cluster, kind: str, nbytes: float, ranks: Sequence[int]) -> CollectivePrice | None:
+    """The price by the tables of groups inside one node; None where there is none."""
+    members = set(ranks)
+    size = len(members)
+    sizes = [n for k, n in cluster.curves if k == kind]
+    if not sizes or len({cluster.node_of(r) for r in members}) > 1:
+        return None
     nearest = min(sizes, key=lambda n: (abs(log(n / size)), -n))
     seconds, demand, inside = _interpolated(cluster, kind, nearest, nbytes)
     error = next(t.error for t in cluster.tables if (t.kind, t.ranks) == (kind, nearest))
     if nearest != size:
         # Scaled at the table's sizes only, so that the steps of the formula cannot make the price fall.
         seconds *= _size_ratio(kind, size, nearest)
-        return CollectivePrice(seconds, min(demand, 1.0), "extrapolated", 2 * error)
-    return CollectivePrice(seconds, demand, "interpolated" if inside else "extrapolated", error * (1 if inside else 2))
+        return CollectivePrice(seconds, min(demand, 1.0), "extrapolated", 2 * error, "measured")
+    source: Source = "interpolated" if inside else "extrapolated"
+    return CollectivePrice(seconds, demand, source, error * (1 if inside else 2), "measured")
 
 
 def _interpolated(cluster: Cluster, kind: str, size: int, nbytes: float) -> tuple[float, float, bool]:

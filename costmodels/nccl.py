@@ -1,62 +1,107 @@
-"""A first model of NCCL: ring, alpha-beta, the better of the LL and Simple protocols.
+"""The time of a NCCL (or RCCL) collective: the best of its algorithms and protocols, as NCCL's tuner chooses.
 
-The structure and the latencies are those of NCCL's own tuner (src/graph/tuning.cc, shared/facts/communication.md A1).
-Empirical constants are marked.
+A price is read from a curve over sizes that is computed once for each kind and placement; the curve never falls, and
+never lies below what the wires of the data sheet allow.
 """
 
 from __future__ import annotations
 
-from math import ceil, log2
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from math import exp, floor, log2
 from typing import TYPE_CHECKING
+
+import numpy as np
+
+from costmodels import hockney
+from costmodels.nccl_fabric import Group, group_of
+from costmodels.nccl_law import Laws, combine, curve, factors, shipped, terms
+from costmodels.nccl_tuner import RING_SHARE, Candidate, candidates
 
 if TYPE_CHECKING:
     from costmodels.cluster import Cluster
 
-# (base, share of the bus bandwidth) by protocol; seconds. tuning.cc baseLat of ring; LL carries 4 B of data in 8 B.
-PROTOCOLS = {"LL": (6.6e-6, 0.5), "Simple": (8.4e-6, 1.0)}
-INTRA_HOP = {"LL": 0.6e-6, "Simple": 3.4e-6}  # tuning.cc hwLat, NVLink, ring
-INTER_HOP = {"LL": 2.7e-6, "Simple": 14.0e-6}  # tuning.cc hwLat, NET, ring (on top of the link's own latency)
-LL_CAP = 40e9  # bytes/s, tuning.cc llMaxBws of Ampere on two nodes and Hopper on four, between 20 and 141: EMPIRICAL
-INTRA_EFFICIENCY = 0.82  # NVLink 370 of 450 GB/s, sjeaugey in nccl-tests issue 212: EMPIRICAL
-INTER_EFFICIENCY = 0.85  # RoCE and IB default, range .73-.95, shared/facts/communication.md A6: EMPIRICAL
+STEPS = 2  # points of a curve for each doubling of the size
+SIZES = 2.0 ** (np.arange(0, 40 * STEPS + 1) / STEPS)  # 1 byte to 1 TiB
+SOCKET_SHARE = 0.97  # of a shaped TCP link's rate that NCCL's rings reach; gloo.py says from which points
+ALGORITHMS = ("ring", "tree", "nvls", "nvls_tree", "pat", "pairwise", "p2p")
 
 
-def seconds(cluster: Cluster, kind: str, nbytes: float, ranks: tuple[int, ...]) -> float:
-    """Seconds of one collective; ranks of one node talk over `intra`, of several over both, whichever is slower."""
-    size = len(set(ranks))
-    nodes: dict[int, int] = {}
-    for rank in set(ranks):
-        nodes[cluster.node_of(rank)] = nodes.get(cluster.node_of(rank), 0) + 1
-    bus = cluster.intra.bandwidth * INTRA_EFFICIENCY if len(nodes) < size else float("inf")
-    if len(nodes) > 1:
-        per_node = min(nodes.values())
-        ports = min(per_node, cluster.inter.ports) if cluster.inter.ports else per_node
-        bus = min(bus, ports * cluster.inter.bandwidth * INTER_EFFICIENCY)
-        if kind == "all_to_all":  # every device sends (N - 1) / N of its data through its share of the node's ports
-            bus = min(bus, ports / per_node * cluster.inter.bandwidth * INTER_EFFICIENCY)
-    factor, steps, crossings = _ring(kind, size, len(nodes))
-    return min(_protocol(name, cluster, factor * nbytes, steps, crossings, bus) for name in PROTOCOLS)
+@dataclass(frozen=True, slots=True)
+class Curve:
+    """ln(seconds) at SIZES, and the (algorithm, protocol) of each."""
+
+    seconds: np.ndarray
+    ways: tuple[tuple[str, str], ...]
+
+    def at(self, nbytes: float) -> tuple[float, str, str]:
+        """Seconds, algorithm and protocol; log-log between two sizes, at constant bandwidth beyond the last."""
+        place = min(max(log2(max(nbytes, 1.0)) * STEPS, 0.0), len(SIZES) - 1.0)
+        low = min(floor(place), len(SIZES) - 2)
+        share = place - low
+        value = float(self.seconds[low]) * (1 - share) + float(self.seconds[low + 1]) * share
+        beyond = max(nbytes / float(SIZES[-1]), 1.0)
+        return exp(value) * beyond, *self.ways[round(place)]
 
 
-def _protocol(name: str, cluster: Cluster, moved: float, steps: int, crossings: int, bus: float) -> float:
-    base, share = PROTOCOLS[name]
-    hops = (steps - crossings) * (INTRA_HOP[name] + cluster.intra.latency)
-    hops += crossings * (INTER_HOP[name] + cluster.inter.latency)
-    rate = min(bus * share, LL_CAP) if name == "LL" else bus
-    return base + hops + moved / rate
+def price(
+    cluster: Cluster, kind: str, nbytes: float, ranks: Sequence[int], laws: Laws | None = None, algorithm: str = ""
+) -> tuple[float, str, str, Group]:
+    """Seconds, algorithm, protocol and the placement they are for. laws: by default the catalogue's; algorithm: only
+    this one ("ring", "tree", "nvls", ...), as NCCL_ALGO sets it, or a textbook one of `costmodels.hockney`."""
+    key = ("nccl group", ranks) if isinstance(ranks, tuple | range) else ("nccl group", tuple(ranks))
+    group = cluster.cache.get(key)
+    if group is None:
+        group = cluster.cache[key] = group_of(cluster, ranks)
+    if algorithm in hockney.ALGORITHMS:
+        return hockney.on_group(algorithm, kind, nbytes, group), algorithm, "Simple", group
+    if group.network == "ethernet" and group.hosts > 1:
+        return _sockets(cluster, kind, nbytes, group), "ring", "sockets", group
+    line = _curve(laws or shipped(), group, kind, algorithm) if laws is None else curve_of(laws, group, kind, algorithm)
+    return *line.at(0.0 if kind == "barrier" else nbytes), group
 
 
-def _ring(kind: str, size: int, nodes: int) -> tuple[float, int, int]:
-    """Bytes over the slowest port as a multiple of `bytes`, ring steps, and how many of these cross nodes."""
-    if kind == "all_reduce":
-        return 2 * (size - 1) / size, 2 * (size - 1), 2 * (nodes - 1)
-    if kind in ("all_gather", "reduce_scatter"):
-        return (size - 1) / size, size - 1, nodes - 1
-    if kind == "all_to_all":
-        return (size - 1) / size, 1, min(nodes - 1, 1)
-    if kind == "broadcast":  # pipelined ring: 1 x the bytes, latency of the whole ring
-        return 1.0, size - 1, nodes - 1
-    if kind == "send":
-        return 1.0, 1, min(nodes - 1, 1)
-    assert kind == "barrier", kind
-    return 0.0, 2 * ceil(log2(size)), 2 * ceil(log2(nodes)) if nodes > 1 else 0
+@lru_cache(maxsize=4096)
+def _shipped_curve(group: Group, kind: str, algorithm: str) -> Curve:
+    return curve_of(shipped(), group, kind, algorithm)
+
+
+def _curve(laws: Laws, group: Group, kind: str, algorithm: str) -> Curve:
+    return _shipped_curve(group, kind, algorithm)
+
+
+def curve_of(laws: Laws, group: Group, kind: str, algorithm: str = "") -> Curve:
+    """The seconds of the best way at every size."""
+    ways = _allowed(candidates(group, kind), algorithm)
+    factor = curve(laws, group, kind, SIZES)
+    times = np.array([_seconds(laws, group, kind, way) * factor for way in ways])
+    times = np.maximum(times, np.array([_wire(way) for way in ways]))
+    best = times.argmin(axis=0)
+    seconds = np.maximum.accumulate(times[best, np.arange(len(SIZES))])
+    return Curve(np.log(seconds), tuple((ways[i].algorithm, ways[i].protocol) for i in best.tolist()))
+
+
+def _allowed(ways: list[Candidate], algorithm: str) -> list[Candidate]:
+    """The ways of one algorithm; nvls means nvls_tree between hosts. All where NCCL could not obey."""
+    if algorithm and algorithm not in ALGORITHMS:
+        known = ", ".join((*ALGORITHMS, *hockney.ALGORITHMS))
+        raise ValueError(f"'{algorithm}' is no known algorithm; use one of {known}")
+    wanted = [way for way in ways if algorithm in (way.algorithm, way.algorithm.removesuffix("_tree"))]
+    return wanted if algorithm and wanted else ways
+
+
+def _seconds(laws: Laws, group: Group, kind: str, way: Candidate) -> np.ndarray:
+    return np.asarray(combine(SIZES, terms(way), factors(laws, group, kind, way), group.crossing))
+
+
+def _wire(way: Candidate) -> np.ndarray:
+    """Seconds that the data sheet's rates need: rings and trees are counted at RING_SHARE of them."""
+    share = 1.0 if way.algorithm.startswith("nvls") else RING_SHARE
+    return np.asarray(SIZES * max(way.inside * share, way.across))
+
+
+def _sockets(cluster: Cluster, kind: str, nbytes: float, group: Group) -> float:
+    from costmodels import gloo
+
+    return gloo.nccl_sockets(kind, nbytes, group.hosts, group.ranks, cluster.inter)

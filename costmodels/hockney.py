@@ -1,0 +1,81 @@
+"""Textbook collectives in Hockney's model: a message of s bytes takes alpha + s * beta seconds.
+
+Thakur, Rabenseifner and Gropp, "Optimization of Collective Communication Operations in MPICH", 2005; gamma (the
+reduction's seconds per byte) is left out: it overlaps on devices. NCCL uses none of them; they are here to compare with
+and to price other runtimes: `collective_price(..., algorithm="rabenseifner")`.
+"""
+
+from __future__ import annotations
+
+from math import ceil, inf, log2
+
+from costmodels.nccl_fabric import Group
+
+ALGORITHMS = ("recursive_doubling", "recursive_halving", "rabenseifner", "binomial", "hierarchical")
+
+
+def recursive_doubling(nbytes: float, ranks: int, alpha: float, beta: float) -> float:
+    """All_reduce: log2(P) rounds in which pairs exchange whole buffers; two more where P is no power of two."""
+    rounds = _rounds(ranks)
+    return rounds * (alpha + nbytes * beta)
+
+
+def recursive_halving(nbytes: float, ranks: int, alpha: float, beta: float) -> float:
+    """Reduce_scatter (or, run backwards, all_gather): log2(P) rounds, (P - 1) / P of the buffer in all."""
+    return _rounds(ranks) * alpha + (ranks - 1) / ranks * nbytes * beta
+
+
+def rabenseifner(nbytes: float, ranks: int, alpha: float, beta: float) -> float:
+    """All_reduce: recursive halving, then recursive doubling of the parts."""
+    return 2 * recursive_halving(nbytes, ranks, alpha, beta)
+
+
+def binomial(nbytes: float, ranks: int, alpha: float, beta: float) -> float:
+    """Broadcast or reduce: a binomial tree of whole messages."""
+    return ceil(log2(ranks)) * (alpha + nbytes * beta)
+
+
+def ring(nbytes: float, ranks: int, alpha: float, beta: float) -> float:
+    """Reduce_scatter or all_gather by a ring; an all_reduce is two of them."""
+    return (ranks - 1) * alpha + (ranks - 1) / ranks * nbytes * beta
+
+
+def hierarchical(
+    nbytes: float, hosts: int, per_host: int, inside: tuple[float, float], net: tuple[float, float]
+) -> float:
+    """All_reduce: reduce_scatter in each host, all_reduce of each part between hosts, all_gather in each host.
+
+    inside, net: (alpha, beta); beta of `net` is that of one device's share of the NICs."""
+    if per_host == 1:
+        return 2 * ring(nbytes, hosts, *net)
+    local = 2 * ring(nbytes, per_host, *inside)
+    return local + (2 * ring(nbytes / per_host, hosts, *net) if hosts > 1 else 0.0)
+
+
+def _rounds(ranks: int) -> int:
+    whole = ranks & (ranks - 1) == 0
+    return ranks.bit_length() - 1 + (0 if whole else 2)
+
+
+def on_group(algorithm: str, kind: str, nbytes: float, group: Group) -> float:
+    """Seconds on a placed group, with alpha from NCCL's Simple protocol and the rates of the data sheets.
+
+    Flat algorithms feel the slowest link of the group in every round."""
+    from costmodels.nccl_tuner import CROSSING, HOP, US, ring_rate
+
+    each = group.across / group.per_domain if group.domains > 1 else inf
+    inside = (HOP[group.wires]["ring"][2] * US + group.hop, 1 / ring_rate(group))
+    net = (CROSSING["ring"][2] * US + group.crossing, 1 / each)
+    alpha, beta = max(inside, net) if group.hosts > 1 else inside
+    beta = max(inside[1], net[1])
+    halves = {"all_gather": 1, "reduce_scatter": 1, "all_reduce": 2}
+    match algorithm:
+        case "hierarchical" if kind == "all_reduce":
+            return hierarchical(nbytes, group.domains, group.per_domain, inside, net)
+        case "recursive_doubling" if kind == "all_reduce":
+            return recursive_doubling(nbytes, group.ranks, alpha, beta)
+        case "recursive_halving" | "rabenseifner" if kind in halves:
+            return halves[kind] * recursive_halving(nbytes, group.ranks, alpha, beta)
+        case "binomial" if kind in ("broadcast", "reduce"):
+            return binomial(nbytes, group.ranks, alpha, beta)
+    raise ValueError(f"{algorithm} is no algorithm of {kind}; leave the algorithm out, or choose another")

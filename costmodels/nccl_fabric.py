@@ -1,0 +1,201 @@
+"""What NCCL sees of a cluster: how many ranks of a group lie where, and how fast the wires between them are.
+
+Families of devices are data (`catalogue/collectives/families.toml`); a new device of a known kind is a new line there,
+an unknown one is priced by the links of its cluster and the constants that all families share.
+"""
+
+from __future__ import annotations
+
+import re
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import numpy as np
+
+from costmodels import tomlfile as toml
+from costmodels.cluster import Cluster, Link
+from costmodels.device import CATALOGUE
+
+# Latencies that the fitted constants contain; what a link's file says beyond them is added to every hop (seconds).
+REFERENCE_HOP = {"nvlink": 1e-6, "mesh": 1e-6, "pci": 5e-6, "host": 5e-6}
+REFERENCE_CROSSING = {"ib": 2.7e-6, "roce": 2.7e-6, "efa-v1": 15e-6, "efa": 15e-6, "ethernet": 2.7e-6}
+EFA_V1_NODE = 6e10  # bytes/s of a node's EFA up to which it is the first generation (p4d, p4de: 4 x 100 Gb/s)
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """One entry of families.toml (described there). like: whose fitted constants it takes."""
+
+    name: str
+    match: tuple[str, ...]
+    wires: str
+    generation: int
+    port: float
+    nvls_from: int
+    tray: int = 0
+    domain: int = 0
+    like: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """A group of ranks and the wires between them.
+
+    ranks; hosts it lies on; per_host: ranks of one host; domains: NVLink domains (hosts where these are the same).
+    family: whose constants apply; wires, generation, nvls_from: as in `Family`. port: bytes/s of one device inside the
+    domain, one direction. across: bytes/s of all NICs of one domain that the group can use, one direction.
+    network: kind of wire between hosts. hop, crossing: seconds to add to every hop inside and between hosts.
+    uplinks: (ranks below one switch, bytes/s of its links upwards) of every tier of switches that the group crosses.
+    """
+
+    ranks: int
+    hosts: int
+    per_host: int
+    domains: int
+    family: str
+    wires: str
+    generation: int
+    nvls_from: int
+    port: float
+    across: float
+    network: str
+    hop: float = 0.0
+    crossing: float = 0.0
+    uplinks: tuple[tuple[int, float], ...] = ()
+
+    @property
+    def per_domain(self) -> int:
+        return -(-self.ranks // self.domains)
+
+
+@cache
+def families() -> tuple[Family, ...]:
+    """All families of the catalogue, in the order in which names are tried."""
+    where = CATALOGUE / "collectives" / "families.toml"
+    rows = toml.tables(toml.read_toml(where), "family", str(where))
+    return tuple(_family(row, str(where)) for row in rows)
+
+
+def _family(row: dict[str, Any], where: str) -> Family:
+    return Family(
+        name=toml.text(row, "name", where),
+        match=toml.strings(row, "match", where),
+        wires=toml.text(row, "wires", where),
+        generation=toml.whole(row, "generation", where),
+        port=toml.number(row, "port", where),
+        nvls_from=toml.whole(row, "nvls_from", where),
+        tray=toml.whole(row, "tray", where, 0),
+        domain=toml.whole(row, "domain", where, 0),
+        like=toml.text(row, "like", where, ""),
+    )
+
+
+def family_of(name: str) -> Family | None:
+    """The family of a device by its name; None where there is none, or for the PCIe card of an NVLink family."""
+    for family in families():
+        if any(re.search(rf"(?<![A-Z0-9]){re.escape(m)}", name, re.IGNORECASE) for m in family.match):
+            return None if family.wires == "nvlink" and re.search(r"PCIe|NVL\b", name) else family
+    return None
+
+
+def group_of(cluster: Cluster, ranks: Sequence[int]) -> Group:
+    """How the group lies on the cluster (two ranks or more, of any order, repeated ones counted once)."""
+    members = np.frombuffer(array("q", ranks), dtype=np.int64)
+    members = np.unique(members) if len(members) > 1 and not (np.diff(members) > 0).all() else members
+    size = len(members)
+    if cluster.groups:
+        nodes = np.array([cluster.node_of(int(r)) for r in members])
+    else:
+        nodes = np.minimum(members // cluster.devices_per_node, cluster.nodes - 1)
+    used, counts = np.unique(nodes, return_counts=True)
+    family = family_of(cluster.device.name)
+    wires = _wires(cluster, family)
+    hosts, per_host, domains = len(used), int(counts.max()), len(used)
+    if family and family.tray:
+        hosts, per_host, domains = _trays(family, cluster, size, used, int(counts.max()))
+    network = network_of(cluster.inter)
+    crossing = max(cluster.inter.latency - REFERENCE_CROSSING.get(network, 0.0), 0.0) if hosts > 1 else 0.0
+    return Group(
+        ranks=size,
+        hosts=hosts,
+        per_host=per_host,
+        domains=domains,
+        family=(family.like or family.name) if family and family.wires == wires else wires,
+        wires=wires,
+        generation=family.generation if family else 1,
+        nvls_from=family.nvls_from if family and wires == "nvlink" else 0,
+        port=cluster.intra.bandwidth,
+        across=_across(cluster, int(counts.min()), len(used) // domains) if domains > 1 else 0.0,
+        network=network,
+        hop=max(cluster.intra.latency - REFERENCE_HOP[wires], 0.0) if per_host > 1 else 0.0,
+        crossing=crossing + _tier_latency(cluster, used),
+        uplinks=_uplinks(cluster, used, int(counts.max())),
+    )
+
+
+def _wires(cluster: Cluster, family: Family | None) -> str:
+    """What joins the devices of a node: what the cluster says, and the family where that leaves a choice."""
+    text = f"{cluster.intra.name} {cluster.intra.source}".lower()
+    if cluster.fabric == "mesh":
+        return "mesh"
+    if cluster.fabric == "pcie" or "pcie" in text:
+        staged = "host" in text or "no p2p" in text or (family is not None and family.wires == "host")
+        return "host" if staged else "pci"
+    if family and (family.wires != "nvlink" or "nvlink" in text or not text.strip()):
+        return family.wires
+    return "nvlink"
+
+
+def _trays(family: Family, cluster: Cluster, size: int, used: np.ndarray, most: int) -> tuple[int, int, int]:
+    """Hosts, ranks of a host and domains of devices whose NVLink domain holds several hosts (NVL72)."""
+    per_host = min(family.tray, most)
+    hosts = -(-size // per_host)
+    per_node = cluster.devices_per_node
+    if per_node > family.tray:  # nodes of the cluster are whole domains
+        return hosts, per_host, len(used)
+    spread = len(np.unique(used * per_node // family.domain))
+    return hosts, per_host, max(spread, 1)
+
+
+def _across(cluster: Cluster, least: int, nodes_per_domain: int) -> float:
+    """bytes/s of the NICs that a domain's ranks of the group can use: those of `least` devices a node, one at least."""
+    link, devices = cluster.inter, cluster.devices_per_node
+    ports = link.ports or devices
+    usable = min(ports, least * max(ports / devices, 1.0))
+    return usable * link.bandwidth * link.ecmp * max(nodes_per_domain, 1)
+
+
+def network_of(link: Link) -> str:
+    """ib, roce, efa-v1, efa, or ethernet (TCP sockets), by the link's name; what is not named counts as ib."""
+    name = link.name.lower()
+    if "efa" in name:
+        return "efa-v1" if link.bandwidth * max(link.ports, 1) <= EFA_V1_NODE else "efa"
+    if "roce" in name:
+        return "roce"
+    return "ethernet" if re.search(r"ethernet|tcp|eth\b|gbe|veth", name) else "ib"
+
+
+def _tier_latency(cluster: Cluster, used: np.ndarray) -> float:
+    """Seconds of the switches above the lowest one that a message of the group passes."""
+    below, total = 1, 0.0
+    for tier in cluster.tiers:
+        if len(used) < 2 or len(np.unique(used // below)) == 1:
+            break
+        total += tier.latency
+        below = tier.nodes
+    return total
+
+
+def _uplinks(cluster: Cluster, used: np.ndarray, most: int) -> tuple[tuple[int, float], ...]:
+    """For every tier whose switches the group crosses: its ranks below the fullest switch, bytes/s upwards."""
+    found = []
+    for tier in cluster.tiers:
+        switches, counts = np.unique(used // tier.nodes, return_counts=True)
+        if len(switches) < 2:
+            break
+        node = cluster.inter.bandwidth * (cluster.inter.ports or cluster.devices_per_node)
+        found.append((int(counts.max()) * most, tier.nodes * node / tier.oversubscription * tier.ecmp))
+    return tuple(found)

@@ -1,0 +1,184 @@
+"""The algorithms and protocols that NCCL can use for a collective, each as latency terms and seconds per byte.
+
+The structure and the constants are those of NCCL's own tuner (src/graph/tuning.cc, master 5067397, about v2.30, read in
+shared/facts/communication.md A1) except where marked EMPIRICAL. What the tuner leaves out (NVLS bandwidth by the bytes
+that a port really carries, two-node trees, send and receive, all_to_all) is derived in the functions below.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import ceil, inf, log2
+
+from costmodels.nccl_fabric import Group
+
+US = 1e-6
+PROTOCOLS = ("LL", "LL128", "Simple")
+BASE = {"tree": (6.8, 14.0, 8.4), "ring": (6.6, 14.0, 8.4)}  # microseconds, tuning.cc baseLat
+# microseconds a hop, tuning.cc hwLat. RCCL on xGMI takes NVLink's, staging through the host PCIe's.
+_NVLINK = {"tree": (0.6, 1.25, 4.0), "ring": (0.6, 1.9, 3.4)}
+_PCI = {"tree": (1.0, 1.9, 4.0), "ring": (1.0, 2.5, 5.7)}
+HOP = {"nvlink": _NVLINK, "mesh": _NVLINK, "pci": _PCI, "host": _PCI}
+CROSSING = {"tree": (5.0, 8.5, 14.0), "ring": (2.7, 4.0, 14.0)}
+NVLS_HOP, NVLS_CROSSING, PAT_BASE = 25.0, 20.9, 8.0
+# bytes/s, tuning.cc llMaxBws by generation; one, two, more hosts
+LL_CAP = ((39e9, 39e9, 20.4e9), (87.7e9, 22.5e9, 19e9), (141e9, 45e9, 35e9), (282e9, 90e9, 70e9))
+LL_SHARE, LL128_SHARE = 0.5, 0.92  # 4 of 8 bytes are data; 120 of 128, measured by NCCL's authors as 0.92
+TREE_SHARE, TREE_LL_SHARE = 0.92, 1 / 3.8
+# Ring rate over the data-sheet rate: 20.6 of 25 GB/s a link (Hopper), 40.1 of 50 (Blackwell), 20 of 25 (before).
+RING_SHARE = 0.8
+HOST_SHARE = 0.4  # of a PCIe port where devices stage through host memory: every byte passes it twice. ASSUMPTION
+MESH_PEERS = 7  # a device of a full xGMI mesh has one link to each of its seven peers
+# send and receive: NCCL's enqueue.cc gives a message channels until each carries 16 MiB or less, starting with the
+# share of 32 channels that one peer of the node gets. A channel moves 20 GB/s (one NVLink of SM70/80 in tuning.cc).
+P2P_CHANNELS, P2P_CHANNEL_RATE, P2P_CHANNEL_BYTES = 32, 20e9, 16 * 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """One way to run a collective. base, hops, net: seconds of launch, of hops inside and between hosts by NCCL's
+    constants; crossings: how many hops between hosts. inside, across: seconds per byte of the busiest port inside a
+    domain and of its NICs. slow, cap: send only, seconds per byte on few channels, up to `cap` seconds."""
+
+    algorithm: str
+    protocol: str
+    base: float
+    hops: float
+    net: float
+    crossings: int
+    inside: float
+    across: float
+    slow: float = 0.0
+    cap: float = 0.0
+
+
+def candidates(group: Group, kind: str) -> list[Candidate]:
+    """All ways to run `kind` on the group (a barrier is an all_reduce, as torch issues it)."""
+    if kind == "send":
+        return [_send(group)]
+    if kind == "all_to_all":
+        return [_all_to_all(group)]
+    if kind in ("all_reduce", "barrier"):
+        return [*_rings(group, "all_reduce"), *_trees(group), *_nvls(group)]
+    return [*_rings(group, kind), *_pat(group, kind)]
+
+
+def ring_rate(group: Group) -> float:
+    """bytes/s that a ring moves through each device inside a domain; a mesh has one link to each peer in use."""
+    if group.per_domain < 2:
+        return inf
+    if group.wires == "mesh":
+        return group.port * RING_SHARE * min(group.per_domain - 1, MESH_PEERS) / MESH_PEERS
+    return group.port * (HOST_SHARE if group.wires == "host" else RING_SHARE)
+
+
+def _rate(rate: float) -> float:
+    return 1 / rate if rate else 0.0
+
+
+def _net(group: Group) -> float:
+    return _rate(group.across) if group.domains > 1 else 0.0
+
+
+def _uplink(group: Group, crossing: float, everyone: bool = False) -> float:
+    """Seconds per byte on the links above the lowest switches. crossing: bytes through a boundary per byte of the
+    collective; everyone: each rank below sends to all ranks beyond."""
+    worst = 0.0
+    for below, rate in group.uplinks:
+        share = below * max(group.ranks - below, 0) / group.ranks if everyone else crossing
+        worst = max(worst, share / rate)
+    return worst
+
+
+def _rings(group: Group, kind: str) -> list[Candidate]:
+    n, hosts = group.ranks, group.hosts
+    factor, steps, crossings = {
+        "all_reduce": (2 * (n - 1) / n, 2 * (n - 1), 2 * (hosts - 1)),
+        "all_gather": ((n - 1) / n, n - 1, hosts - 1),
+        "reduce_scatter": ((n - 1) / n, n - 1, hosts - 1),
+        "broadcast": (1.0, n - 1, hosts - 1),
+        "reduce": (1.0, n - 1, hosts - 1),
+    }[kind]
+    found = []
+    for i, protocol in enumerate(PROTOCOLS):
+        if protocol == "LL128" and group.wires != "nvlink":
+            continue  # needs 128-byte stores that arrive whole
+        share = (LL_SHARE, LL128_SHARE, 1.0)[i]
+        rate = ring_rate(group) * share
+        if protocol == "LL":
+            rate = min(rate, LL_CAP[group.generation][min(hosts, 3) - 1])
+        across = max(_net(group), _uplink(group, 1.0)) * factor / share
+        hops = (steps - crossings) * (HOP[group.wires]["ring"][i] * US + group.hop)
+        net = crossings * CROSSING["ring"][i] * US
+        base = BASE["ring"][i] * US
+        found.append(Candidate("ring", protocol, base, hops, net, crossings, factor * _rate(rate), across))
+    return found
+
+
+def _trees(group: Group) -> list[Candidate]:
+    """Double binary tree over hosts, a chain inside each. Between two hosts each direction carries the buffer once;
+    in larger trees a host is inner in one tree and leaf in the other and carries it twice."""
+    depth = ceil(log2(group.hosts)) if group.hosts > 1 else 0
+    volume = 1.0 if group.domains == 2 else 2.0
+    found = []
+    for i, protocol in enumerate(PROTOCOLS):
+        if protocol == "LL128" and group.wires != "nvlink":
+            continue
+        share = (TREE_LL_SHARE, 7 / 9 if group.hosts == 1 else 120 / 128, 1.0)[i]
+        inside = 2 * _rate(ring_rate(group) * TREE_SHARE * share)
+        across = max(_net(group), _uplink(group, 1.0)) * volume / share
+        hops = 2 * (group.per_host - 1) * (HOP[group.wires]["tree"][i] * US + group.hop)
+        net = 2 * depth * CROSSING["tree"][i] * US
+        found.append(Candidate("tree", protocol, BASE["tree"][i] * US, hops, net, 2 * depth, inside, across))
+    return found
+
+
+def _nvls(group: Group) -> list[Candidate]:
+    """NVLink SHARP: the switch reduces, so a port sends its buffer once plus 1 / n of it for the broadcast half:
+    (n + 1) / n bytes per byte, which fits 5, 7 and 8 H200 and 6 and 8 B200 with one efficiency each. Over several hosts
+    (NVLSTree) a tree joins the hosts; not over several NVL72 domains (EMPIRICAL: 128 GB200 run at a ring's rate)."""
+    within = group.per_domain
+    if not group.nvls_from or within < group.nvls_from or (group.domains > 1 and group.domains != group.hosts):
+        return []
+    depth = ceil(log2(group.domains)) if group.domains > 1 else 0
+    across = max(_net(group), _uplink(group, 1.0)) * (1.0 if group.domains == 2 else 2.0)
+    name = "nvls_tree" if group.domains > 1 else "nvls"
+    hops = NVLS_HOP * US + group.hop
+    net = 2 * depth * NVLS_CROSSING * US
+    return [Candidate(name, "Simple", 0.0, hops, net, 2 * depth, (within + 1) / within / group.port, across)]
+
+
+def _pat(group: Group, kind: str) -> list[Candidate]:
+    """Parallel aggregated trees: all_gather and reduce_scatter of one device a host."""
+    if kind not in ("all_gather", "reduce_scatter") or group.per_host > 1 or group.hosts < 2:
+        return []
+    depth = ceil(log2(group.hosts))
+    net = (depth * CROSSING["ring"][2] / 3.5 + 2.8 * group.ranks) * US
+    factor = (group.ranks - 1) / group.ranks
+    return [Candidate("pat", "Simple", PAT_BASE * US, 0.0, net, depth, 0.0, factor * _net(group) / 0.75)]
+
+
+def _all_to_all(group: Group) -> Candidate:
+    """Pairwise, all pairs posted at once: what a device sends inside its domain, what a domain sends out of it."""
+    n, within = group.ranks, group.per_domain
+    inside = (within - 1) / n * _rate(ring_rate(group)) if within > 1 else 0.0
+    across = within * (n - within) / n * _net(group)
+    outside = 1 if group.hosts > 1 else 0
+    base, hops = BASE["ring"][0] * US, (n - 1) * (HOP[group.wires]["ring"][0] * US + group.hop)
+    net = outside * CROSSING["ring"][2] * US
+    return Candidate("pairwise", "Simple", base, hops, net, outside, inside, max(across, _uplink(group, 0.0, True)))
+
+
+def _send(group: Group) -> Candidate:
+    """One message between two ranks; inside a node on few channels at first (P2P_CHANNELS)."""
+    base = BASE["ring"][0] * US
+    if group.hosts > 1:
+        net = CROSSING["ring"][0] * US
+        own = _net(group) * group.per_domain  # one message at a time leaves through the NIC of its device
+        return Candidate("p2p", "Simple", base, 0.0, net, 1, 0.0, max(own, _uplink(group, 1.0)))
+    hop = HOP[group.wires]["ring"][0] * US + group.hop
+    if group.wires != "nvlink":
+        return Candidate("p2p", "Simple", base, hop, 0.0, 0, _rate(ring_rate(group)), 0.0)
+    first = max(P2P_CHANNELS // max(group.per_host, 8), 1)
+    slow, cap = 1 / (first * P2P_CHANNEL_RATE), P2P_CHANNEL_BYTES / P2P_CHANNEL_RATE
+    return Candidate("p2p", "Simple", base, hop, 0.0, 0, _rate(ring_rate(group)), 0.0, slow, cap)

@@ -1,0 +1,191 @@
+"""Published sweeps of collectives: read from CSV or the catalogue, and turned into clusters that can be priced.
+
+Columns as in nccl_cases.csv: config_id, gpu, num_gpus, num_nodes, interconnect, collective, bytes, time_us, source,
+notes. What links there are is read from the words of `interconnect` and `notes`; what those leave out is taken from the
+usual machine of that device (`USUAL`), and a device without a family needs its links in words.
+"""
+
+from __future__ import annotations
+
+import csv
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from costmodels import tomlfile as toml
+from costmodels.cluster import Cluster, Fabric, Link
+from costmodels.device import CATALOGUE, Device
+from costmodels.nccl_fabric import REFERENCE_CROSSING, REFERENCE_HOP, Family, family_of, network_of
+
+SWEEPS = CATALOGUE / "collectives" / "nccl_sweeps.toml"
+KIND = {"sendrecv": "send", "alltoall": "all_to_all", "send_recv": "send", "p2p": "send", "allreduce": "all_reduce"}
+# Host time of a call that is inside a measurement by torch instead of nccl-tests: eager torch adds 20 to 40 us
+# (shared/facts/communication.md A6); back-to-back calls hide part of it.
+TORCH_HOST = 20e-6
+# NICs of a node and bytes/s of each where a sweep names the platform only: provider's instance pages.
+PLATFORMS = {
+    "p5en": (16, 25e9), "p5.48": (32, 12.5e9), "p6-b200": (8, 50e9), "p4d": (4, 12.5e9), "p3dn": (1, 12.5e9),
+    "g4dn.metal": (1, 12.5e9), "g4dn.12": (1, 6.25e9), "g5.48": (1, 12.5e9), "GPU.H100": (8, 50e9),
+    "GPU.H200": (8, 50e9), "GPU.B4": (16, 12.5e9), "GPU4": (16, 12.5e9), "GPU.A100": (16, 12.5e9),
+    "GPU.B200": (8, 50e9), "GPU.GB200": (4, 50e9), "GPU.MI300X": (8, 50e9), "a3-mega": (8, 25e9),
+    "a3-ultra": (8, 50e9), "a4-high": (8, 50e9),
+}  # fmt: skip
+USUAL = {"volta": (1, 12.5e9), "ampere": (8, 25e9), "hopper": (8, 50e9), "hopper-h800": (8, 50e9),
+         "blackwell": (8, 50e9), "blackwell-nvl72": (4, 50e9), "cdna": (8, 50e9), "cdna4": (8, 50e9)}  # fmt: skip
+NVLINK = {"1": 8e10, "2": 1.5e11, "3": 3e11, "4": 4.5e11, "5": 9e11}  # bytes/s of a device by NVLink generation
+
+
+class Sweep(NamedTuple):
+    """One configuration and its measured points, bytes and seconds."""
+
+    config_id: str
+    gpu: str
+    num_gpus: int
+    num_nodes: int
+    interconnect: str
+    collective: str
+    bytes: tuple[float, ...]
+    seconds: tuple[float, ...]
+    source: str = ""
+    notes: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """What is priced for a sweep. algorithm: forced, "" for NCCL's choice. host: seconds that the measurement adds."""
+
+    cluster: Cluster
+    kind: str
+    ranks: tuple[int, ...]
+    algorithm: str
+    host: float
+
+
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """The rows of a CSV file with a header line."""
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror}; give a CSV file in the schema of nccl_cases.csv") from None
+    if not rows:
+        raise ValueError(f"{path}: no rows; give a CSV file in the schema of nccl_cases.csv or tcp_cases.csv")
+    return rows
+
+
+def by_config(rows: Iterable[dict[str, str]]) -> dict[str, list[dict[str, str]]]:
+    """Rows of each config_id, in the order of the file."""
+    found: dict[str, list[dict[str, str]]] = {}
+    for row in rows:
+        found.setdefault(row["config_id"], []).append(row)
+    return found
+
+
+def sweep_from(config_id: str, rows: list[dict[str, str]]) -> Sweep:
+    """A sweep from its CSV rows, sorted by bytes; a ValueError says which cell is no number."""
+    first = rows[0]
+    try:
+        points = sorted((float(r["bytes"]), float(r["time_us"]) * 1e-6) for r in rows)
+        gpus, nodes = int(float(first["num_gpus"])), int(float(first["num_nodes"]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{config_id}: a cell is missing or no number ({error})") from None
+    if min(p[1] for p in points) <= 0 or min(p[0] for p in points) <= 0:
+        raise ValueError(f"{config_id}: bytes and time_us must be more than 0")
+    words = [first.get(key) or "" for key in ("gpu", "interconnect", "collective", "source", "notes")]
+    gpu, wires, what, source, notes = words
+    sizes, times = tuple(p[0] for p in points), tuple(p[1] for p in points)
+    return Sweep(config_id, gpu, gpus, nodes, wires, what, sizes, times, source, notes)
+
+
+def catalogue_sweeps() -> list[Sweep]:
+    """The sweeps that the shipped constants were fitted to."""
+    rows = toml.tables(toml.read_toml(SWEEPS), "sweep", str(SWEEPS))
+    return [Sweep._make(tuple(v) if isinstance(v := row[name], list) else v for name in Sweep._fields) for row in rows]
+
+
+def sweeps_data(sweeps: Iterable[Sweep]) -> dict[str, Any]:
+    """The content of nccl_sweeps.toml."""
+    return {"sweep": [s._asdict() for s in sweeps]}
+
+
+def setup_of(sweep: Sweep) -> Setup:
+    """The cluster, group and algorithm of a sweep; ValueError with the reason where it cannot be priced."""
+    kind = KIND.get(sweep.collective.lower(), sweep.collective.lower())
+    if kind not in ("all_reduce", "all_gather", "reduce_scatter", "broadcast", "reduce", "send", "all_to_all"):
+        raise ValueError(f"collective '{sweep.collective}' has no model")
+    if sweep.num_gpus < 2 or sweep.num_gpus % max(sweep.num_nodes, 1):
+        raise ValueError(f"{sweep.num_gpus} GPUs on {sweep.num_nodes} nodes: two or more, equally spread, are needed")
+    text = f"{sweep.interconnect} {sweep.notes}"
+    per_node = sweep.num_gpus // sweep.num_nodes
+    family = family_of(sweep.gpu)
+    intra, fabric = _intra(sweep, family, per_node)
+    inter, devices = _inter(sweep, family, per_node) if sweep.num_nodes > 1 else (intra, per_node)
+    device = Device(sweep.gpu, "gpu", {"float32": 1e12}, 2**30, 1e12)
+    cluster = Cluster(sweep.config_id, device, sweep.num_nodes, devices, intra, inter, "nccl", fabric=fabric)
+    ranks = tuple(n * devices + i for n in range(sweep.num_nodes) for i in range(per_node))
+    host = TORCH_HOST if "all_reduce_bench" in text or "torch" in text.lower().split("nccl-tests")[0] else 0.0
+    return Setup(cluster, kind, ranks, _forced(text), host)
+
+
+def _forced(text: str) -> str:
+    found = re.search(r"(?:NCCL_ALGO\s*=\s*|algorithm\s+)(ring|tree|nvls|pat)", text, re.IGNORECASE)
+    return found[1].lower() if found else ""
+
+
+def _intra(sweep: Sweep, family: Family | None, per_node: int) -> tuple[Link, Fabric]:
+    words = sweep.interconnect
+    generation = re.search(r"NVLink\s*(\d)", words)
+    fabric: Fabric = "mesh" if re.search(r"xGMI|Infinity", words) else "nvswitch"
+    wires = family.wires if family else "nvlink" if generation else "mesh" if fabric == "mesh" else "pci"
+    if "PCIe" in words and "NVLink" not in words.replace("no NVLink", ""):
+        wires = "host" if re.search(r"no P2P|host|SHM", words) else "pci"
+    if family and family.wires == wires:
+        rate = family.port
+    elif generation and wires == "nvlink":
+        rate = NVLINK.get(generation[1], 4.5e11)
+    elif (found := re.search(r"PCIe\s*(?:Gen|gen)?\s*([3-6])", words)) or per_node == 1:
+        rate = 1.6e10 * 2 ** (int(found[1]) - 3) if found else 3.2e10
+    elif wires == "pci" or wires == "host":
+        rate = 3.2e10
+    else:
+        raise ValueError(f"'{sweep.gpu}' has no family and '{words}' does not say how its devices are joined")
+    if wires == "host" and _own_uplinks(sweep.notes, words):
+        rate *= 2  # devices of one switch share its way to the host; each of these has a way of its own
+    name = {"nvlink": "NVLink", "mesh": "xGMI", "pci": "PCIe", "host": "PCIe through the host"}[wires]
+    return Link(name, rate, REFERENCE_HOP[wires]), "pcie" if wires in ("pci", "host") else fabric
+
+
+def _own_uplinks(notes: str, words: str) -> bool:
+    """Whether two devices sit on different sides of a host, by their PCI buses or in words."""
+    buses = [int(b, 16) for b in re.findall(r"0x([0-9a-fA-F]+)", notes)]
+    far = len(buses) == 2 and abs(buses[0] - buses[1]) > 4
+    return far or bool(re.search(r"cross.socket|different sockets|across sockets|\bSYS\b", f"{notes} {words}", re.I))
+
+
+def _inter(sweep: Sweep, family: Family | None, per_node: int) -> tuple[Link, int]:
+    """The link between nodes, and how many devices a whole node has (more than the sweep used, maybe)."""
+    words = sweep.interconnect
+    name = "EFA" if "EFA" in words else "RoCE" if "RoCE" in words else "TCP" if "TCP" in words else "InfiniBand"
+    nics, rate = _nics(words, sweep.notes, family)
+    devices = max(per_node, 8) if per_node == 1 and nics > 1 else per_node
+    network = network_of(Link(name, rate, 0.0, ports=nics))
+    return Link(name, rate, REFERENCE_CROSSING[network], ports=nics), devices
+
+
+def _nics(words: str, notes: str, family: Family | None) -> tuple[int, float]:
+    """NICs of a node and bytes/s of each."""
+    if found := re.search(r"(\d+)\s*x\s*(?:[A-Za-z]+\d?\s+)?(\d+)\s*G", words):
+        return int(found[1]), float(found[2]) * 1.25e8
+    usual = USUAL.get(family.name, (1, 12.5e9)) if family else None
+    usual = next((nics for platform, nics in PLATFORMS.items() if platform.lower() in notes.lower()), usual)
+    if found := re.search(r"(\d+)\s*NIC", words):
+        if rate := re.search(r"(\d+)\s*G", words):
+            return int(found[1]), float(rate[1]) * 1.25e8
+        return int(found[1]), usual[1] if usual else 12.5e9
+    if found := re.search(r"(?<![\w.])(\d+)\s*G(?:b|bps|bit)?(?![A-Za-z])", words):
+        return 1, float(found[1]) * 1.25e8
+    if usual is None:
+        raise ValueError(f"'{words}' does not say how fast the network between the nodes is")
+    return usual

@@ -1,0 +1,169 @@
+"""How far the predicted times of collectives are from published ones: `parplan collectives --cases CSV`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from costmodels.collectives import collective_price
+from costmodels.nccl_law import BANDS, Laws
+from validation.collective_cases import Sweep, by_config, catalogue_sweeps, read_rows, setup_of, sweep_from
+from validation.collective_tcp import is_tcp, tcp_points
+
+Progress = Callable[[str, float], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """One configuration: its points (bytes, measured and predicted seconds), which algorithm and protocol each price
+    assumed, and whether the constants had seen it: "left out" (it is in the catalogue, and the constants were fitted
+    anew without it), "shipped" (the catalogue does not have it), or "formula"."""
+
+    config_id: str
+    what: str
+    bytes: tuple[float, ...]
+    measured: tuple[float, ...]
+    predicted: tuple[float, ...]
+    ways: tuple[str, ...]
+    constants: str
+
+    @property
+    def errors(self) -> np.ndarray:
+        """Signed relative errors, predicted / measured - 1."""
+        return np.asarray(np.array(self.predicted) / np.array(self.measured) - 1)
+
+
+def read_sweeps(path: Path) -> tuple[list[Sweep], dict[str, str]]:
+    """The sweeps of a file, and the reasons why others cannot be priced."""
+    sweeps, skipped = [], {}
+    for config_id, rows in by_config(read_rows(path)).items():
+        try:
+            sweep = sweep_from(config_id, rows)
+            setup_of(sweep)
+            sweeps.append(sweep)
+        except ValueError as error:
+            skipped[config_id] = str(error)
+    return sweeps, skipped
+
+
+def score_file(path: Path, progress: Progress | None = None) -> tuple[list[Scored], dict[str, str]]:
+    """Every configuration of a file in the schema of nccl_cases.csv or tcp_cases.csv, and those that have no price."""
+    rows = read_rows(path)
+    needed = {"config_id", "collective", "bytes", "time_us"}
+    if missing := needed - set(rows[0]):
+        raise ValueError(f"{path}: columns {', '.join(sorted(missing))} are missing; see nccl_cases.csv for the schema")
+    if is_tcp(rows[0]):
+        return score_tcp(rows)
+    sweeps, skipped = read_sweeps(path)
+    known = catalogue_sweeps()
+    found = []
+    for i, sweep in enumerate(sweeps):
+        if progress:
+            progress(f"pricing {sweep.config_id}", i / len(sweeps))
+        same = [s.config_id for s in known if is_same(s, sweep)]
+        found.append(score(sweep, without(known, same) if same else None))
+    return found, skipped
+
+
+def is_same(a: Sweep, b: Sweep) -> bool:
+    """Whether two sweeps share points: the same name, or the same size and time on the same devices."""
+    if a.config_id == b.config_id:
+        return True
+    if (a.gpu, a.num_gpus, a.num_nodes) != (b.gpu, b.num_gpus, b.num_nodes):
+        return False
+    times = dict(zip(a.bytes, a.seconds, strict=True))
+    return any(size in times and abs(times[size] / t - 1) < 1e-4 for size, t in zip(b.bytes, b.seconds, strict=True))
+
+
+def without(known: Sequence[Sweep], names: Sequence[str]) -> Laws:
+    """Constants fitted to all sweeps of the catalogue but these."""
+    from validation.fit_collectives import fit, points_of
+
+    points = points_of(known)
+    keep = np.array([s.config_id not in names for s in known])[points.owner]
+    return fit(points, keep)
+
+
+def score(sweep: Sweep, laws: Laws | None = None) -> Scored:
+    """Predicted and measured times of one sweep; laws: None for the shipped ones."""
+    setup = setup_of(sweep)
+    prices = [
+        collective_price(setup.cluster, setup.kind, size, setup.ranks, setup.algorithm, laws) for size in sweep.bytes
+    ]
+    what = f"{setup.kind} on {sweep.num_gpus} {sweep.gpu}, {sweep.num_nodes} nodes"
+    return Scored(
+        sweep.config_id, what, sweep.bytes, sweep.seconds, tuple(p.seconds + setup.host for p in prices),
+        tuple(f"{p.algorithm} {p.protocol}" for p in prices), "left out" if laws else "shipped",
+    )  # fmt: skip
+
+
+def left_out(points: Any) -> np.ndarray:
+    """Signed errors of all points, each sweep predicted by constants that were fitted without it."""
+    from validation.fit_collectives import fit
+
+    errors = [score(s, fit(points, points.owner != i)).errors for i, s in enumerate(points.sweeps)]
+    return np.concatenate(errors)
+
+
+def score_tcp(rows: list[dict[str, str]]) -> tuple[list[Scored], dict[str, str]]:
+    found, skipped = [], {}
+    for config_id, mine in by_config(rows).items():
+        try:
+            points = tcp_points(mine)
+        except ValueError as error:
+            skipped[config_id] = str(error)
+            continue
+        first = mine[0]
+        what = f"{first['collective']}, {first['backend']}, {first['num_nodes']} nodes"
+        found.append(Scored(config_id, what, *points, "formula"))
+    return found, skipped
+
+
+def bands_of(sizes: np.ndarray, errors: np.ndarray) -> dict[str, np.ndarray]:
+    """Errors of each band of sizes."""
+    places = np.digitize(sizes, (2.0**18, 2.0**24))
+    return {band: errors[places == i] for i, band in enumerate(BANDS)}
+
+
+def numbers(sizes: np.ndarray, errors: np.ndarray) -> dict[str, Any]:
+    """n, mean absolute error (all and by band), bias and worst error; bands without points are left out."""
+    bands = {band: e for band, e in bands_of(sizes, errors).items() if len(e)}
+    return {
+        "n": len(errors),
+        "mape": float(np.abs(errors).mean()),
+        **{band: float(np.abs(e).mean()) for band, e in bands.items()},
+        "bias": float(errors.mean()),
+        "worst": float(errors[np.abs(errors).argmax()]),
+    }
+
+
+def result(scored: Sequence[Scored], skipped: dict[str, str]) -> dict[str, Any]:
+    """What `parplan collectives --cases` says, as JSON. summary.mape: over all points, by band; summary.per_config:
+    mean of the configurations' means, and their median."""
+    configs = [
+        {"config_id": s.config_id, "what": s.what, "constants": s.constants}
+        | numbers(np.array(s.bytes), s.errors)
+        | {"algorithms": sorted(set(s.ways))}
+        for s in scored
+    ]
+    if not scored:
+        return {"configs": [], "skipped": _reasons(skipped), "summary": {"n": 0, "configs": 0}}
+    sizes = np.concatenate([s.bytes for s in scored])
+    total = numbers(sizes, np.concatenate([s.errors for s in scored]))
+    mape = {"all": total["mape"], **{band: total[band] for band in BANDS if band in total}}
+    columns = {key: [c[key] for c in configs if key in c] for key in ("mape", *BANDS) if key in total}
+    per_config = {
+        "mean": {key: float(np.mean(column)) for key, column in columns.items()},
+        "median": {key: float(np.median(column)) for key, column in columns.items()},
+    }
+    summary = {"n": total["n"], "configs": len(configs), **mape, "mape": mape, "bias": total["bias"]}
+    summary |= {"per_config": per_config, "left_out": sum(s.constants == "left out" for s in scored)}
+    return {"configs": configs, "skipped": _reasons(skipped), "summary": summary}
+
+
+def _reasons(skipped: dict[str, str]) -> list[dict[str, str]]:
+    return [{"config_id": config, "reason": reason} for config, reason in skipped.items()]

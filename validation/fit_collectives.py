@@ -1,0 +1,194 @@
+"""Fits the constants of `costmodels.nccl_law` to published sweeps: `python -m validation.fit_collectives CSV`.
+
+A maximum a posteriori fit in logarithms: every multiplier has a prior (`PRIORS`, mostly 1 with the given spread), so
+that what few points say stays near NCCL's own constants and what they do not say stays there. A Cauchy loss keeps
+single odd points from bending everything; one sweep counts as `SWEEP_POINTS` points at most. What then is left of each
+family is smoothed by a Gaussian process over log2 bytes into a curve of factors.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from math import log
+from pathlib import Path
+
+import numpy as np
+from scipy.optimize import least_squares
+
+from costmodels import tomlfile as toml
+from costmodels.nccl_fabric import Group, group_of
+from costmodels.nccl_law import BANDS, WHERE, Laws, class_of, combine, keys, laws_data, scope_of, terms
+from costmodels.nccl_tuner import Candidate, candidates
+from validation.collective_cases import SWEEPS, Setup, Sweep, setup_of, sweeps_data
+
+NOISE = 0.15  # expected spread of ln(measured / predicted) of one point
+SWEEP_POINTS = 10
+# (mean, spread) of ln(multiplier): the longest key that begins the name counts. Means that are not 0 are ASSUMPTIONS
+# from shared/facts/communication.md: small messages take 10 to 25 us on one node and 30 to 75 us on two (A6: base, hop,
+# crossing), NICs give .73 to .95 (across), Simple's hops overlap (protocol.Simple), LL has no chunks to fill (ramp).
+PRIORS = {
+    "common.base": (0.1, 0.2), "common.hop": (0.4, 0.4), "common.ramp": (-0.3, 0.5), "common.nvls": (log(0.65), 0.1),
+    "common.crossing": (log(12e-6), 0.3), "common.across": (log(0.92), 0.05),
+    "family.*.base": (0.0, 0.15), "family.*.hop": (0.0, 0.15), "family.*.ramp": (0.0, 0.2), "family.*.nvls": (0.0, 0.1),
+    "family.*.inside": (0.0, 0.06), "network.*.crossing": (0.0, 0.3), "network.*.ramp": (0.3, 0.3),
+    "network.*.across": (0.0, 0.08), "kind.all_reduce": (0.0, 0.01), "kind.gather": (0.0, 0.2),
+    "kind.all_to_all": (0.0, 0.35), "kind.send": (0.0, 0.3), "protocol.LL.latency": (0.0, 0.01),
+    "protocol.LL.ramp": (log(0.2), 0.2), "protocol.LL128.latency": (-0.1, 0.3), "protocol.LL128.ramp": (log(0.8), 0.3),
+    "protocol.Simple.latency": (-0.3, 0.3), "protocol.Simple.ramp": (0.0, 0.01), "protocol.nvls.latency": (0.0, 0.3),
+    "protocol.nvls.ramp": (0.0, 0.4), "protocol.pairs": (0.0, 0.01), "all_to_all": (-0.4, 0.5),
+}  # fmt: skip
+# Wires whose rate is less certain: staging through the host, and families with a share of their own.
+LOOSE = {"geforce-host": 0.7, "cdna": 0.12, "cdna4": 0.12, "rtx-pcie5": 0.12, "volta": 0.12, "pci": 0.3, "host": 0.7}
+# Gaussian process of what is left: spread, length in log2 bytes, likeness of kinds of collectives, and the spread of a
+# sweep as a whole (which is not passed on to other sweeps).
+LEFT = {"spread": 0.1, "length": 1.5, "kinds": 0.6, "sweep": 0.1, "slope": 0.05, "noise": 0.05}
+KNOTS = np.arange(3.0, 36.0)
+CLASSES = ("all_reduce", "gather", "all_to_all", "send")
+
+
+@dataclass(frozen=True, slots=True)
+class Points:
+    """All points of some sweeps, and for each all ways to run it. ways: (9, points, ways) of `nccl_law.terms`;
+    products: which parameters each multiplier that occurs is a product of (a row of zeros and ones each); names:
+    (6, points, ways) rows of `products`; allowed: which ways exist."""
+
+    sweeps: tuple[Sweep, ...]
+    setups: tuple[Setup, ...]
+    groups: tuple[Group, ...]
+    owner: np.ndarray
+    sizes: np.ndarray
+    seconds: np.ndarray
+    host: np.ndarray
+    parameters: tuple[str, ...]
+    ways: np.ndarray
+    products: np.ndarray
+    names: np.ndarray
+    allowed: np.ndarray
+
+
+def points_of(sweeps: Sequence[Sweep]) -> Points:
+    """The points of all sweeps that can be priced."""
+    setups = tuple(setup_of(s) for s in sweeps)
+    groups = tuple(group_of(s.cluster, s.ranks) for s in setups)
+    ways = [_ways(g, s) for g, s in zip(groups, setups, strict=True)]
+    named = [[keys(g, s.kind, w) for w in found] for g, s, found in zip(groups, setups, ways, strict=True)]
+    parameters = tuple(sorted({name for sweep in named for way in sweep for term in way for name in term}))
+    products = list(dict.fromkeys(term for sweep in named for way in sweep for term in way))
+    place = {term: i for i, term in enumerate(products)}
+    most = max(map(len, ways))
+    rows = [[*map(terms, w), *[(0.0,) * 9] * (most - len(w))] for w in ways]
+    names = [[*([place[t] for t in w] for w in sweep), *[[0] * 6] * (most - len(sweep))] for sweep in named]
+    allowed = [[True] * len(w) + [False] * (most - len(w)) for w in ways]
+    owner = np.repeat(np.arange(len(sweeps)), [len(s.bytes) for s in sweeps])
+    return Points(
+        tuple(sweeps), setups, groups, owner,
+        np.array([b for s in sweeps for b in s.bytes]), np.array([t for s in sweeps for t in s.seconds]),
+        np.array([s.host for s in setups])[owner], parameters, np.moveaxis(np.array(rows)[owner], 2, 0),
+        np.array([[name in term for name in parameters] for term in products], float),
+        np.moveaxis(np.array(names)[owner], 2, 0), np.array(allowed)[owner],
+    )  # fmt: skip
+
+
+def _ways(group: Group, setup: Setup) -> list[Candidate]:
+    from costmodels.nccl import _allowed
+
+    return _allowed(candidates(group, setup.kind), setup.algorithm)
+
+
+def prior(name: str) -> tuple[float, float]:
+    """(mean, spread) of the logarithm of a value."""
+    section, middle, *rest = name.split(".")
+    if section == "family" and rest == ["inside"] and middle in LOOSE:
+        return 0.0, LOOSE[middle]
+    for key in (name, ".".join([section, "*", *rest]), f"{section}.{middle}", section):
+        if key in PRIORS:
+            return PRIORS[key]
+    raise AssertionError(name)
+
+
+def predict(points: Points, values: np.ndarray) -> np.ndarray:
+    """ln(seconds) of every point by the best way, host time of the measurement included."""
+    by = np.exp(points.products @ values)[points.names]
+    times = combine(points.sizes[:, None], points.ways, by, 0.0)
+    return np.asarray(np.log(np.where(points.allowed, times, np.inf).min(1) + points.host))
+
+
+def fit(points: Points, use: np.ndarray) -> Laws:
+    """The laws that `use` (a mask of points) says."""
+    part = _subset(points, use)
+    priors = np.array([prior(name) for name in points.parameters])
+    measured = np.log(part.seconds)
+    count = np.bincount(part.owner)[part.owner]
+    weight = np.sqrt(np.minimum(1.0, SWEEP_POINTS / count))
+
+    def residuals(values: np.ndarray) -> np.ndarray:
+        off = (predict(part, values) - measured) / NOISE
+        off = np.sign(off) * 2 * np.sqrt(np.log1p(off * off / 4))
+        return np.concatenate([weight * off, (values - priors[:, 0]) / priors[:, 1]])
+
+    found = least_squares(residuals, priors[:, 0], x_scale=priors[:, 1], max_nfev=40, ftol=1e-4, xtol=1e-5).x
+    values = {name: float(np.exp(v)) for name, v in zip(points.parameters, found, strict=True)}
+    values |= {name: float(np.exp(PRIORS[name.replace("other", "*")][0])) for name in ("network.other.ramp",)}
+    return Laws(values, _curves(part, measured - predict(part, found)), rows=int(use.sum()))
+
+
+def _subset(points: Points, use: np.ndarray) -> Points:
+    return replace(
+        points, owner=points.owner[use], sizes=points.sizes[use], seconds=points.seconds[use], host=points.host[use],
+        ways=points.ways[:, use], names=points.names[:, use], allowed=points.allowed[use],
+    )  # fmt: skip
+
+
+def _curves(points: Points, left: np.ndarray) -> dict[tuple[str, str, str], tuple[np.ndarray, np.ndarray]]:
+    """Curves of the factors that are left, for every family and scope with points."""
+    where = [(g.family, scope_of(g)) for g in points.groups]
+    kind = np.array([CLASSES.index(class_of(s.kind)) for s in points.setups])[points.owner]
+    x = np.log2(points.sizes)
+    found = {}
+    for place in dict.fromkeys(where[i] for i in np.unique(points.owner).tolist()):
+        mine = np.array([where[i] == place for i in points.owner.tolist()])
+        xs, kinds, owner = x[mine], kind[mine], points.owner[mine]
+        same = owner[:, None] == owner[None]
+        distance = xs[:, None] - xs[None]
+        noise = same * (LEFT["sweep"] ** 2 + LEFT["slope"] ** 2 * np.exp(-((distance / 4) ** 2) / 2))
+        inner = _likeness(distance, kinds[:, None] == kinds[None]) + noise + LEFT["noise"] ** 2 * np.eye(len(xs))
+        weights = np.linalg.solve(inner, np.clip(left[mine], -0.4, 0.4))
+        for i, name in enumerate(CLASSES):
+            smooth = _likeness(KNOTS[:, None] - xs[None], (kinds == i)[None]) @ weights
+            found[(*place, name)] = (KNOTS, smooth)
+    return found
+
+
+def _likeness(distance: np.ndarray, same_kind: np.ndarray) -> np.ndarray:
+    near = np.exp(-((distance / LEFT["length"]) ** 2) / 2)
+    return np.asarray(LEFT["spread"] ** 2 * near * np.where(same_kind, 1.0, LEFT["kinds"]))
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Reads sweeps, scores them left out one by one, fits all, writes nccl.toml and nccl_sweeps.toml."""
+    from validation.collective_score import bands_of, left_out, read_sweeps
+
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("cases", type=Path, help="CSV file in the schema of nccl_cases.csv")
+    sweeps, skipped = read_sweeps(parser.parse_args(arguments).cases)
+    for config, reason in skipped.items():
+        print(f"skipped {config}: {reason}")
+    points = points_of(sweeps)
+    scores = left_out(points)
+    laws = fit(points, np.ones(len(points.sizes), bool))
+    errors = {"other": tuple(np.mean([abs(e) for e in band]) for band in bands_of(points.sizes, scores).values())}
+    for place in dict.fromkeys((g.family, scope_of(g)) for g in points.groups):
+        mine = np.array([(g.family, scope_of(g)) == place for g in points.groups])[points.owner]
+        found = bands_of(points.sizes[mine], scores[mine]).values()
+        known = [float(np.mean(np.abs(band))) if len(band) else other for band, other in zip(found, errors["other"])]
+        errors[".".join(place)] = tuple(known)
+    toml.write_toml(SWEEPS, sweeps_data(sweeps))
+    toml.write_toml(WHERE, laws_data(Laws(laws.values, laws.curves, errors, laws.rows)))
+    print(f"{len(points.sizes)} points of {len(sweeps)} configurations; each predicted without its own:")
+    print(", ".join(f"{band} {error:.1%}" for band, error in zip(BANDS, errors["other"], strict=True)))
+
+
+if __name__ == "__main__":
+    main()
