@@ -1,0 +1,166 @@
+"""Ops that are bound by memory: element-wise, normalisation, softmax, reductions, gathers, copies, optimizer steps.
+
+A kernel takes its launch, and its bytes at the bandwidth that it reaches; bytes that the last cache still holds are
+faster. Normalisation and softmax make several passes over a row that the chip holds: what a row costs beyond its bytes
+is a sum of non-negative terms (`norm_terms`, `softmax_terms`), each in bytes at the data sheet's bandwidth, so that a
+relative of the measured device can use them.
+
+Fitted by `validation.fit_kernels` to the fp32 tables of NeuSight (torch 2.1: A100, V100, T4, P100, P4, L4) and to the
+casts in the aiconfigurator tables (H100, H200, B200, B300, GB200, GB300, L40S); errors in `reports/kernels`.
+The eager launch on the host is no part of a price: the tables' share of it is kept apart as `host_floor`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from math import ceil, prod
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from costmodels.device import Device
+from costmodels.families import FREE, base_name, family
+from costmodels.features import touched
+from costmodels.relatives import find
+
+if TYPE_CHECKING:
+    from costmodels.ops import OpShape, Price
+
+Array = NDArray[np.float64]
+
+LAUNCH = 2e-6  # s of an empty kernel where no table says; casts in CUDA graphs: 1.35 (H200) to 2.0 us (GB200)
+
+# Passes over bytes that `touched` counts once. Batch norm reads its input for the moments and again to scale it
+# (3 of 2); backward normalisations read gradient and input twice (5 of 3). From the definitions of these ops; that no
+# second pass is served by a cache is an ASSUMPTION.
+BATCH_NORM_PASSES, NORM_BACKWARD_PASSES = 1.5, 5 / 3
+
+# Share of the streaming bandwidth by family: ASSUMPTIONS from how kernels access memory (reductions and poolings keep
+# fewer loads in flight, a scatter goes through atomics, gradients of embeddings sort their indices first).
+STREAM_SHARE = {"reduction": 0.9, "pool": 0.8, "pool_backward": 0.6, "loss": 0.8}
+SCATTER_SHARE = 0.5
+_SCATTERS = frozenset((
+    "embedding_dense_backward", "embedding_backward", "scatter", "scatter_add", "index_put", "index_add", "index_copy",
+    "_embedding_bag_dense_backward",
+))  # fmt: skip
+_CELLS = frozenset((
+    "_thnn_fused_lstm_cell", "_thnn_fused_gru_cell", "_thnn_fused_lstm_cell_backward_impl",
+    "_thnn_differentiable_lstm_cell_backward",
+))  # fmt: skip
+
+# A multi-tensor kernel takes 110 to 144 tensors, all lists counted, and 320 blocks of 65,536 elements a launch
+# (torch, aten/src/ATen/native/cuda/MultiTensorApply.cuh).
+TENSORS_A_LAUNCH, BLOCKS_A_LAUNCH, BLOCK = 128, 320, 65536
+
+BLOCKS_A_UNIT = 0.5  # rows per unit that reach the bandwidth: half of the units suffice. ASSUMPTION
+
+
+def rowwise_prices(device: Device, shapes: Sequence[OpShape]) -> list[Price | None]:
+    """The prices of memory-bound ops; None where no device of this kind was measured, and for ops that compute."""
+    prices: list[Price | None] = [None] * len(shapes)
+    groups: dict[tuple[str, str], list[int]] = {}
+    for i, shape in enumerate(shapes):
+        if kind := kind_of(shape.name):
+            groups.setdefault((kind, shape.dtype), []).append(i)
+    for (kind, dtype), members in groups.items():
+        found = find(device, "rowwise", dtype, kind)
+        if found is not None:
+            work = np.array([work_of(shapes[i], kind) for i in members]).T
+            seconds = seconds_of(found.constants, device, kind, work)
+            for i, value in zip(members, seconds.tolist()):
+                prices[i] = found.price(value)
+    return prices
+
+
+def rowwise_price(device: Device, shape: OpShape) -> Price | None:
+    """The price of one memory-bound op."""
+    return rowwise_prices(device, [shape])[0]
+
+
+def kind_of(name: str) -> str:
+    """Which law an op follows: "norm" and "softmax" hold a row, "stream" is any other; "" is no memory-bound op."""
+    what = family(name)
+    if what in FREE or (what in ("rnn", "rnn_backward") and base_name(name) not in _CELLS):
+        return ""
+    if what in ("norm", "norm_backward"):
+        return "stream" if "batch_norm" in name else "norm"
+    return "softmax" if what == "softmax" else "stream"
+
+
+def work_of(shape: OpShape, kind: str) -> tuple[float, float, float, float]:
+    """Bytes that the kernels of an op move, rows, columns, and launches."""
+    moved, launches, what, name = float(touched(shape)), 1.0, family(shape.name), base_name(shape.name)
+    if what == "norm_backward":
+        moved, launches = moved * NORM_BACKWARD_PASSES, 2.0
+    elif what == "norm" and kind == "stream":
+        moved, launches = moved * BATCH_NORM_PASSES, 2.0
+    elif what == "optimizer":
+        launches = float(_optimizer_launches(shape))
+    moved /= SCATTER_SHARE if name in _SCATTERS else STREAM_SHARE.get(what, 1.0)
+    rows, columns = (1.0, 1.0) if kind == "stream" else _grid(shape, what)
+    return moved, rows, columns, launches
+
+
+def _grid(shape: OpShape, what: str) -> tuple[float, float]:
+    """Rows that are normalised one by one, and elements of each. The moments' shape tells the rows of a norm; a softmax
+    is taken over the last dim, as every model of the zoo does."""
+    x = shape.in_shapes[0] if shape.in_shapes else (1,)
+    elements = max(prod(x), 1)
+    moments: tuple[int, ...] = ()
+    if what == "norm" and len(shape.out_shapes) > 1:
+        moments = shape.out_shapes[1]
+    elif what == "norm_backward" and len(shape.in_shapes) > 2:
+        moments = shape.in_shapes[2]
+    rows = prod(moments) if moments else elements // max(x[-1] if x else 1, 1)
+    rows = rows if 0 < rows <= elements else 1
+    return float(rows), elements / rows
+
+
+def _optimizer_launches(shape: OpShape) -> int:
+    lists = 4 if "adam" in shape.name else 2
+    blocks = sum(ceil(prod(s) / BLOCK) for s in shape.in_shapes) // lists
+    return max(ceil(len(shape.in_shapes) / TENSORS_A_LAUNCH), ceil(blocks / BLOCKS_A_LAUNCH), 1)
+
+
+def seconds_of(constants: Mapping[str, Any], device: Device, kind: str, work: Array) -> Array:
+    """Seconds of ops of one kind; `work` has rows bytes, rows, columns, launches (`work_of`)."""
+    moved, rows, columns, launches = work
+    launch = launches * float(constants.get("launch", LAUNCH))
+    cache = float(device.l2_bytes)
+    if kind == "stream":
+        streamed: Array = launch + _streamed(constants, cache, moved) / device.memory_bandwidth
+        return streamed
+    terms = norm_terms(moved, rows, columns, cache) if kind == "norm" else softmax_terms(moved, rows, columns, cache)
+    busy = np.minimum(rows / (BLOCKS_A_UNIT * device.units), 1.0)
+    held: Array = launch + np.array(constants[kind]) @ terms / device.memory_bandwidth / busy
+    return held
+
+
+def _streamed(constants: Mapping[str, Any], cache: float, moved: Array) -> Array:
+    """Bytes at the data sheet's bandwidth that take as long as `moved`: up to half of `kept` times the last cache is
+    served by it at the rate `cached`, nothing of what exceeds `kept` times the cache, and a share in between."""
+    stream = float(constants["stream"])
+    cached = float(constants.get("cached", stream))
+    held = np.clip(2 * (1 - moved / max(float(constants.get("kept", 1.0)) * cache, 1.0)), 0, 1)
+    seconds: Array = moved * ((1 - held) / stream + held / cached)
+    return seconds
+
+
+def norm_terms(moved: Array, rows: Array, columns: Array, cache: float) -> Array:
+    """Terms of layer, group and RMS normalisation, in bytes: all; per row; per 512 columns of a row; what of a row
+    exceeds 1024, 2048 and 4096 columns, which a block reads again; what exceeds the last cache."""
+    beyond = [moved * np.maximum(1 - width / columns, 0) for width in (1024, 2048, 4096)]
+    blocks = rows * np.ceil(columns / 512)
+    return np.stack([moved, rows, blocks, *beyond, np.maximum(moved - cache, 0)])
+
+
+def softmax_terms(moved: Array, rows: Array, columns: Array, cache: float) -> Array:
+    """Terms of a softmax, in bytes: rows of up to 1024 columns, which one warp holds in its registers; longer rows
+    with 16-byte aligned rows, by byte and by row; longer rows otherwise, likewise; what of a row exceeds 2048 and 4096
+    columns; what exceeds the last cache. The three kernels are torch's (SoftMax.cu)."""
+    short = columns <= 1024
+    aligned, odd = ~short & (columns % 4 == 0), ~short & (columns % 4 != 0)
+    beyond = [moved * np.maximum(1 - width / columns, 0) for width in (2048, 4096)]
+    kernels = [moved * short, moved * aligned, rows * aligned, moved * odd, rows * odd]
+    return np.stack([*kernels, *beyond, np.maximum(moved - cache, 0)])
