@@ -149,7 +149,8 @@ class StepRecorder(TorchDispatchMode):
             total = max(sizes) if kind in ("all_gather", "reduce_scatter") else sum(sizes[: max(1, len(inputs))])
             if "base" not in name and "::_c10d" not in name and name in ("c10d::allgather_", "c10d::reduce_scatter_"):
                 total = max(sizes) * len(ranks)
-            if kind == "reduce_scatter" and self.backend == "gloo":  # it all-reduces a copy of the whole buffer
+            # gloo all-reduces a copy of the whole buffer, and gathers into one of its own
+            if kind in ("reduce_scatter", "all_gather") and self.backend == "gloo":
                 self.peak_bytes = max(self.peak_bytes, self.live_bytes + total)
             dtype = str(inputs[0].dtype).removeprefix("torch.")
             self.records.append(Collective(order, kind, total, dtype, ranks, phase, module))

@@ -263,10 +263,7 @@ class _Replay:
                 self._gather(unit, "backward")
                 self._prefetch(stage.units.index(unit))
             for path, ops in self.again.get(op.id, ()):
-                for again in ops:
-                    self._run_op(again, micro, "recompute")
-                for s in self.unneeded[path]:  # forward ends early, and what left the region was kept
-                    self._free(s, micro)
+                self._run_again(path, ops, micro)
             self._run_op(op, micro, "backward")
             self.ledger.drop(("generator", self.ends.get(op.id, ""), micro))
             if op.id in ready and micro > 0:
@@ -282,6 +279,16 @@ class _Replay:
             self.ledger.drop(("whole", ""))
             if micro == plan.micro_batches - 1:
                 self._scatter(stage.units[0])
+
+    def _run_again(self, path: str, ops: list[Op], micro: int) -> None:
+        """A checkpointed region's forward, with the generator's present state put aside."""
+        if self.backend == "gloo":
+            self.ledger.hold("generator", GENERATOR_STATE, "activations")
+        for op in ops:
+            self._run_op(op, micro, "recompute")
+        for s in self.unneeded[path]:  # forward ends early, and what left the region was kept
+            self._free(s, micro)
+        self.ledger.drop("generator")
 
     def _allocate(self, storage: int, micro: int) -> None:
         alive = self.alive.setdefault(micro, {})
@@ -304,7 +311,10 @@ class _Replay:
     def _start(self, unit: Unit) -> None:
         held = self.ledger.held
         if unit.parameters and ("whole", unit.path) not in held and ("gather", unit.path) not in held:
-            self.ledger.hold(("gather", unit.path), unit.gathered_bytes(self.stage.plan.dp), "communication")
+            size = unit.gathered_bytes(self.stage.plan.dp)
+            self.ledger.hold(("gather", unit.path), size, "communication")
+            if self.backend == "gloo":  # gloo gathers into a buffer of its own and copies it out
+                self.ledger.pulse(size, "communication")
 
     def _prefetch(self, index: int) -> None:
         if index - 1 >= 1:
