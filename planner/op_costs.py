@@ -135,7 +135,9 @@ def _scaled(costs: StepCosts, shape: OpShape, share: float) -> float:
     part = replace(shape, bytes_read=int(share * shape.bytes_read), bytes_written=int(share * shape.bytes_written))
     law = law_of(device, shape)
     if law is None:
-        return roofline_seconds(device, part)
+        whole = price_many(device, [shape])[0]
+        # Kernel laws go by shapes: no part costs less than its share of the whole, because every op has a floor.
+        return roofline_seconds(device, part) if whole.source == "roofline" else share * whole.seconds
     return sum(
         c * f
         for name, c, f in zip(FORMS[law.form], law.coefficients, features(part, law.form))
