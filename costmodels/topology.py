@@ -59,6 +59,11 @@ class Topology:
         node = self.cluster.node_of(rank)
         return f"n{node}/gpu{rank - self.cluster.first_ranks[node]}"
 
+    def rank(self, name: str) -> int:
+        """The rank of a device of the graph."""
+        node, _, device = name.partition("/gpu")
+        return self.cluster.first_ranks[int(node[1:])] + int(device)
+
     def road(self, a: int, b: int) -> Road:
         """The way from rank a to rank b: the quickest inside a node, up to the first common switch between nodes."""
         known = self.cache.get((a, b))
