@@ -3,9 +3,9 @@
     seconds = base + H + crossings * (net + x) + T + ramp * sqrt(H * T)
 
 H are the hops inside hosts, x the cost of a network crossing beyond NCCL's constant, T the bytes over the busiest
-port. The square root is what a pipeline costs that cuts its message into chunks: the best chunk balances the hops of the
-first chunk against the number of chunks, 2 * sqrt(H * T). (Hops between hosts in H made unseen sweeps worse.) Every
-multiplier is positive and T is linear in bytes, so the time grows with bytes and with latencies and falls with
+port. The square root is what a pipeline costs that cuts its message into chunks: the best chunk balances the hops of
+the first chunk against the number of chunks, 2 * sqrt(H * T). (Hops between hosts in H made unseen sweeps worse.)
+Every multiplier is positive and T is linear in bytes, so the time grows with bytes and with latencies and falls with
 bandwidth. The curve is a factor on top, of the size alone.
 
 A multiplier is the product of a common value and of what the family, the network, the kind of collective and the

@@ -34,6 +34,9 @@ PLATFORMS = {
 }  # fmt: skip
 USUAL = {"volta": (1, 12.5e9), "ampere": (8, 25e9), "hopper": (8, 50e9), "hopper-h800": (8, 50e9),
          "blackwell": (8, 50e9), "blackwell-nvl72": (4, 50e9), "cdna": (8, 50e9), "cdna4": (8, 50e9)}  # fmt: skip
+# Rate of two host-staged devices on different sockets over that of two on one switch: 3.75 / 2.24 GB/s, RTX 4090,
+# shared/facts/communication.md A1: EMPIRICAL
+OWN_UPLINK = 1.67
 NVLINK = {"1": 8e10, "2": 1.5e11, "3": 3e11, "4": 4.5e11, "5": 9e11}  # bytes/s of a device by NVLink generation
 
 
@@ -152,7 +155,7 @@ def _intra(sweep: Sweep, family: Family | None, per_node: int) -> tuple[Link, Fa
     else:
         raise ValueError(f"'{sweep.gpu}' has no family and '{words}' does not say how its devices are joined")
     if wires == "host" and _own_uplinks(sweep.notes, words):
-        rate *= 2  # devices of one switch share its way to the host; each of these has a way of its own
+        rate *= OWN_UPLINK  # devices of one switch share its way to the host; each of these has a way of its own
     name = {"nvlink": "NVLink", "mesh": "xGMI", "pci": "PCIe", "host": "PCIe through the host"}[wires]
     return Link(name, rate, REFERENCE_HOP[wires]), "pcie" if wires in ("pci", "host") else fabric
 
@@ -167,7 +170,9 @@ def _own_uplinks(notes: str, words: str) -> bool:
 def _inter(sweep: Sweep, family: Family | None, per_node: int) -> tuple[Link, int]:
     """The link between nodes, and how many devices a whole node has (more than the sweep used, maybe)."""
     words = sweep.interconnect
-    name = "EFA" if "EFA" in words else "RoCE" if "RoCE" in words else "TCP" if "TCP" in words else "InfiniBand"
+    cloud = re.search(r"\bOCI\b|\bGCP\b|GKE", f"{sweep.notes} {sweep.source}")  # their RDMA networks are Ethernet
+    rdma = "RoCE" if "RoCE" in words or (cloud and "InfiniBand" not in words) else "InfiniBand"
+    name = "EFA" if "EFA" in words else "TCP" if "TCP" in words else rdma
     nics, rate = _nics(words, sweep.notes, family)
     devices = max(per_node, 8) if per_node == 1 and nics > 1 else per_node
     network = network_of(Link(name, rate, 0.0, ports=nics))

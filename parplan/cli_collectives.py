@@ -1,0 +1,143 @@
+"""`parplan collectives`: prices of collectives on a cluster, and how far they are from published measurements."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from parplan.arguments import Json
+from parplan.console import emit, number, percent, remark, seconds, show, size, table, working
+
+BANDS = (("under_256KiB", "under 256 KiB"), ("256KiB_16MiB", "256 KiB - 16 MiB"), ("over_16MiB", "over 16 MiB"))
+
+
+def collectives(
+    cases: Annotated[
+        Path | None, typer.Option(help="CSV of published sweeps to predict and compare with.", show_default=False)
+    ] = None,
+    cluster: Annotated[
+        str | None, typer.Option("--cluster", "-c", help="A cluster to price a collective on.", show_default=False)
+    ] = None,
+    op: Annotated[
+        str, typer.Option(help="all_reduce, all_gather, reduce_scatter, broadcast, reduce, send, all_to_all, barrier.")
+    ] = "all_reduce",
+    ranks: Annotated[
+        int | None, typer.Option(help="The group: the first so many devices; by default all.", show_default=False)
+    ] = None,
+    algorithm: Annotated[
+        str, typer.Option(help="Only this one (ring, tree, nvls, rabenseifner, ...).", show_default=False)
+    ] = "",
+    out: Annotated[
+        Path | None, typer.Option(help="A .png, or a folder for the picture and the numbers.", show_default=False)
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Price a collective over sizes, or compare predictions with published sweeps.
+
+    Example: parplan collectives --cluster "2x dgx-h100" --op all_gather
+    Example: parplan collectives --cases nccl_cases.csv --out report
+    """
+    if (cases is None) == (cluster is None):
+        raise ValueError("give either --cases with a CSV file or --cluster with a cluster")
+    if cases is not None:
+        _score(cases, out, json)
+    elif cluster is not None:
+        _prices(cluster, op, ranks, algorithm, out, json)
+
+
+def _score(cases: Path, out: Path | None, json: bool) -> None:
+    with working() as progress:
+        from validation.collective_plot import scatter
+        from validation.collective_score import result, score_file
+
+        scored, skipped = score_file(cases, progress)
+        data = result(scored, skipped)
+        if out and scored:
+            total = data["summary"]
+            title = f"{cases.name}: {total['n']} points, mean error {total['mape']['all']:.1%}"
+            scatter(scored, title, _place(out, "scatter.png"))
+            _points(scored, data, out)
+    for row in data["skipped"]:
+        remark(f"not priced: {row['config_id']}: {row['reason']}")
+    emit(data) if json else _show_scores(data)
+
+
+def _points(scored: Any, data: dict[str, Any], out: Path) -> None:
+    """points.csv and summary.json, where --out is a folder."""
+    if out.suffix == ".png":
+        return
+    import csv
+    import json
+
+    rows = [
+        {"config_id": s.config_id, "bytes": int(b), "measured_us": m * 1e6, "predicted_us": p * 1e6, "error": p / m - 1,
+         "way": way, "constants": s.constants}
+        for s in scored
+        for b, m, p, way in zip(s.bytes, s.measured, s.predicted, s.ways, strict=True)
+    ]  # fmt: skip
+    with (out / "points.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows({k: f"{v:.5g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
+    (out / "summary.json").write_text(json.dumps(data, indent=1) + "\n")
+
+
+def _place(out: Path, name: str) -> Path:
+    return out if out.suffix == ".png" else out / name
+
+
+def _show_scores(data: dict[str, Any]) -> None:
+    if not data["configs"]:
+        show("No configuration of this file can be priced.")
+        return
+    columns = ("configuration", "what", "constants", "points", "mean error", *(title for _, title in BANDS), "bias")
+    rows = [
+        (c["config_id"], c["what"], c["constants"], str(c["n"]), percent(c["mape"]),
+         *(percent(c.get(band)) for band, _ in BANDS), percent(c["bias"], "+"))
+        for c in data["configs"]
+    ]  # fmt: skip
+    summary = data["summary"]
+    totals = {"all points": summary["mape"] | {"mape": summary["mape"]["all"], "bias": summary["bias"]}}
+    totals |= {f"{how} of configurations": summary["per_config"][how] for how in ("mean", "median")}
+    rows += [
+        (name, "", "", str(summary["n"]), percent(line["mape"]), *(percent(line.get(band)) for band, _ in BANDS),
+         percent(line.get("bias"), "+"))
+        for name, line in totals.items()
+    ]  # fmt: skip
+    show(table("Predicted against measured", columns, rows, left=3))
+    if summary["left_out"]:
+        show(f"left out: {summary['left_out']} configurations are in the catalogue; each was priced by constants that "
+             "were fitted again without it.")  # fmt: skip
+    if summary["left_out"] < summary["configs"]:
+        show("shipped: not in the catalogue, priced by its constants. formula: published formulas of gloo and NCCL.")
+
+
+def _prices(name: str, op: str, ranks: int | None, algorithm: str, out: Path | None, json: bool) -> None:
+    from costmodels.cluster import load_cluster
+    from validation.collective_table import group_on, measured_on
+    from validation.collective_table import table as prices
+
+    cluster = load_cluster(name)
+    group = group_on(cluster, 2 if op == "send" and ranks is None else ranks)
+    rows = prices(cluster, op, group, algorithm=algorithm)
+    sweeps = measured_on(cluster, op, group) if cluster.backend == "nccl" else []
+    title = f"{op} of {len(group)} ranks on {cluster.name} ({cluster.backend})"
+    if out:
+        with working():
+            from validation.collective_plot import bandwidths
+
+            bandwidths(rows, op, len(group), sweeps, title, _place(out, f"{op}.png"))
+    if json:
+        emit({"cluster": cluster.name, "op": op, "ranks": len(group), "backend": cluster.backend, "rows": rows,
+              "measured": [s.config_id for s in sweeps]})  # fmt: skip
+        return
+    cells = [
+        (size(r["bytes"]), r["algorithm"], r["protocol"], seconds(r["seconds"]), number(r["algbw"], "B/s"),
+         number(r["busbw"], "B/s"), f"{seconds(r['interval'][0])} - {seconds(r['interval'][1])}")
+        for r in rows
+    ]  # fmt: skip
+    show(table(title, ("size", "algorithm", "protocol", "time", "algbw", "busbw", "interval"), cells, left=3))
+    if sweeps:
+        show(f"The catalogue has measured {', '.join(s.config_id for s in sweeps)}; --out draws them on top.")

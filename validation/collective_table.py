@@ -1,0 +1,67 @@
+"""Prices of one collective over sizes, beside what the catalogue has measured on such a group."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from costmodels.cluster import Cluster
+from costmodels.collectives import KINDS, collective_price
+from costmodels.nccl_fabric import family_of
+from validation.collective_cases import Sweep, catalogue_sweeps, setup_of
+
+SIZES = tuple(2.0**k for k in range(3, 34, 2))  # 8 bytes to 8 GiB
+
+
+def bus_factor(kind: str, ranks: int) -> float:
+    """Bus bandwidth over algorithm bandwidth as nccl-tests defines them."""
+    share = (ranks - 1) / ranks
+    return {"all_reduce": 2 * share, "all_gather": share, "reduce_scatter": share, "all_to_all": share}.get(kind, 1.0)
+
+
+def table(
+    cluster: Cluster, kind: str, ranks: Sequence[int], sizes: Sequence[float] = SIZES, algorithm: str = ""
+) -> list[dict[str, Any]]:
+    """A row for each size: bytes, algorithm, protocol, seconds, algbw and busbw (bytes/s), interval (seconds)."""
+    if kind not in KINDS:
+        raise ValueError(f"'{kind}' is no known collective; use one of {', '.join(KINDS)}")
+    factor = bus_factor(kind, len(ranks))
+    rows = []
+    for size in sizes:
+        price = collective_price(cluster, kind, size, ranks, algorithm)
+        if price.seconds <= 0:
+            raise ValueError("a group of one rank sends nothing; give --ranks 2 or more")
+        rate = 0.0 if kind == "barrier" else size / price.seconds
+        rows.append(
+            {
+                "bytes": size,
+                "algorithm": price.algorithm,
+                "protocol": price.protocol,
+                "seconds": price.seconds,
+                "algbw": rate,
+                "busbw": rate * factor,
+                "interval": [price.seconds / (1 + price.error), price.seconds * (1 + price.error)],
+                "source": price.source,
+            }
+        )
+    return rows
+
+
+def group_on(cluster: Cluster, count: int | None) -> tuple[int, ...]:
+    """The first `count` ranks, spread evenly over as few nodes as hold them; all of them by default."""
+    size = cluster.size if count is None else count
+    if not 2 <= size <= cluster.size:
+        raise ValueError(f"a group of {size} on {cluster.size} devices; give --ranks between 2 and {cluster.size}")
+    return tuple(range(size))
+
+
+def measured_on(cluster: Cluster, kind: str, ranks: Sequence[int]) -> list[Sweep]:
+    """Sweeps of the catalogue with as many devices of the same family on as many nodes."""
+    nodes = len({cluster.node_of(r) for r in ranks})
+    family = family_of(cluster.device.name)
+    found = []
+    for sweep in catalogue_sweeps():
+        same = (sweep.num_gpus, sweep.num_nodes) == (len(ranks), nodes)
+        if family and same and family_of(sweep.gpu) == family and setup_of(sweep).kind == kind:
+            found.append(sweep)
+    return found
