@@ -36,8 +36,10 @@ class Local:
     vocab: int
     vocab_parallel: bool
     reductions: dict[int, list[Reduction]] = field(default_factory=dict)
-    # storage -> (id of the last op that reads it, modules of ops that read it by phase)
+    # storage -> the ops that read it
     readers: dict[int, list[Op]] = field(default_factory=dict)
+    makers: dict[int, Op] = field(default_factory=dict)  # tensor -> the op that made it
+    end: int = 0  # the last op of backward
 
     @property
     def tp(self) -> int:
@@ -90,6 +92,8 @@ class Local:
         if not op.is_view:
             read = sum(self.tensor(tensors[t], tokens)[1] for t in dict.fromkeys(op.inputs))
             written = sum(self.tensor(tensors[t], tokens)[1] for t in dict.fromkeys((*op.outputs, *op.mutates)))
+            if base_name(op.name) in ("nll_loss_forward", "nll_loss_backward"):  # one entry of every row
+                read = 32 * ins[op.phase == "backward"][0] if len(ins) > 1 else read
         name = DEVICE_NAMES.get(op.name, op.name)
         dtype = dtype_of(self.graph, op)
         return OpShape(name, phase or op.phase, ins, outs, dtype, flops, read, written, is_causal(op))
@@ -123,10 +127,13 @@ def local_step(graph: OpGraph, plan: ParallelPlan, seq: int, vocab: int, vocab_p
     layout = propagate(graph, plan) if plan.tp > 1 and plan.shardings else Layout(
         plan.tp, (-1,) * len(graph.tensors), ()
     )  # fmt: skip
-    local = Local(graph, plan, replace(layout, parts=plan.tp), seq, vocab, vocab_parallel and plan.tp > 1)
+    end = max((op.id for op in graph.ops if op.phase == "backward"), default=0)
+    local = Local(graph, plan, replace(layout, parts=plan.tp), seq, vocab, vocab_parallel and plan.tp > 1, end=end)
     for reduction in layout.reductions:
         local.reductions.setdefault(reduction.after, []).append(reduction)
     for op in graph.ops:
+        for t in op.outputs:
+            local.makers.setdefault(t, op)
         if op.phase in ("forward", "backward") and not op.is_view:
             for s in {graph.tensors[t].storage for t in op.inputs}:
                 local.readers.setdefault(s, []).append(op)

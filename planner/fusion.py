@@ -19,6 +19,7 @@ from planner.layout import accumulates
 from planner.software import Software
 
 RANDOM = frozenset({"bernoulli", "native_dropout", "rand", "rand_like", "uniform"})
+NORMS = ("norm", "norm1", "norm2", "q_norm", "kv_norm")
 _RANK = {"norm_backward": 4, "norm": 4, "softmax": 3, "loss": 2, "reduction": 1}
 
 
@@ -59,24 +60,33 @@ class Fused:
             return op.id
         if fusion == "chain":
             return "chain"
-        return op.id if accumulates(op) else op.module
+        return op.id if self._joins_branches(op) else op.module
+
+    def _joins_branches(self, op: Op) -> bool:
+        """Whether autograd sums gradients here that other modules made: the engine does it, in a kernel of its own."""
+        makers = (self.local.makers.get(t) for t in op.inputs)
+        return accumulates(op) and any(m is not None and m.module != op.module for m in makers)
 
     def shape(self, group: Sequence[Op]) -> OpShape | None:
         """The kernel of a group; None where it launches nothing."""
         real = [op for op in group if self._key(op) is not None]
         if not real:
             return None
-        if len(real) == 1 and (self.software.fusion == "none" or family(real[0].name) in COMPUTE):
+        if len(real) == 1 and not any(self.local.graph.tensors[t].storage in self.hidden for t in real[0].inputs):
             return self.local.shape(real[0])
         main = max(real, key=lambda op: (_RANK.get(family(op.name), 0), _size(self.local, op)))
-        read, written = self._traffic(real)
+        read, written = self._traffic(real, joined=self._key(real[0]) != real[0].id)
         whole = self.local.shape(main)
+        name = whole.name
+        if len(real) > 1 and real[0].module.rpartition(".")[2] in NORMS:  # traces spell out what kernels do at once
+            backward = real[0].phase == "backward"
+            name = f"aten._fused_rms_norm{'_backward' if backward else ''}.default"
         return OpShape(
-            whole.name, whole.phase, whole.in_shapes, whole.out_shapes, whole.dtype,
+            name, whole.phase, whole.in_shapes, whole.out_shapes, whole.dtype,
             sum(self.local.shape(op).flops for op in real), read, written,
         )  # fmt: skip
 
-    def _traffic(self, real: Sequence[Op]) -> tuple[int, int]:
+    def _traffic(self, real: Sequence[Op], joined: bool) -> tuple[int, int]:
         tensors = self.local.graph.tensors
         made: dict[int, int] = {}  # storage -> bytes
         outside: dict[int, int] = {}
@@ -98,18 +108,12 @@ class Fused:
         written = 0
         for s, size in made.items():
             readers = [op for op in self.local.readers.get(s, ()) if op.id not in own]
-            again = real[0].phase == "forward" and s not in random and self.software.fusion != "none"
+            again = joined and real[0].phase == "forward" and s not in random
             if readers and again and all(op.phase == "backward" and op.module in modules for op in readers):
                 self.hidden[s] = tuple(dict.fromkeys(sources))
-            elif readers or self._leaves(s, real):
+            elif readers or self.local.graph.storages[s].death > self.local.end:
                 written += size if s not in random else size // 2  # a mask is a byte per element
         return sum(outside.values()), written
-
-    def _leaves(self, storage: int, real: Sequence[Op]) -> bool:
-        """Whether a storage outlives the ops that read it: gradients of parameters, and the last value of the step."""
-        return self.local.graph.storages[storage].role == "gradient" or (real[0].phase == "backward" and not any(
-            op.id > real[-1].id for op in self.local.readers.get(storage, ())
-        ) and self.local.graph.storages[storage].death >= len(self.local.graph.ops))  # fmt: skip
 
 
 def _size(local: Local, op: Op) -> int:
