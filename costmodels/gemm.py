@@ -17,7 +17,6 @@ from costmodels.families import base_name, family
 from costmodels.features import gemm_dims
 from costmodels.gemm_correction import Correction, correction_from, factors
 from costmodels.gemm_law import (
-    FULL_TILE,
     Array,
     Constants,
     Hardware,
@@ -27,14 +26,15 @@ from costmodels.gemm_law import (
     law_seconds,
     menu,
 )
-from costmodels.kernel_sections import Section, section_for, vendor
+from costmodels.kernel_sections import SAME, Section, measured, same_generation, section_for, vendor
 from costmodels.ops import OpShape, Price
 
 WIDTH = {"float64": 8, "float32": 4, "tf32": 4, "float16": 2, "bfloat16": 2, "int8": 1}
 REGIONS = (64, 512, 1024)  # upper ends of m of the regions whose errors a section lists; the last has none
-# Mean errors of borrowed constants, from predicting each measured device by its nearest other one
-# (reports/gemm, "borrowed"): of the same generation, of another, and of another maker, for which nothing was measured.
-BORROWED_ERROR = {"generation": 0.15, "vendor": 0.25, "other": 0.40}
+# Mean errors of borrowed constants: measured by predicting each device of a table from its nearest other one
+# (reports/gemm/borrowed.csv). generation: 0.05 to 0.09 with the relative's correction; vendor: of another generation,
+# 0.13 to 0.9. ASSUMPTIONS: dtype: of another dtype of the device; other: of another maker.
+BORROWED_ERROR = {"generation": 0.08, "dtype": 0.25, "vendor": 0.40, "other": 0.50}
 OUTSIDE = 2.0  # outside the fitted range an error is taken to be twice as large, as for the other laws
 
 
@@ -103,20 +103,32 @@ def pricing_of(device: Device, dtype: str, batched: bool) -> Pricing | None:
 
 
 def _pricing(device: Device, dtype: str, section: Section) -> Pricing:
-    values = section.values
+    """A relative of the same generation lends its correction too: it halves the error (reports/gemm/borrowed.csv)."""
+    values, whose = section.values, _whose(device, dtype, section)
     constants = constants_from(values)
-    if not section.own:
-        constants = borrowed_constants(device, dtype, constants)
     return Pricing(
-        constants=constants,
+        constants=constants if whose in ("own", "generation") else borrowed_constants(device, dtype, constants),
         hardware=hardware_of(device, dtype, WIDTH.get(dtype, 1)),
         menu=menu(values["tiles"], values["splits"]),
-        correction=correction_from(values) if section.own else None,
+        correction=correction_from(values) if whose in ("own", "generation") else None,
         low=np.array(values["low"], float),
         high=np.array(values["high"], float),
-        errors=tuple(values["errors"]) if section.own else (_borrowed_error(device, section),) * (len(REGIONS) + 1),
-        borrowed=not section.own,
+        errors=tuple(values["errors"]) if whose == "own" else (BORROWED_ERROR[whose],) * (len(REGIONS) + 1),
+        borrowed=whose != "own",
     )
+
+
+def _whose(device: Device, dtype: str, section: Section) -> str:
+    """ "own", or the key of `BORROWED_ERROR` that says how far the constants come from."""
+    if section.own:
+        return "own"
+    relative = next((d for d in measured() if d.name == section.device), device)
+    if vendor(relative) != vendor(device):
+        return "other"
+    if not same_generation(relative, device):
+        return "vendor"
+    fitted, wanted = section.dtype.removesuffix("_batched"), {dtype}
+    return "generation" if fitted in wanted | next((s for s in SAME if dtype in s), set()) else "dtype"
 
 
 def borrowed_pricing(device: Device, relative: Device, section: str) -> Pricing:
@@ -133,15 +145,6 @@ def borrowed_constants(device: Device, dtype: str, constants: Constants) -> Cons
         return constants
     peak = hardware_of(device, dtype, 2.0).peak
     return replace(constants, compute=min(best / peak, 1.0))
-
-
-def _borrowed_error(device: Device, section: Section) -> float:
-    from costmodels.kernel_sections import measured
-
-    relative = next((d for d in measured() if d.name == section.device), device)
-    if vendor(relative) != vendor(device):
-        return BORROWED_ERROR["other"]
-    return BORROWED_ERROR["generation" if set(relative.peak_flops) == set(device.peak_flops) else "vendor"]
 
 
 def _dtype(shape: OpShape) -> str:
@@ -174,4 +177,4 @@ def _grouped_dims(left: tuple[int, ...], right: tuple[int, ...], out: tuple[int,
     return groups, max(m, 1), max(n, 1), max(k, 1)
 
 
-__all__ = ["BORROWED_ERROR", "FULL_TILE", "Pricing", "gemm_price", "gemm_prices", "pricing_of", "product_dims"]
+__all__ = ["BORROWED_ERROR", "Pricing", "gemm_price", "gemm_prices", "pricing_of", "product_dims"]

@@ -101,6 +101,13 @@ def distance(one: Device, other: Device) -> float:
     return apart
 
 
+def same_generation(one: Device, other: Device) -> bool:
+    """Whether two devices are of one maker, have tensor cores for the same dtypes, and units of about the same rate."""
+    alike = vendor(one) == vendor(other) and _generation(one) == _generation(other)
+    rates = [_sheet(d)[0] / d.units for d in (one, other)]
+    return alike and max(rates) < 1.5 * min(rates)
+
+
 def vendor(device: Device) -> str:
     """The maker of a device, by the words of its name; a GPU without such a word is NVIDIA's."""
     words = device.name.replace("-", " ").split()
@@ -118,7 +125,6 @@ def _generation(device: Device) -> frozenset[str]:
 
 def _sheet(device: Device) -> tuple[float, ...]:
     """Peak, bandwidth and FLOP per byte."""
-    peak = max(device.peak_flops.get(d, 0.0) for d in ("float32", "bfloat16", "float16")) or max(
-        device.peak_flops.values()
-    )
+    known = [device.peak_flops.get(d, 0.0) for d in ("float32", "bfloat16", "float16")]
+    peak = max(known) or max(device.peak_flops.values())
     return peak, device.memory_bandwidth, peak / device.memory_bandwidth

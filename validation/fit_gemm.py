@@ -4,7 +4,8 @@
 
 `--tables` holds the unpacked wheel of kernel tables (`--download` fetches it there), `--ops` NeuSight's float32 table.
 Constants go to `costmodels/catalogue/kernels`, one section per dtype; errors to CSV files below `--out`, from which
-`validation.report_gemm` writes the page. Several runs with `--only DEVICE` add up.
+`validation.report_gemm` writes the page. Several runs with `--only DEVICE` add up. A further run with `--borrow` scores
+what devices without tables get: each device by the constants of its nearest relative.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ def main(arguments: list[str] | None = None) -> int:
         if args.download:
             download(args.tables)
         tables = [t for t in _tables(args.tables, args.ops) if not args.only or t.device in args.only]
-        for table in tables:
+        for table in tables if not args.borrow else []:
             _do(table, args.out)
         if args.tables:
             for device in sorted({t.device for t in tables if t.section == "bfloat16"}):
@@ -65,7 +66,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--ops", type=Path, help="folder with gemm_fp32.csv.gz")
     parser.add_argument("--out", type=Path, default=Path("reports/gemm"), help="where the errors go")
     parser.add_argument("--only", nargs="*", default=[], help="devices to fit; all where it is left out")
-    parser.add_argument("--borrow", action="store_true", help="score each device by its nearest relative's constants")
+    parser.add_argument(
+        "--borrow", action="store_true", help="fit nothing; score each device by its nearest relative's kept constants"
+    )
     return parser
 
 

@@ -69,6 +69,7 @@ def _head() -> str:
     return f"""# Matrix products
 
 ```
+python -m validation.fit_gemm --tables FOLDER --ops FOLDER --out reports/gemm
 python -m validation.fit_gemm --tables FOLDER --ops FOLDER --borrow --out reports/gemm
 python -m validation.report_gemm reports/gemm
 ```
