@@ -87,12 +87,17 @@ def run(
 
 
 def run_late(
-    network: Network, rate: float, added: float, repetitions: int, progress: Callable[[str], None] = lambda _: None
+    network: Network,
+    rate: float,
+    latency: float,
+    added: float,
+    repetitions: int,
+    progress: Callable[[str], None] = lambda _: None,
 ) -> list[Row]:
-    """All collectives at one rate with a transport shim that makes every message `added` seconds later."""
+    """All collectives at one rate with a transport shim that makes every message `added` seconds later than `latency`,
+    what the network takes without it."""
     rows: list[Row] = []
     with emulated(network) as hosts, ranks_on(network, hosts, added) as ask:
-        latency = max(min(statistics.median(ask("send", 4, 20)) for _ in range(3)) - added, 0.0)
         shape(network, hosts, rate)
         for kind in KINDS:
             rows += [_row(network, rate, kind, nbytes, repetitions, latency, added, ask) for nbytes in SIZES[1:3]]
@@ -222,7 +227,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         rows = run(networks, rates, repetitions=options.repetitions, progress=progress)
         for network in networks[:2]:
-            rows += run_late(network, rates[len(rates) // 2], LATE, options.repetitions, progress)
+            latency = next(row.latency for row in rows if row.network == network.name)
+            rows += run_late(network, rates[len(rates) // 2], latency, LATE, options.repetitions, progress)
     except ValueError as error:
         print(f"emulate: {error}", file=sys.stderr)
         return 2

@@ -102,31 +102,39 @@ def gloo_ring(
 
     Segment i is sent when segment i - 2 came in from the rank before (all that it may carry on has come by then), and
     when the rank after has said that it expects it, which it does when its own segment i - 2 came in; the word waits on
-    its own wire behind the data that is being sent, segment i - 1. all_gather posts sends before it says what it
+    its wire behind the data that is being sent there, segment i - 1. all_gather posts sends before it says what it
     expects: of the rank that enters `late` the first words too wait behind its data.
     """
     size = len(ranks)
     sent: list[list[int]] = [[] for _ in ranks]
     arrived: list[list[int]] = [[] for _ in ranks]  # at the next rank, by sender
     expected: list[list[int]] = [[] for _ in ranks]
+    before = [_in_front(road, ranks, r) for r in range(size)]
     turn = list(range(size)) if late is None else [(late + k) % size for k in range(size)]
     for i in range((size - 1) * each):
         if i >= 2:
             for r in range(size):
-                word = [arrived[r][i - 2], sent[(r + 1) % size][i - 1]]
+                word = [arrived[r][i - 2], *(sent[q][i - 1] for q in before[r])]
                 expected[r].append(builder.flow(0.0, (), word, latency=road(ranks[(r + 1) % size], ranks[r]).latency))
         for r in turn:
             way = road(ranks[r], ranks[(r + 1) % size])
             after = [*sent[r][-1:], *(begin[r] if i < 2 else [])]
             if i >= 2:
                 after += [arrived[r - 1][i - 2], expected[r][i - 2]]
-            elif late is not None and (r + 1) % size == late:
+            elif late is not None and (r + 1) % size == late and late in before[r]:
                 after.append(sent[late][i])
             sent[r].append(builder.flow(segment, way.links, after, cap=way.cap))
         for r in range(size):
             way = road(ranks[r], ranks[(r + 1) % size])
             arrived[r].append(builder.flow(0.0, (), [sent[r][i]], latency=way.latency))
     return [[arrived[r - 1][-1], arrived[r][-1]] for r in range(size)]
+
+
+def _in_front(road: Roads, ranks: Sequence[int], r: int) -> list[int]:
+    """The senders whose data leave by the same port as the word of the rank after r to r."""
+    size = len(ranks)
+    ports = road(ranks[(r + 1) % size], ranks[r]).links[:1]
+    return [q for q in range(size) if ports and road(ranks[q], ranks[(q + 1) % size]).links[:1] == ports]
 
 
 def gloo_all_to_all(
