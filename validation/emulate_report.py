@@ -99,15 +99,15 @@ def _causes() -> list[str]:
         "What a plain formula misses and the order of messages explains, without a constant:",
         "",
         "* gloo's ring all-reduce of a small message does not pay two steps more than it has segments.",
-        "* all_gather and all_to_all post sends before receives. Whoever enters last finds the others ready, writes its",
-        "  data at once, and its own readiness waits behind them: two ranks exchange one after the other, so an",
+        "* all_gather and all_to_all post sends before receives. Whoever enters last finds the others ready, writes",
+        "  its data at once, and its own readiness waits behind them: two ranks exchange one after the other, so an",
         "  all_to_all of two ranks takes twice, an all_gather 1.5 times what full duplex allows.",
         "",
-        "What stays off: at 500 Mbit/s and small messages the ranks (up to four on the cores of this machine, which other",
-        "work shares) wait for a core longer than for the wire, which no term covers; all_to_all predicts the mean over",
-        "orders of entry, and buckets of ports that stand idle between two of its phases fill again, which is left out;",
-        "two round trips that share a wire (send on two-level and shared-nic) slip past each other as TCP is not exactly",
-        "fair, and then use both directions at once.",
+        "What stays off: at 500 Mbit/s and small messages the ranks (up to four on the cores of this machine, which",
+        "other work shares) wait for a core longer than for the wire, which no term covers; all_to_all predicts the",
+        "mean over orders of entry, and buckets of ports that stand idle between two of its phases fill again, which",
+        "is left out; two round trips that share a wire (send on two-level and shared-nic) slip past each other, as",
+        "TCP is not exactly fair, and then use both directions at once.",
     ]
 
 
