@@ -98,8 +98,8 @@ def nccl_sockets(kind: str, nbytes: float, hosts: int, ranks: int, link: Link) -
     ports = link.ports or max(ranks // hosts, 1)
     rate, latency = SOCKET_SHARE * link.bandwidth * ports, link.latency
     if kind in ("broadcast", "reduce"):
-        starts = SOCKET_STARTS * log2(hosts) * slow_start(nbytes, link.bandwidth, latency)
-        return nbytes / rate + max(starts, (hosts - 1) * latency)
+        starts = SOCKET_STARTS * log2(hosts)
+        return nbytes / rate + max(starts * slow_start(nbytes / starts, link.bandwidth, latency), (hosts - 1) * latency)
     if kind == "send":
         return nbytes / (SOCKET_SHARE * link.bandwidth) + slow_start(nbytes, link.bandwidth, latency)
     share = (ranks - 1) / ranks

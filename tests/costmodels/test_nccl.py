@@ -1,0 +1,231 @@
+"""NCCL's choice of algorithm and protocol, what placement does to a price, and what no price may violate."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from costmodels import hockney
+from costmodels.cluster import Cluster, Link, Tier, load_cluster
+from costmodels.collectives import KINDS, collective_price
+from costmodels.nccl_fabric import family_of, group_of, network_of
+from costmodels.nccl_law import Laws, shipped
+from costmodels.nccl_tuner import candidates
+
+H200, B200 = load_cluster("dgx-h200"), load_cluster("dgx-b200")
+H100 = load_cluster("4x dgx-h100")
+GIB, MIB = 2**30, 2**20
+SIZES = st.floats(0, 36).map(lambda x: 2.0**x)
+SOME = ("all_reduce", "all_gather", "reduce_scatter", "broadcast", "reduce", "send", "all_to_all")
+
+
+def busbw(cluster: Cluster, ranks: int, algorithm: str = "", size: float = 8 * GIB) -> float:
+    price = collective_price(cluster, "all_reduce", size, range(ranks), algorithm)
+    return size / price.seconds * 2 * (ranks - 1) / ranks / 1e9
+
+
+def with_links(cluster: Cluster, intra: float = 1.0, inter: float = 1.0, latency: float = 0.0) -> Cluster:
+    """Other rates of both links, and more latency on both."""
+    first, second = cluster.intra, cluster.inter
+    return replace(
+        cluster,
+        intra=replace(first, bandwidth=first.bandwidth * intra, latency=first.latency + latency),
+        inter=replace(second, bandwidth=second.bandwidth * inter, latency=second.latency + latency),
+        cache={},
+    )
+
+
+# -- choices ---------------------------------------------------------------------------------------------------
+
+
+def test_a_ring_has_the_latency_and_rate_of_nccls_tuner() -> None:
+    group = group_of(H200, range(8))
+    ways = {(w.algorithm, w.protocol): w for w in candidates(group, "all_reduce")}
+    ll, simple = ways["ring", "LL"], ways["ring", "Simple"]
+    assert ll.base + ll.hops == pytest.approx((6.6 + 14 * 0.6) * 1e-6)
+    assert ll.inside == pytest.approx(2 * 7 / 8 / 141e9)  # llMaxBws of Hopper on one node
+    assert simple.inside == pytest.approx(2 * 7 / 8 / (0.8 * 450e9)) and simple.crossings == 0
+
+
+@pytest.mark.parametrize(("cluster", "first"), [(H200, 5), (B200, 6)], ids=["h200", "b200"])
+def test_nvls_starts_at_the_published_group_sizes(cluster: Cluster, first: int) -> None:
+    for ranks in range(2, 9):
+        large = collective_price(cluster, "all_reduce", GIB, range(ranks))
+        assert (large.algorithm == "nvls") == (ranks >= first), ranks
+    assert collective_price(cluster, "all_gather", GIB, range(8)).algorithm == "ring"
+    assert collective_price(cluster, "all_reduce", 64 * 1024, range(8)).protocol == "LL"
+
+
+def test_nvls_and_ring_are_as_far_apart_as_measured() -> None:
+    # github stas00/ml-engineering, network README: 8 GiB, busbw in GB/s
+    for cluster, nvls, ring in ((H200, 473.1, 365.6), (B200, 838.0, 682.2)):
+        assert busbw(cluster, 8, "nvls") == pytest.approx(nvls, rel=0.05)
+        assert busbw(cluster, 8, "ring") == pytest.approx(ring, rel=0.07)
+
+
+def test_the_answer_names_what_it_assumed() -> None:
+    price = collective_price(H100, "all_reduce", 1e9, range(16))
+    assert (price.algorithm, price.protocol) == ("nvls_tree", "Simple") and 0 < price.error < 1
+    assert collective_price(H100, "all_gather", 1e9, (0, 8, 16, 24)).algorithm in ("ring", "pat")
+    with pytest.raises(ValueError, match="use one of ring, tree"):
+        collective_price(H100, "all_reduce", 1e9, range(16), "butterfly")
+
+
+def test_a_message_between_two_ranks_gets_channels_with_its_size() -> None:
+    # B200, 8-GPU communicator: 64 MiB in 793 us, 128 MiB in 798 us, 512 MiB in 859 us (public report, 2026-05-18)
+    times = [collective_price(B200, "send", n * MIB, (0, 1)).seconds for n in (64, 128, 512)]
+    assert times == pytest.approx([793e-6, 798e-6, 859e-6], rel=0.12)
+    assert times[1] == pytest.approx(times[0], rel=0.02)
+
+
+# -- placement -------------------------------------------------------------------------------------------------
+
+
+def test_the_same_group_costs_more_when_it_is_spread() -> None:
+    packed = collective_price(H100, "all_reduce", GIB, range(8))
+    spread = collective_price(H100, "all_reduce", GIB, range(0, 32, 4))
+    assert spread.seconds > 1.3 * packed.seconds
+    assert group_of(H100, (31, 0, 8, 0)).hosts == 3 and group_of(H100, (31, 0, 8, 0)).ranks == 3
+
+
+def test_devices_share_the_ports_of_their_node() -> None:
+    one_port = replace(H100, inter=replace(H100.inter, ports=1), cache={})
+    alone, shared = group_of(one_port, (0, 8)), group_of(one_port, range(16))
+    assert alone.across == shared.across == one_port.inter.bandwidth
+    assert group_of(H100, range(16)).across == 8 * H100.inter.bandwidth
+    fast, slow = (collective_price(c, "all_to_all", GIB, range(16)).seconds for c in (H100, one_port))
+    assert slow > 6 * fast
+
+
+def test_a_tree_of_two_nodes_passes_the_rate_of_its_nics_by() -> None:
+    """Two nodes exchange each byte once: the bus bandwidth of nccl-tests lies above the 400 GB/s of the NICs."""
+    two, four = load_cluster("2x dgx-b200"), load_cluster("4x dgx-b200")
+    assert busbw(two, 16) == pytest.approx(690, rel=0.1)
+    assert busbw(four, 32) == pytest.approx(382, rel=0.1)  # shared/facts/communication.md A1, not fitted
+
+
+def test_oversubscribed_switches_slow_what_crosses_them() -> None:
+    flat = load_cluster("64x dgx-h100")
+    tree = replace(flat, tiers=(Tier("pod", 16, 7.0), Tier("spine", 64)), cache={})
+    inside, across = range(128), range(256)
+    for kind in ("all_reduce", "all_to_all"):
+        prices = [collective_price(c, kind, GIB, ranks).seconds for c in (flat, tree) for ranks in (inside, across)]
+        assert prices[0] == pytest.approx(prices[2])
+        assert prices[3] >= prices[1]
+    assert collective_price(tree, "all_to_all", GIB, across).seconds > 2 * (
+        collective_price(flat, "all_to_all", GIB, across).seconds
+    )
+
+
+def test_a_domain_can_hold_several_hosts() -> None:
+    tray = replace(B200, name="nvl", device=replace(B200.device, name="GB200 (per GPU)"), nodes=36, devices_per_node=4)
+    rack, two = group_of(tray, range(72)), group_of(tray, range(144))
+    assert (rack.hosts, rack.per_host, rack.domains, rack.per_domain) == (18, 4, 1, 72)
+    assert (two.hosts, two.domains) == (36, 2) and two.across == 18 * 4 * tray.inter.bandwidth
+
+
+def test_families_and_networks_are_found_by_name() -> None:
+    names = {"H100 SXM5 80GB": "hopper", "GB200 (per GPU)": "blackwell-nvl72", "A10G": "ada-pcie", "L40S": "ada-pcie",
+             "A100 SXM4 40GB": "ampere", "Instinct MI300X": "cdna", "Tesla T4": "old-pcie"}  # fmt: skip
+    found = {name: family_of(name) for name in names}
+    assert {name: family and family.name for name, family in found.items()} == names
+    assert family_of("H100 PCIe 80GB") is None and family_of("Gaudi2") is None
+    links = {
+        "efa-v1": Link("EFA", 12.5e9, 0, ports=4),
+        "efa": Link("EFA", 12.5e9, 0, ports=32),
+        "roce": Link("RoCE", 5e10, 0),
+        "ib": Link("NDR InfiniBand", 5e10, 0),
+        "ethernet": Link("TCP", 1e9, 0),
+    }
+    assert {network_of(link) for link in links.values()} == set(links)
+    assert all(network_of(link) == name for name, link in links.items())
+
+
+def test_a_device_without_family_is_priced_by_its_links() -> None:
+    unknown = replace(H200, device=replace(H200.device, name="Model X"), cache={})
+    price = collective_price(unknown, "all_reduce", GIB, range(8))
+    ring = collective_price(H200, "all_reduce", GIB, range(8), "ring")
+    assert price.algorithm in ("ring", "tree") and price.seconds == pytest.approx(ring.seconds, rel=0.3)
+    assert price.error >= collective_price(H200, "all_reduce", GIB, range(8)).error
+
+
+# -- what holds for every price --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", SOME)
+@given(size=SIZES, more=st.floats(1, 100), ranks=st.integers(2, 32), step=st.integers(1, 8))
+def test_prices_rise_with_bytes_and_latency_and_fall_with_bandwidth(
+    kind: str, size: float, more: float, ranks: int, step: int
+) -> None:
+    members = range(0, 2 * step, step) if kind == "send" else range(0, min(ranks * step, 32), step)
+    if len(members) < 2:
+        return
+    slack = 1 + 1e-9
+    price = collective_price(H100, kind, size, members).seconds
+    assert price > 0
+    assert collective_price(H100, kind, size * more, members).seconds * slack >= price
+    assert collective_price(with_links(H100, intra=more), kind, size, members).seconds <= price * slack
+    assert collective_price(with_links(H100, inter=more), kind, size, members).seconds <= price * slack
+    assert collective_price(with_links(H100, latency=more * 1e-6), kind, size, members).seconds * slack >= price
+
+
+@pytest.mark.parametrize("kind", ["all_reduce", "all_gather", "reduce_scatter", "send", "all_to_all"])
+@given(size=st.floats(20, 40).map(lambda x: 2.0**x), ranks=st.integers(2, 32))
+def test_no_price_beats_the_wires(kind: str, size: float, ranks: int) -> None:
+    """A device sends at least what the others need from it: the buffer (all_reduce, even if switches reduce), or
+    (n - 1) / n of it; the same for a node and its NICs."""
+    members = range(2) if kind == "send" else range(ranks)
+    seconds = collective_price(H100, kind, size, members).seconds
+    share = 1.0 if kind in ("all_reduce", "send") else (ranks - 1) / ranks
+    assert seconds >= 0.999 * share * size / (H100.intra.bandwidth + (H100.inter.bandwidth if ranks > 8 else 0))
+    if ranks > 8 and kind != "send":
+        nodes, nics = -(-ranks // 8), 8 * H100.inter.bandwidth
+        volume = {"all_reduce": 1.0, "all_to_all": 8 * (ranks - 8) / ranks}.get(kind, (nodes - 1) / nodes)
+        assert seconds >= 0.999 * volume * size / nics
+
+
+def test_nothing_fitted_still_gives_prices() -> None:
+    for kind in KINDS:
+        price = collective_price(H100, kind, MIB, range(2 if kind == "send" else 16), laws=Laws())
+        assert 1e-6 < price.seconds < 1e-2
+    assert len(shipped().values) > 20 and shipped().rows == 425
+
+
+def test_a_group_of_16384_is_priced_once_and_read_from_a_curve() -> None:
+    huge = load_cluster("2048x dgx-h100")
+    prices = [collective_price(huge, "all_reduce", 2.0**k, range(16384)).seconds for k in range(36)]
+    assert (np.diff(prices) >= 0).all()
+
+
+# -- textbook algorithms ---------------------------------------------------------------------------------------
+
+
+def test_textbook_costs() -> None:
+    assert hockney.recursive_doubling(100, 8, 1.0, 0.1) == pytest.approx(3 * 11)
+    assert hockney.recursive_doubling(100, 6, 1.0, 0.1) == pytest.approx(4 * 11)
+    assert hockney.rabenseifner(800, 8, 1.0, 0.01) == pytest.approx(2 * 3 + 2 * 7 / 8 * 8)
+    assert hockney.binomial(100, 5, 1.0, 0.1) == pytest.approx(3 * 11)
+    flat = 2 * hockney.ring(800, 8, 1.0, 0.01)
+    assert hockney.hierarchical(800, 1, 8, (1.0, 0.01), (9.0, 9.0)) == pytest.approx(flat)
+    assert hockney.hierarchical(800, 8, 1, (9.0, 9.0), (1.0, 0.01)) == pytest.approx(flat)
+    inner, outer = 2 * hockney.ring(800, 8, 1.0, 0.01), 2 * hockney.ring(100, 4, 2.0, 0.1)
+    assert hockney.hierarchical(800, 4, 8, (1.0, 0.01), (2.0, 0.1)) == pytest.approx(inner + outer)
+
+
+@pytest.mark.parametrize("algorithm", ["recursive_doubling", "rabenseifner", "hierarchical"])
+def test_textbook_algorithms_can_be_asked_for(algorithm: str) -> None:
+    price = collective_price(H100, "all_reduce", GIB, range(32), algorithm)
+    assert price.algorithm == algorithm and price.source == "roofline" and price.seconds > 0
+    with pytest.raises(ValueError, match=f"{algorithm} is no algorithm of send"):
+        collective_price(H100, "send", GIB, (0, 1), algorithm)
+
+
+def test_two_levels_beat_one_between_nodes() -> None:
+    two_levels, one = (
+        collective_price(H100, "all_reduce", GIB, range(32), a).seconds for a in ("hierarchical", "rabenseifner")
+    )
+    assert two_levels < one
