@@ -101,7 +101,8 @@ def _conv(image: tuple[int, ...], weight: tuple[int, ...], out: tuple[int, ...])
         return _conv(out, weight, image)
     groups = max(image[1] // max(weight[1], 1), 1)
     spatial = tuple(out[2:])
-    # Stride 1 leaves about as many pixels as there were; stride 2 leaves half along each edge.
+    # Stride 1 leaves about as many pixels as there were, stride 2 half along each edge: shapes cannot tell them apart
+    # where a map is hardly larger than the filter, and little depends on it there.
     unit = all(o + k - 1 >= i for o, k, i in zip(spatial, weight[2:], image[2:]))
     flat = len(spatial) == 2 and weight[2:] == (3, 3)
     height, width = (spatial[0], spatial[1]) if len(spatial) == 2 else (1, prod(spatial))

@@ -37,7 +37,9 @@ KERNELS = {"implicit_gemm": 1, "winograd": 4, "winograd_fused": 2, "fft": 4, "di
 # split over blocks). Tensor cores run implicit GEMM alone, at this share of the rate of a plain product.
 WEIGHT_GRADIENT_SHARE = 0.85
 TENSOR_SHARE, PLAIN_PRODUCT_SHARE = 0.75, 0.80
+TENSOR_CHANNELS = 8  # channels are padded to a multiple of it there
 TENSOR_ERROR = 0.35  # expected relative error of convolutions on tensor cores: no table has any
+SPLIT_DEPTH = 256  # least depth of a part of a split sum
 DIRECT_STREAM, DIRECT_RATE = 0.5, 0.25  # shares of bandwidth and of the fp32 rate of depthwise kernels
 FFT_TILES = (16, 32)
 # cuDNN's heuristic takes FFT where its predicted time is below half of the others': chosen on the fitting halves of all
@@ -127,7 +129,8 @@ def seconds_by_algorithm(constants: Mapping[str, Any], device: Device, dtype: st
     if on_tensor_cores(device, dtype):
         share = device.kernels.get("gemm", {}).get("bfloat16", {}).get("compute", PLAIN_PRODUCT_SHARE)
         constants = {**constants, "implicit_rate": TENSOR_SHARE * float(share)}
-        rows = [implicit_seconds(constants, device, unit, size, c)] + [np.full(len(c.batch), np.inf)] * 3
+        never = np.full(len(c.batch), np.inf)
+        rows = [implicit_seconds(constants, device, unit, size, c, TENSOR_CHANNELS), never, never, never]
     else:
         rows = [
             implicit_seconds(constants, device, unit, size, c), winograd_seconds(constants, device, unit, size, c),
@@ -139,13 +142,16 @@ def seconds_by_algorithm(constants: Mapping[str, Any], device: Device, dtype: st
     return times
 
 
-def implicit_seconds(constants: Mapping[str, Any], device: Device, unit: float, size: float, c: Convs) -> Array:
+def implicit_seconds(
+    constants: Mapping[str, Any], device: Device, unit: float, size: float, c: Convs, multiple: int = 1
+) -> Array:
     """Implicit GEMM: rows are batch x pixels, columns filters, the sum runs over channels x taps; for a gradient of
-    weights rows are channels x taps and the sum runs over batch x pixels."""
-    pixels, inner = c.batch * c.out_pixels, c.channels * c.taps
+    weights rows are channels x taps and the sum runs over batch x pixels. Tensor cores take channels in a `multiple`.
+    """
+    pixels, inner = c.batch * c.out_pixels, np.ceil(c.channels / multiple) * multiple * c.taps
     rows, depth = np.where(c.weight, inner, pixels), np.where(c.weight, pixels, inner)
     rate = unit * float(constants["implicit_rate"]) * np.where(c.weight, WEIGHT_GRADIENT_SHARE, 1.0)
-    compute = _tiled(constants, "implicit", device, rate, (rows, c.filters, depth), c.groups)
+    compute = _tiled(constants, "implicit", device, rate, (rows, c.filters, depth), c.groups, c.weight)
     moved = [c.batch * c.in_pixels * c.channels, pixels * c.filters, c.channels * c.filters * c.taps]
     shares = ("implicit_in", "implicit_out", "implicit_weight")
     return compute + _moved(constants, shares, device, size, c.groups, moved)
@@ -156,7 +162,7 @@ def winograd_seconds(constants: Mapping[str, Any], device: Device, unit: float, 
     tiles = c.batch * np.ceil(c.height / 4) * np.ceil(c.width / 4)
     rate = unit * float(constants["product_rate"]) * np.where(c.weight, WEIGHT_GRADIENT_SHARE, 1.0)
     depth, rows = np.where(c.weight, tiles, c.channels), np.where(c.weight, c.channels, tiles)
-    compute = _tiled(constants, "product", device, rate, (rows, c.filters, depth), 36.0)
+    compute = _tiled(constants, "product", device, rate, (rows, c.filters, depth), 36.0, c.weight)
     moved = [
         c.batch * c.in_pixels * c.channels + 36 * tiles * c.channels,
         36 * tiles * c.filters + c.batch * c.out_pixels * c.filters, 45 * c.channels * c.filters,
@@ -188,11 +194,12 @@ def fft_seconds(constants: Mapping[str, Any], device: Device, unit: float, size:
         step = np.maximum(edge - (c.side - 1), 1)
         tiles = c.batch * np.ceil(c.height / step) * np.ceil(c.width / step)
         points = edge * (edge // 2 + 1)
-        compute = _tiled(constants, "product", device, rate, (tiles, c.filters, 4 * c.channels), float(points))
+        dims = (tiles, c.filters, 4 * c.channels)
+        compute = _tiled(constants, "product", device, rate, dims, float(points), c.weight)
         moved = [2.0 * points * n for n in (tiles * c.channels, tiles * c.filters, c.channels * c.filters)]
         traffic = _moved(constants, ("tile_in", "tile_out", "tile_weight"), device, size, 1.0, moved)
         best = np.where(c.side < edge // 2, np.minimum(best, compute + traffic), best)
-    return np.where(c.unit_stride & ~c.weight & (c.side > 1), best, np.inf)
+    return np.where(c.unit_stride & ~c.weight & (c.side > 1) & (c.groups == 1), best, np.inf)
 
 
 def _direct_seconds(device: Device, dtype: str, size: float, c: Convs) -> Array:
@@ -208,17 +215,21 @@ def _direct_seconds(device: Device, dtype: str, size: float, c: Convs) -> Array:
 
 def _tiled(
     constants: Mapping[str, Any], kind: str, device: Device, rate: Array | float, dims: tuple[Array, Array, Array],
-    batch: Array | float,
+    batch: Array | float, split: NDArray[np.bool_],
 ) -> Array:  # fmt: skip
-    """Seconds of a batch of products in the best tile and split of the sum; `rate` is one unit's FLOP/s."""
+    """Seconds of a batch of products in the best tile; `rate` is one unit's FLOP/s. Where `split`, the sum is shared
+    out until every unit has a part, and the parts are written and added up."""
+    per_part = np.where(split, 8.0 / device.memory_bandwidth, 0.0)
     rows, columns, depth = dims
     depth = np.ceil(depth / 8) * 8
-    best = np.full(len(rows), np.inf)
+    more, smooth, best = float(constants[f"{kind}_depth"]), float(constants[f"{kind}_smooth"]), np.inf
     for (high, wide), share in zip(TILES[kind], (1.0, *constants[f"{kind}_tiles"])):
         blocks = batch * np.ceil(rows / high) * np.ceil(columns / wide) / device.units
-        one = 2.0 * high * wide * (depth + float(constants[f"{kind}_depth"])) / (rate * share)
-        best = np.minimum(best, _waves(blocks, float(constants[f"{kind}_smooth"])) * one)
-    return best
+        parts = np.where(split, np.clip(np.ceil(1 / blocks), 1, np.ceil(depth / SPLIT_DEPTH)), 1.0)
+        one = 2.0 * high * wide * (depth / parts + more) / (rate * share)
+        best = np.minimum(best, _waves(blocks * parts, smooth) * one + parts * batch * rows * columns * per_part)
+    found: Array = np.asarray(best)
+    return found
 
 
 TILES: dict[str, tuple[tuple[int, int], ...]] = {

@@ -13,11 +13,13 @@ if TYPE_CHECKING:
 
 Whose = Literal["own", "dtype", "relative"]
 
-# How much wider an error gets by borrowing, and the least error of what a relative lends. Where lender and borrower were
-# both measured (reports/kernels, table "Borrowed", 27 pairs) errors grew 2.4 times in the mean of all but one, their
-# median is 11 %, and another generation's constants are 15 to 25 % off.
+# How much wider an error gets by borrowing, and the least error of what a relative lends. Where lender and borrower
+# were both measured (reports/kernels, table "Borrowed", 27 pairs) errors grew 2.4 times in the mean of all but one; a
+# sister (another board or memory of one chip) was 4 to 12 % off where it was 3 to 11 % off itself, another generation
+# 10 to 35 %.
 WIDER: dict[Whose, float] = {"own": 1.0, "dtype": 1.5, "relative": 2.0}
-LEAST_BORROWED = 0.15
+SISTER = 0.5  # distance up to which devices are sisters: A100 PCIe and SXM 0.3, H100 and H200 0.4, V100 and T4 0.6
+LEAST_FROM_SISTER, LEAST_BORROWED = 0.10, 0.20
 _TWINS = {"float16": "bfloat16", "bfloat16": "float16"}  # one rate and one width: nothing is lost between them
 _CLOCK = 1.5e9  # Hz, where a device file states none
 
@@ -54,9 +56,10 @@ def _find(device: Device, law: str, dtype: str, needs: str) -> Found | None:
         return Found(section, whose, WIDER[whose] * float(section["error"]))
     near = nearest(device, law, needs)
     section = None if near is None else _section(near, law, dtype, needs)
-    if section is None:
+    if near is None or section is None:
         return None
-    return Found(section, "relative", max(WIDER["relative"] * float(section["error"]), LEAST_BORROWED))
+    least = LEAST_FROM_SISTER if distance(device, near) < SISTER else LEAST_BORROWED
+    return Found(section, "relative", max(WIDER["relative"] * float(section["error"]), least))
 
 
 def _section(device: Device, law: str, dtype: str, needs: str) -> dict[str, Any] | None:

@@ -98,8 +98,12 @@ def work_of(shape: OpShape, kind: str) -> tuple[float, float, float, float]:
     elif what == "optimizer":
         launches = float(_optimizer_launches(shape))
     moved /= SCATTER_SHARE if name in _SCATTERS else STREAM_SHARE.get(what, 1.0)
-    rows, columns = (1.0, 1.0) if kind == "stream" else _grid(shape, what)
-    return moved, rows, columns, launches
+    if kind == "stream":
+        return moved, 1.0, 1.0, launches
+    shapes = (*shape.in_shapes, *shape.out_shapes)
+    rowed = sum(prod(s) for s in shapes if len(s) > 1 and prod(s) >= prod(shapes[0]))  # no weights, no moments
+    share = rowed / max(sum(prod(s) for s in shapes), 1) or 1.0
+    return moved * share, *_grid(shape, what), launches
 
 
 def _grid(shape: OpShape, what: str) -> tuple[float, float]:

@@ -78,6 +78,9 @@ def fit_constants(
     """The constants with the least robust error: log ratios, or relative errors where `relative`; errors beyond 15 %
     (10 % if relative) count linearly, so that measurements that went wrong do not lead. The best of several starts."""
     best = None
+    # Bounds, not clipping: beyond a clipped value nothing would change, and the search would stop there.
+    low = np.array([-7.0 if c.share else -20.0 for c in constants])
+    high = np.array([7.0 if c.share else 9.0 for c in constants])
     for start in starts:
         first = np.array([_inverse(c, start.get(c.name, c.start)) for c in constants])
 
@@ -85,7 +88,8 @@ def fit_constants(
             ratio = seconds(values(constants, x)) / measured
             return ratio - 1 if relative else np.log(ratio)
 
-        found = least_squares(residuals, first, loss="soft_l1", f_scale=0.1 if relative else 0.15, max_nfev=150)
+        found = least_squares(residuals, np.clip(first, low + 1e-3, high - 1e-3), bounds=(low, high), loss="soft_l1",
+                              f_scale=0.1 if relative else 0.15, max_nfev=150)  # fmt: skip
         if best is None or found.cost < best.cost:
             best = found
     assert best is not None
@@ -94,8 +98,7 @@ def fit_constants(
 
 def values(constants: Sequence[Constant], x: Array) -> dict[str, float]:
     """Constants from the unbounded numbers that the optimiser moves."""
-    bounded = [min(max(float(v), -9.0 if c.share else -20.0), 9.0) for c, v in zip(constants, x)]
-    return {c.name: float(1 / (1 + np.exp(-v)) if c.share else np.exp(v)) for c, v in zip(constants, bounded)}
+    return {c.name: float(1 / (1 + np.exp(-v)) if c.share else np.exp(v)) for c, v in zip(constants, x.tolist())}
 
 
 def _inverse(c: Constant, value: float) -> float:

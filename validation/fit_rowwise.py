@@ -49,6 +49,8 @@ def _fit_device(stem: str, rows: pd.DataFrame) -> Fitted:
         terms = _terms(kind, work, device) / device.memory_bandwidth
         terms = np.vstack([np.ones(terms.shape[1]), terms])
         weights = fit_terms(terms[:, ~scored[mine]], measured[mine & ~scored])
+        if kind == "softmax" and not terms[4:6, ~scored[mine]].any():
+            weights[4:6] = weights[2:4]  # this table has no odd rows: they are taken to cost what aligned ones do
         hosts[kind] = float(weights[0])
         constants[kind] = 1 / float(weights[1]) if kind == "stream" else [float(w) for w in weights[1:]]
         # What is scored is the law that prices ops, with its launch counted inside the fitted fixed time.

@@ -1,0 +1,150 @@
+"""Convolutions: what is inside an op, the algorithm taken, rates above the peak, workspaces, and growth."""
+
+from __future__ import annotations
+
+from math import prod
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from costmodels.conv_shapes import convs_of
+from costmodels.convolution import (
+    algorithm_of,
+    conv_price,
+    conv_prices,
+    direct_flops,
+    on_tensor_cores,
+    workspace_bytes,
+)
+from costmodels.device import Device, load_device
+from costmodels.ops import OpShape, price
+
+V100, A100, T4 = (load_device(n) for n in ("v100-pcie-32gb", "a100-pcie-80gb", "t4"))
+
+
+def conv(
+    batch: int, channels: int, filters: int, edge: int, kernel: int = 3, stride: int = 1, groups: int = 1,
+    dtype: str = "float32",
+) -> OpShape:  # fmt: skip
+    image, weight = (batch, channels, edge, edge), (filters, channels // groups, kernel, kernel)
+    out = (batch, filters, -(-edge // stride), -(-edge // stride))
+    flops = 2 * prod(out) * prod(weight[1:])
+    return OpShape("aten.convolution.default", "forward", (image, weight), (out,), dtype, flops, 0, 0)
+
+
+def backward(forward: OpShape, image: bool = True) -> OpShape:
+    x, weight = forward.in_shapes
+    outs = (x, weight) if image else (weight,)
+    return OpShape(
+        "aten.convolution_backward.default", "backward", (forward.out_shapes[0], x, weight), outs, forward.dtype,
+        forward.flops * (1 + image), 0, 0,
+    )  # fmt: skip
+
+
+def seconds(device: Device, shape: OpShape) -> float:
+    found = conv_price(device, shape)
+    assert found is not None
+    return found.seconds
+
+
+def test_what_is_inside_an_op() -> None:
+    (one,) = convs_of(conv(8, 64, 128, 56, kernel=3))
+    assert (one.batch, one.channels, one.filters, one.taps, one.out_pixels) == (8, 64, 128, 9, 56 * 56)
+    assert one.winograd and one.unit_stride and not one.weight
+    (strided,) = convs_of(conv(8, 64, 128, 56, stride=2))
+    assert not strided.winograd and not strided.unit_stride and strided.out_pixels == 28 * 28
+    (grouped,) = convs_of(conv(8, 64, 64, 56, groups=64))
+    assert (grouped.groups, grouped.channels, grouped.filters) == (64, 1, 1) and not grouped.winograd
+    data, weight = convs_of(backward(conv(8, 64, 128, 56)))
+    assert (data.channels, data.filters, data.weight) == (128, 64, False) and data.winograd
+    assert (weight.channels, weight.filters, weight.weight) == (64, 128, True)
+    assert len(convs_of(backward(conv(8, 64, 128, 56), image=False))) == 1
+    assert convs_of(OpShape("aten.convolution.default", "forward", ((8, 8),), (), "float32", 0, 0, 0)) == ()
+
+
+@given(
+    batch=st.integers(1, 64), channels=st.integers(1, 300), filters=st.integers(1, 300), edge=st.integers(20, 60),
+    kernel=st.sampled_from([1, 3, 5]), stride=st.integers(1, 2),
+)  # fmt: skip
+def test_work_is_counted_as_the_op_counts_it(
+    batch: int, channels: int, filters: int, edge: int, kernel: int, stride: int
+) -> None:
+    forward = conv(batch, channels, filters, edge, kernel, stride)
+    assert direct_flops(forward) == forward.flops
+    assert direct_flops(backward(forward)) == 2 * forward.flops
+
+
+def test_a_transposed_convolution_does_the_work_of_what_it_transposes() -> None:
+    shape = OpShape("aten.convolution.default", "forward", ((4, 64, 16, 16), (64, 32, 4, 4)), ((4, 32, 32, 32),),
+                    "float32", 0, 0, 0)  # fmt: skip
+    assert direct_flops(shape) == 2 * 4 * 64 * 16 * 16 * 32 * 16
+
+
+@pytest.mark.parametrize("device", [V100, A100, T4], ids=lambda d: d.name)
+def test_algorithms(device: Device) -> None:
+    assert algorithm_of(device, conv(32, 256, 256, 16)) in ("winograd", "winograd_fused")
+    assert algorithm_of(device, conv(32, 3, 64, 64)) == "implicit_gemm"  # three channels waste transformed products
+    assert algorithm_of(device, conv(32, 256, 256, 56, kernel=1)) == "implicit_gemm"
+    assert algorithm_of(device, conv(32, 256, 256, 56, stride=2)) == "implicit_gemm"
+    assert algorithm_of(device, conv(16, 64, 64, 56, kernel=9)) == "fft"
+    assert algorithm_of(device, conv(32, 64, 64, 56, groups=64)) == "direct"
+
+
+def test_winograd_beats_the_data_sheet_and_tensor_cores_do_not() -> None:
+    shape = conv(64, 512, 512, 16)
+    effective = shape.flops / seconds(V100, shape) / V100.peak_flops["float32"]
+    assert 1.2 < effective < 4.0
+    half = conv(64, 512, 512, 16, dtype="float16")
+    assert on_tensor_cores(V100, "float16") and not on_tensor_cores(load_device("p100-pcie"), "float16")
+    assert algorithm_of(V100, half) == "implicit_gemm"
+    assert 0.2 < half.flops / seconds(V100, half) / V100.peak_flops["float16"] < 0.8
+
+
+def test_prices_say_where_they_come_from() -> None:
+    own, lent = conv_price(V100, conv(8, 64, 64, 28)), conv_price(load_device("v100-sxm2-16gb"), conv(8, 64, 64, 28))
+    half = conv_price(V100, conv(8, 64, 64, 28, dtype="float16"))
+    assert own is not None and lent is not None and half is not None
+    assert (own.source, lent.source, half.source) == ("interpolated", "extrapolated", "extrapolated")
+    assert own.error < lent.error and half.error >= 0.35
+    assert conv_price(load_device("tpu-v4"), conv(8, 64, 64, 28)) is None
+
+
+@pytest.mark.parametrize("device", [V100, A100, T4], ids=lambda d: d.name)
+@given(
+    dims=st.tuples(st.integers(1, 64), st.integers(1, 600), st.integers(1, 600), st.integers(4, 64)),
+    axis=st.integers(0, 3), more=st.integers(1, 64), kernel=st.sampled_from([1, 3]),
+    dtype=st.sampled_from(["float32", "float16"]),
+)  # fmt: skip
+def test_larger_convolutions_cost_no_less(
+    device: Device, dims: tuple[int, int, int, int], axis: int, more: int, kernel: int, dtype: str
+) -> None:
+    larger = tuple(n + more * (i == axis) for i, n in enumerate(dims))
+    small = seconds(device, conv(*dims, kernel=kernel, dtype=dtype))
+    # The choice is reluctant to take FFT, so a price may fall by what was lost by the reluctance: never in these sizes.
+    assert 0 < small <= seconds(device, conv(*larger, kernel=kernel, dtype=dtype)) * (1 + 1e-9)  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("device", [V100, A100, T4], ids=lambda d: d.name)
+@pytest.mark.parametrize("shape", [conv(32, 128, 128, 28), conv(32, 256, 64, 56, kernel=1), conv(32, 3, 64, 224, 7, 2)])
+def test_backward_costs_one_to_three_forwards_and_each_gradient_its_part(device: Device, shape: OpShape) -> None:
+    forward, both, weight = (seconds(device, s) for s in (shape, backward(shape), backward(shape, image=False)))
+    assert 0 < weight < both
+    if shape.in_shapes[0][1] > 3:  # gradients of three channels fill no tile
+        assert 1.5 < both / forward < 3.5
+
+
+def test_workspaces() -> None:
+    shape = conv(8, 64, 128, 28)
+    tiles = 8 * 7 * 7
+    assert workspace_bytes("winograd", shape) == 4 * 36 * (tiles * (64 + 128) + 64 * 128)
+    assert workspace_bytes("implicit_gemm", shape) == workspace_bytes("winograd_fused", shape) == 0
+    transformed = workspace_bytes("fft", shape)
+    assert transformed == 8 * 16 * 9 * (8 * 2 * 2 * (64 + 128) + 64 * 128)
+
+
+def test_many_prices_are_the_single_ones() -> None:
+    shapes = [conv(4 * i, 32, 64, 28) for i in range(1, 5)] + [backward(conv(8, 32, 64, 28, dtype="float16"))]
+    missing = OpShape("aten.convolution.default", "forward", ((8, 8),), (), "float32", 0, 0, 0)
+    assert conv_prices(A100, [*shapes, missing]) == [*(conv_price(A100, s) for s in shapes), None]
+    assert price(A100, shapes[0]) == conv_price(A100, shapes[0])
