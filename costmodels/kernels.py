@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from importlib import import_module
-from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from costmodels.device import Device
@@ -16,8 +15,9 @@ if TYPE_CHECKING:
 
     Law = Callable[[Device, Sequence[OpShape]], list[Price | None]]
 
-_MODULE_OF_FAMILY = {"gemm": "gemm", "attention": "attention", "conv": "convolution"} | {
-    "attention_backward": "attention", "conv_backward": "convolution"
+_MODULE_OF_FAMILY = {
+    "gemm": "gemm", "attention": "attention", "attention_backward": "attention", "conv": "convolution",
+    "conv_backward": "convolution",
 }  # fmt: skip
 _LAW_OF_MODULE = {"gemm": "gemm", "attention": "attention", "convolution": "conv", "rowwise": "rowwise"}
 
@@ -37,21 +37,14 @@ def kernel_prices(device: Device, shapes: Sequence[OpShape]) -> list[Price | Non
     for i, shape in enumerate(shapes):
         groups.setdefault(_MODULE_OF_FAMILY.get(family(shape.name), "rowwise"), []).append(i)
     for module, members in groups.items():
-        law = _law(module)
-        if law is not None:
-            for i, price in zip(members, law(device, [shapes[i] for i in members])):
-                prices[i] = price
+        for i, price in zip(members, _law(module)(device, [shapes[i] for i in members])):
+            prices[i] = price
     return prices
 
 
 @lru_cache(maxsize=8)
-def _law(module: str) -> Law | None:
+def _law(module: str) -> Law:
     """The function of a module that prices a list of ops; imported at the first op that needs it, because most
     commands price none."""
-    if find_spec(f"costmodels.{module}") is None:
-        return None
-    names = vars(import_module(f"costmodels.{module}"))
-    many, one = f"{_LAW_OF_MODULE[module]}_prices", f"{_LAW_OF_MODULE[module]}_price"
-    if many in names:
-        return names[many]
-    return lambda device, shapes: [names[one](device, shape) for shape in shapes]
+    law: Law = getattr(import_module(f"costmodels.{module}"), f"{_LAW_OF_MODULE[module]}_prices")
+    return law
