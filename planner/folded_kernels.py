@@ -66,10 +66,11 @@ class Kernels:
         begin = next((i for i, op in enumerate(ops) if any(within(op.module, r) for r in regions)), 0)
         launches += self._launches(ops[:begin], "backward")
         if again:
-            share = self.software.recompute_matmuls
+            software = self.software
             for launch in self._launches(again, "recompute"):
-                skipped = share < 1 and launch.shape is not None and family(launch.shape.name) == "gemm"
-                launches.append(replace(launch, share=share) if skipped else launch)
+                product = launch.shape is not None and family(launch.shape.name) == "gemm"
+                share = software.recompute_share * (software.recompute_matmuls if product else 1.0)
+                launches.append(replace(launch, host=launch.host * share, share=launch.share * share))
         launches += self._launches(ops[begin:], "backward")
         return launches
 
@@ -113,6 +114,9 @@ class Kernels:
 
     # -- one kernel -----------------------------------------------------------------------------------------
     def _kernel(self, shape: OpShape, module: str, host: float, phase: Phase) -> Iterator[Launch]:
+        if family(shape.name).startswith("attention"):
+            yield Launch(host, shape, share=1 / self.software.attention_speed)
+            return
         if self.local.plan.precision != "fp8" or family(shape.name) != "gemm" or not self._eight(module):
             yield Launch(host, shape)
             return
@@ -214,7 +218,7 @@ def priced(launches: Sequence[Launch], cluster: Cluster, groups: Groups) -> Pric
             message = launch.message
             ranks = groups.ranks(message.axis)[: 2 if message.kind == "send" else None]
             cost = collective_price(cluster, message.kind, message.bytes, ranks)
-            device[i] = _exposed(launches, i, device, cost.seconds)
+            device[i] = _exposed(launches, i, device, cost.seconds * launch.share)
             count(f"{message.axis} {message.kind}", device[i], cost.source, cost.error)
     return Priced(run_of(np.array([x.host for x in launches]), device), seconds, sources, errors)
 

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from opgraph.graph import Op
+from costmodels.families import base_name
+from opgraph.graph import DTYPE_BYTES, Op
 from planner.folded_local import Local
 from planner.folded_model import Chunk
 from planner.folded_orders import order
 from planner.folded_parts import recomputed
 from planner.folded_pieces import WHERES, Where
 from planner.folded_step import SIXTEEN, Context
+from planner.fusion import RANDOM
 from planner.stages import within
 
 
@@ -93,26 +95,28 @@ def _saved(c: Context, where: Where) -> tuple[int, int]:
     kept = again_bytes = 0
     hidden = c.parts.kernels.fused.hidden
     seen: set[int] = set()
+    masks = {
+        graph.tensors[t].storage for op in forward if base_name(op.name) in RANDOM for t in (*op.outputs, *op.mutates)
+    }
     for op in forward:
         for t in (*op.outputs, *op.mutates):
             s = graph.storages[graph.tensors[t].storage]
             if s.id in seen or s.death <= end or s.id in hidden or s.role == "parameter":
                 continue
             seen.add(s.id)
-            size = _local_bytes(local, t, op)
+            size = local.storage_bytes(t, op)
+            if s.id in masks:
+                size //= DTYPE_BYTES[graph.tensors[t].dtype]  # a byte per element on a device
             if op.id in inside and not _leaves(local, s.id, regions):
                 again_bytes += size
             else:
                 kept += size
+    share = c.software.recompute_share
     if again and any(within(f"blocks.{0 if where == 'block0' else 1}", r) for r in regions):
-        kept = _border(local, forward)  # a whole block: only what it reads is kept
+        # a whole block: only what it reads is kept, where it is recomputed
+        kept = int(share * _border(local, forward) + (1 - share) * (kept + again_bytes))
     passing = max((_passing(local, op) for op in (*forward, *pieces.backward[where])), default=0)
     return kept, again_bytes + passing
-
-
-def _local_bytes(local: Local, tensor: int, op: Op) -> int:
-    size = local.storage_bytes(tensor, op)
-    return size // 2 if "bernoulli" in op.name else size
 
 
 def _leaves(local: Local, storage: int, regions: tuple[str, ...]) -> bool:

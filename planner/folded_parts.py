@@ -54,6 +54,8 @@ def parts_of(local: Local, pieces: Pieces, software: Software, cluster: Cluster)
         if regions:
             b.insert(0, Launch(software.host.checkpoint))
         names = pieces.parameters[where]
+        if where == "last" and local.plan.pp == 1:  # tied weights are one parameter of one stage
+            names = tuple(n for n in names if n not in pieces.parameters["first"])
         b += _accumulation(local, names, software)
         first = local.graph.parameters[names[0]] if names else None
         experts = tuple(n for n in names if len(local.graph.parameters[n].shape) == 3)

@@ -69,20 +69,13 @@ class Context:
         self.tally.add("optimizer", cost.seconds, cost.source, cost.error)
         return cost.seconds
 
-    def pass_of(self, chunk: Chunk, backward: bool, parts: int = 1) -> list[Run]:
-        """Runs of one pass through a chunk, in execution order, its blocks in up to `parts` groups."""
-        runs: list[Run] = []
+    def pass_of(self, chunk: Chunk, backward: bool) -> Run:
+        """One pass through a chunk."""
+        whole = EMPTY
         for where, count in reversed(chunk.parts) if backward else chunk.parts:
             part = self.parts.by_where[where]
-            run = (part.backward if backward else part.forward).run
-            pieces = min(parts, count)
-            runs += [repeated(run, count // pieces + (i < count % pieces)) for i in range(pieces)]
-        if parts > 1:
-            return runs
-        whole = EMPTY
-        for run in runs:
-            whole = joined(whole, run)
-        return [whole]
+            whole = joined(whole, repeated((part.backward if backward else part.forward).run, count))
+        return whole
 
     def count_pass(self, chunk: Chunk, times: int) -> None:
         for where, count in chunk.parts:
@@ -176,7 +169,7 @@ class _StageRunner:
         self.c, self.lane, self.done = context, lane, done
         plan = context.plan
         self.own = [context.chunks[c * plan.pp + lane.stage] for c in range(plan.vpp)]
-        self.runs = {(b, c): context.pass_of(chunk, b)[0] for c, chunk in enumerate(self.own) for b in (False, True)}
+        self.runs = {(b, c): context.pass_of(chunk, b) for c, chunk in enumerate(self.own) for b in (False, True)}
         self.gathers: dict[int, int] = {}
         self.reduces: list[int] = []
         self.replicas = plan.dp * plan.cp
@@ -261,10 +254,15 @@ class _StageRunner:
 
     def _last_backward(self, waits: list[int]) -> None:
         """The backward whose gradients are complete, in groups of blocks: each is reduced beside the next."""
-        runs = self.c.pass_of(self.own[0], True, GROUPS_OF_BLOCKS)
-        for i, run in enumerate(runs):
-            self.lane.run(f"B last {i}", "backward", run, waits if i == 0 else ())
-            self._reduce(self.own[0], 1.0 / len(runs))
+        chunk = self.own[0]
+        total = sum(self.c.elements(chunk)) or 1
+        for i, (where, count) in enumerate(reversed(chunk.parts)):
+            part = self.c.parts.by_where[where]
+            groups = min(GROUPS_OF_BLOCKS, count)
+            for g in range(groups):
+                run = repeated(part.backward.run, count // groups + (g < count % groups))
+                self.lane.run("B last", "backward", run, waits if i == g == 0 else ())
+                self._reduce(chunk, part.elements * count / groups / total)
 
     def _reduce(self, chunk: Chunk, share: float) -> None:
         kind = "all_reduce" if self.c.plan.data_parallel == "ddp" else "reduce_scatter"

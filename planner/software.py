@@ -62,7 +62,9 @@ class Software:
     parameter's dtype). fused_accumulation: the product for the weight adds into that buffer itself.
     reduce_bytes: bytes per element of reduced gradients. norm_clip: the gradient norm is computed each step.
     vocab_parallel: embedding and logits are split over tp. optimizer: one kernel for all parameters, or none at all.
-    cast_bytes: bytes per weight element that are moved each micro-batch to make 16-bit weights (autocast).
+    recompute_matmuls: share of the products in recomputed regions that run again (per-operator policies keep some).
+    recompute_share: share of the recomputed regions that is recomputed (policies per operator and stage).
+    attention_speed: of the attention kernel, relative to the one that the device's table was measured with.
     """
 
     name: str
@@ -81,3 +83,5 @@ class Software:
     vocab_parallel: bool = True
     optimizer: Literal["adam", "sgd", "none"] = "adam"
     recompute_matmuls: float = 1.0
+    recompute_share: float = 1.0
+    attention_speed: float = 1.0

@@ -6,6 +6,7 @@ OneFlow and TensorFlow run static graphs whose scheduling cost we take as half o
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 from planner.software import HOST, Software
@@ -26,7 +27,9 @@ TORCHTITAN = Software(
     "torchtitan", HOST["torch"], "none", main_grads=0, fused_accumulation=False, vocab_parallel=False,
     recompute_matmuls=0.5,
 )  # fmt: skip
-COMPOSER = replace(TORCHTITAN, name="Composer", recompute_matmuls=1.0)
+# llm-foundry of 2023: FlashAttention of the first generation (or its Triton version), 25-40 % of the peak where the
+# second, which devices' tables hold, reaches 50-73 % (Dao 2023, shared/facts/compute.md B3): 32.5 / 61.5.
+COMPOSER = replace(TORCHTITAN, name="Composer", recompute_matmuls=1.0, attention_speed=0.53)
 HUGGING_FACE = Software(
     "Hugging Face eager", HOST["torch"], "none", main_grads=0, dp_overlap=True, fused_accumulation=False,
     vocab_parallel=False, norm_clip=False, optimizer="none", tp_async=False, p2p_overlap=False, reduce_bytes=4,
@@ -54,11 +57,22 @@ def software_of(case: Case) -> Software:
         found = replace(found, tp_overlap=True)
     if "cuda graphs" in notes:
         found = replace(found, host=HOST["graph"])
+    if share := _recomputed_share(case):
+        found = replace(found, recompute_share=share)
     if "mode pure" in notes:
         found = replace(found, reduce_bytes=2)
     if not case.whole("vocab", 1):  # a layer alone, not a training step
         found = replace(found, optimizer="none", host=replace(found.host, step=0.0))
     return found
+
+
+def _recomputed_share(case: Case) -> float:
+    """Recomputed operators over all, where the notes list both per stage; 0 where they do not."""
+    listed = re.findall(r"(?:recomputed )?operators per stage \[([\d, ]+)\]", case.text("notes"))
+    if len(listed) != 2:
+        return 0.0
+    every, again = (sum(int(n) for n in numbers.split(",")) for numbers in listed)
+    return again / every
 
 
 def _named(case: Case, name: str) -> Software:

@@ -72,13 +72,20 @@ def model_of(case: Case, software: Software, traces: Traces) -> FoldedModel:
         attention="sdpa" if fused else "math", causal=family != "bert",
         bias=family in ("gpt", "mpt", "bert"), post_norm=family == "bert", tied=family in ("gpt", "mpt", "bert"),
         joined=software.fusion == "module" or family == "mpt", dropout=0.1 if old else 0.0,
-        predicted=PREDICTIONS_PER_SEQUENCE if family == "bert" and "pre-training" in case.text("notes") else 0,
+        predicted=_predicted(case),
         latent=Latent() if family == "moe_mla" else None, experts=experts,
         dtype={"fp16": "float16", "bf16": "bfloat16", "fp8": "bfloat16"}.get(precision, "float32"),
     )  # fmt: skip
     name = f"{family}{' tied' if shape.tied else ''}"
     graph = traces.graph(name, shape, case.whole("micro_batch"))
     return FoldedModel(graph, case.whole("layers"), seq // cp, padded, first_differs=experts is not None)
+
+
+def _predicted(case: Case) -> int:
+    """Positions whose logits are made: the masked ones in BERT pre-training. NVIDIA's PyTorch scripts of that time
+    make those of all positions."""
+    masked = case.text("family") == "bert" and "pre-training" in case.text("notes")
+    return PREDICTIONS_PER_SEQUENCE if masked and "pytorch" not in case.text("software").lower() else 0
 
 
 def plan_of(case: Case, software: Software) -> ParallelPlan:
@@ -144,7 +151,7 @@ def _recompute(case: Case) -> tuple[str, ...]:
     notes = case.text("notes")
     if kind in ("none", ""):
         return ()
-    if kind == "full" or "whole layers" in notes:
+    if kind == "full" or "whole layers" in notes or "recomputed operators per stage" in notes:
         return tuple(f"blocks.{i}" for i in range(TRACED_BLOCKS))
     if kind != "selective":
         raise CaseError(f"recompute is {kind!r}; it must be none, full or selective")
