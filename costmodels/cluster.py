@@ -51,7 +51,8 @@ class Link:
 
 @dataclass(frozen=True, slots=True)
 class Tier:
-    """One layer of switches above the nodes, from the bottom up; the last one joins what the others leave apart.
+    """One layer of switches above the nodes, from the bottom up; what the last leaves apart one more switch joins at
+    full rate.
 
     nodes: nodes below one switch of this tier. oversubscription: bandwidth of the links below one switch over that of
     its links upwards. rails: one switch for each port index of the nodes rather than one for all. ecmp: as in `Link`,

@@ -96,3 +96,42 @@ def test_a_device_file_may_lie_beside_the_cluster(tmp_path: Path) -> None:
     save_device(load_cluster("g5-a10g").device, tmp_path / "mine.toml")
     cluster = load_cluster(tmp_path / "box.toml")
     assert cluster.device.name == "A10G" and cluster.inter == cluster.intra
+
+
+def test_tiers_wires_and_caps_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "box.toml"
+    path.write_text(
+        'fabric = "pcie"\n'
+        + GOOD
+        + """
+[inter]
+name = "TCP"
+bandwidth = 1e9
+latency = 1e-4
+ports = 1
+flow_cap = 5e8
+window = 1e6
+ecmp = 0.8
+[[tiers]]
+name = "leaf"
+nodes = 4
+oversubscription = 3
+rails = true
+[[wires]]
+name = "PCIe"
+bandwidth = 2e10
+latency = 1e-6
+ends = ["gpu0 cpu0", "gpu1 cpu0", "gpu2 cpu1", "gpu3 cpu1"]
+[[wires]]
+name = "UPI"
+bandwidth = 1e10
+latency = 1e-6
+ends = ["cpu0 cpu1"]
+"""
+    )
+    cluster = load_cluster(path)
+    assert (cluster.inter.flow_cap, cluster.inter.window, cluster.inter.ecmp) == (5e8, 1e6, 0.8)
+    assert cluster.tiers[0].rails and cluster.tiers[0].oversubscription == 3 and len(cluster.wires) == 5
+    path.write_text(path.read_text().replace("ecmp = 0.8", "ecmp = 1.8"))
+    with pytest.raises(ValueError, match="'ecmp'"):
+        load_cluster(path)

@@ -10,6 +10,8 @@ from math import inf
 import networkx as nx
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import costmodels.topology
 from costmodels.cluster import Cluster, Link, Tier, Wire, cluster_from, list_clusters, load_cluster
@@ -197,6 +199,24 @@ def test_sixteen_thousand_gpus_are_priced() -> None:
     assert alone.layer == "ports" and together.layer == "pod" and together.seconds > 4 * alone.seconds
     tensor = group_bound(cluster, "all_reduce", 1e8, ranks.reshape(-1, 8))
     assert tensor.layer == "devices"
+
+
+shapes = st.sampled_from([(8, 4), (4, 8), (2, 16), (32, 1), (1, 32)])
+
+
+@given(st.sampled_from(["all_reduce", "all_gather", "reduce_scatter", "all_to_all"]), shapes, st.floats(1.0, 1e10))
+@settings(max_examples=60, deadline=None)
+def test_bounds_grow_with_bytes_and_fall_with_bandwidth(kind: str, shape: tuple[int, int], nbytes: float) -> None:
+    cluster = tree()
+    groups = np.arange(32).reshape(shape)
+    base = group_bound(cluster, kind, nbytes, groups)
+    assert base.seconds >= 0 and all(layer >= 0 for layer in base.layers.values())
+    assert group_bound(cluster, kind, 2 * nbytes, groups).seconds >= base.seconds
+    faster = replace(cluster, inter=replace(cluster.inter, bandwidth=20e9), cache={})
+    later = replace(cluster, inter=replace(cluster.inter, latency=1e-3), cache={})
+    assert group_bound(faster, kind, nbytes, groups).seconds <= base.seconds
+    assert group_bound(later, kind, nbytes, groups).seconds >= base.seconds
+    assert group_bound(cluster, kind, nbytes, groups[:1]).seconds <= base.seconds * (1 + 1e-12), "others only disturb"
 
 
 def test_user_mistakes_are_told() -> None:
