@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from parplan.arguments import ClusterName, Json, Model, positive
+from parplan.cli_memory import check_memory_file, memory_data, memory_rows
 from parplan.console import emit, percent, remark, seconds, show, size, table, working
 
 
@@ -25,6 +26,13 @@ def simulate(
         Path | None, typer.Option(help="Timeline for ui.perfetto.dev (JSON).", show_default=False)
     ] = None,
     plot: Annotated[Path | None, typer.Option(help="Timeline as a picture (PNG).", show_default=False)] = None,
+    memory: Annotated[
+        Path | None,
+        typer.Option(
+            help="Memory of the fullest rank, event by event: .csv, .png, or .pickle for torch's memory viewer.",
+            show_default=False,
+        ),
+    ] = None,
     json: Json = False,
 ) -> None:
     """Simulate one training step under one plan.
@@ -34,12 +42,14 @@ def simulate(
     import time
 
     positive("--global-batch", global_batch)
-    for path in (trace_file, plot):
+    if memory is not None:
+        check_memory_file(memory)
+    for path in (trace_file, plot, memory):
         if path is not None and not path.parent.is_dir():
             raise ValueError(f"there is no folder {path.parent} to write {path.name} into; make it first")
     began = time.perf_counter()
     with working() as progress:
-        prediction, timeline = _simulate(model, plan, cluster, global_batch, progress)
+        prediction, timeline, graph, machine = _simulate(model, plan, cluster, global_batch, progress)
         if trace_file is not None:
             from simulator import write_perfetto
 
@@ -50,13 +60,15 @@ def simulate(
 
             with replacing(plot) as partial:
                 plot_timeline(timeline, f"{model}: {prediction.plan.label} on {cluster}", partial)
+        held = memory_data(graph, prediction, machine, memory, f"{model}: {prediction.plan.label} on {cluster}")
     for note in prediction.notes:
         remark(f"note: {note}")
-    data = {**prediction_data(prediction), "model": model, "cluster": cluster, "seconds": time.perf_counter() - began}
+    data = {**prediction_data(prediction), "model": model, "cluster": cluster, "memory": held}
+    data["seconds"] = time.perf_counter() - began
     emit(data) if json else _print(data)
 
 
-def _simulate(model: str, plan: str, name: str, global_batch: int | None, progress: Any) -> tuple[Any, Any]:
+def _simulate(model: str, plan: str, name: str, global_batch: int | None, progress: Any) -> tuple[Any, Any, Any, Any]:
     from costmodels.cluster import load_cluster
     from parplan.inline_plan import read_plan
 
@@ -75,8 +87,8 @@ def _simulate(model: str, plan: str, name: str, global_batch: int | None, progre
     workload = load_workload(model)
     graph = trace_workload(workload, precision=precision)
     progress("simulating", 0.7)
-    result: tuple[Any, Any] = simulate_plan(graph, finish(workload, graph, cluster), cluster)
-    return result
+    prediction, timeline = simulate_plan(graph, finish(workload, graph, cluster), cluster)
+    return prediction, timeline, graph, cluster
 
 
 def prediction_data(p: Any) -> dict[str, Any]:
@@ -109,6 +121,7 @@ def _print(data: dict[str, Any]) -> None:
         ("MFU", percent(data["mfu"])),
         ("peak memory", f"{size(data['peak_bytes'])} of {size(data['memory_bytes'])}, "
                         f"{'fits' if data['fits'] else 'DOES NOT FIT'}"),
+        *memory_rows(data["memory"]),
         ("prices", ", ".join(f"{percent(share)} {source}" for source, share in data["shares"].items() if share)),
         ("tasks", f"{data['tasks']:,}, {seconds(data['seconds'])} in all"),
     ]  # fmt: skip

@@ -213,6 +213,7 @@ class _Replay:
     # -- forward and backward -------------------------------------------------------------------------------
     def _forward(self, micro: int) -> None:
         stage, ledger = self.stage, self.ledger
+        ledger.place = ("forward", micro, "", "")
         if stage.units:
             self._gather(stage.units[0], "forward")
         current: Unit | None = None
@@ -252,6 +253,7 @@ class _Replay:
         ready = {op: name for name, op in stage.ready.items()}
         entered: set[str] = set()
         last_of = {path_of(stage, op): i for i, op in enumerate(stage.ops.backward)}
+        self.ledger.place = ("backward", micro, "", "")
         for i, op in enumerate(stage.ops.backward):
             unit = unit_of(stage, op)
             if stage.units and "" not in entered and op.module != LOSS:
@@ -310,11 +312,16 @@ class _Replay:
     # -- FSDP -----------------------------------------------------------------------------------------------
     def _start(self, unit: Unit) -> None:
         held = self.ledger.held
+        self._at("all_gather", unit)
         if unit.parameters and ("whole", unit.path) not in held and ("gather", unit.path) not in held:
             size = unit.gathered_bytes(self.stage.plan.dp)
             self.ledger.hold(("gather", unit.path), size, "communication")
             if self.backend == "gloo":  # gloo gathers into a buffer of its own and copies it out
                 self.ledger.pulse(size, "communication")
+
+    def _at(self, message: str, unit: Unit) -> None:
+        phase, micro, _, _ = self.ledger.place
+        self.ledger.place = (phase, micro, f"fsdp.{message}", unit.path)
 
     def _prefetch(self, index: int) -> None:
         if index - 1 >= 1:
@@ -338,6 +345,7 @@ class _Replay:
             return
         plan, ledger = self.stage.plan, self.ledger
         whole = unit.gathered_bytes(plan.dp)
+        self._at("reduce_scatter", unit)
         ledger.hold("last scatter", whole, "communication")
         for p in unit.parameters:
             for s in self._gradients_of(p.name):
@@ -351,9 +359,9 @@ class _Replay:
     def _optimizer(self) -> None:
         """Storages that the traced optimizer ops make, at the stage's share of the model."""
         graph, ledger = self.stage.graph, self.ledger
-        ledger.place = ("optimizer", 0, "", "")
         ledger.drop("last scatter")
         ledger.drop("last gather")
+        ledger.place = ("optimizer", 0, "", "")
         whole = sum(t.bytes for t in graph.parameters.values())
         share = sum(p.bytes for p in self.stage.parameters.values()) / max(1, whole)
         for at, birth, s in _optimizer_storages(graph):

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from math import hypot
 
 from costmodels.cluster import Cluster
 from costmodels.ops import peak_of
 from opgraph.graph import OpGraph
 from planner.lower import Lowered, lower
-from planner.memory import peak_bytes
+from planner.memory import memory
 from planner.plan import ParallelPlan
 from simulator import Timeline, breakdown, overall, simulate
 
@@ -25,7 +25,8 @@ class Prediction:
     peak_bytes: tensor bytes at the worst moment, by rank; memory_bytes: what a rank has. breakdown: compute,
     exposed_communication, bubble, idle, averaged over ranks; they sum to the step. mfu: model FLOP (without
     recomputation) per second over the peak of all devices. shares: of the time by kind of price. unpriced: ops that no
-    model covers. tasks: simulated.
+    model covers. tasks: simulated. at_peak: bytes by category (`memory_ledger.CATEGORIES`) at the worst moment of the
+    fullest rank; resting_bytes: what it holds between steps.
     """
 
     plan: ParallelPlan
@@ -40,6 +41,8 @@ class Prediction:
     unpriced: tuple[str, ...]
     notes: tuple[str, ...]
     tasks: int
+    at_peak: dict[str, int] = field(default_factory=dict)
+    resting_bytes: int = 0
 
 
 def predict(graph: OpGraph, plan: ParallelPlan, cluster: Cluster) -> Prediction:
@@ -72,7 +75,9 @@ def _judge(graph: OpGraph, plan: ParallelPlan, cluster: Cluster, lowered: Lowere
     step = timeline.makespan
     total = sum(lowered.seconds_by_source.values()) or 1.0
     spread = NINE_IN_TEN * hypot(lowered.deviation / total, cluster.device.step_error)
-    peaks = peak_bytes(lowered.stages, plan, cluster.backend)
+    held = memory(lowered.stages, plan, cluster.backend)
+    peaks = tuple(m.peak for m in held)
+    fullest = max(held, key=lambda m: m.peak)
     capacity = memory_per_rank(cluster, plan)
     model_flops = graph.at_batch(plan.micro_batch).flops() * plan.micro_batches * plan.dp
     dtype = "bfloat16" if plan.precision == "bf16" else "float32"
@@ -91,6 +96,8 @@ def _judge(graph: OpGraph, plan: ParallelPlan, cluster: Cluster, lowered: Lowere
         unpriced=lowered.unpriced,
         notes=(*graph.notes, *cluster.notes, *cluster.device.notes),
         tasks=len(lowered.program),
+        at_peak={str(category): size for category, size in fullest.at_peak.items()},
+        resting_bytes=fullest.resting,
     )
 
 

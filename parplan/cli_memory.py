@@ -1,0 +1,88 @@
+"""What `parplan simulate` says about memory: by category, as the CUDA allocator reserves it, event by event."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from parplan.console import percent, size
+
+SUFFIXES = (".csv", ".png", ".pickle")
+
+
+def check_memory_file(path: Path) -> None:
+    """ValueError for a file that --memory cannot write."""
+    if path.suffix not in SUFFIXES:
+        raise ValueError(f"--memory {path} ends in none of {', '.join(SUFFIXES)}; the ending says what to write")
+
+
+def memory_data(graph: Any, prediction: Any, cluster: Any, path: Path | None, title: str) -> dict[str, Any]:
+    """The JSON of the fullest rank's memory, in bytes; writes the timeline, plot or snapshot to `path`.
+
+    reserved_bytes: what torch's CUDA caching allocator takes from the device, and the same with expandable segments;
+    null on CPUs, and where a step has too many allocations to replay them unasked.
+    """
+    from costmodels.allocator import CachingAllocator
+    from planner.memory_timeline import MOST_EVENTS, memory_timeline, with_cublas
+
+    peaks = prediction.peak_bytes
+    rank = peaks.index(max(peaks))
+    data: dict[str, Any] = {
+        "rank": rank, "peak_bytes": max(peaks), "resting_bytes": prediction.resting_bytes,
+        "at_peak": prediction.at_peak, "reserved_bytes": None, "reserved_expandable_bytes": None,
+    }  # fmt: skip
+    cuda = cluster.backend == "nccl"
+    if not cuda and path is None:
+        return data
+    events = _events(graph, prediction.plan, cluster, rank)
+    if not cuda:
+        _write(memory_timeline(events, rank), path, title, prediction.memory_bytes)
+        return data
+    if len(events) > MOST_EVENTS and path is None:
+        return data
+    events = with_cublas(events, cluster.device.name)
+    timeline = memory_timeline(events, rank, CachingAllocator())
+    data["reserved_bytes"] = timeline.peak_reserved
+    data["reserved_expandable_bytes"] = memory_timeline(events, rank, CachingAllocator(expandable=True)).peak_reserved
+    _write(timeline, path, title, prediction.memory_bytes)
+    return data
+
+
+def _events(graph: Any, plan: Any, cluster: Any, rank: int) -> Any:
+    from planner.lower import prepared_graph
+    from planner.memory import memory_events
+    from planner.runtime_stage import prepare
+
+    step, layout, stages = prepared_graph(graph, plan)
+    prepared = tuple(prepare(step, plan, layout, stages, i) for i in range(plan.pp))
+    return memory_events(prepared, plan, rank, cluster.backend)
+
+
+def _write(timeline: Any, path: Path | None, title: str, capacity: int) -> None:
+    from planner.memory_timeline import write_csv, write_snapshot
+    from validation.report_files import replacing
+
+    if path is None:
+        return
+    with replacing(path) as partial:
+        if path.suffix == ".csv":
+            write_csv(timeline, partial)
+        elif path.suffix == ".pickle":
+            write_snapshot(timeline, partial)
+        else:
+            from parplan.memory_plot import plot_memory
+
+            plot_memory(timeline, title, partial, capacity)
+
+
+def memory_rows(data: dict[str, Any]) -> list[tuple[str, str]]:
+    """Rows of the table that people read: the categories at the peak, and what is reserved."""
+    peak = max(data["peak_bytes"], 1)
+    rows = [
+        (f"  {name.replace('_', ' ')}", f"{size(held)} ({percent(held / peak)})")
+        for name, held in sorted(data["at_peak"].items(), key=lambda item: -item[1]) if held
+    ]  # fmt: skip
+    if data["reserved_bytes"] is not None:
+        expandable = size(data["reserved_expandable_bytes"])
+        rows.append(("reserved", f"{size(data['reserved_bytes'])} ({expandable} with expandable segments)"))
+    return rows
