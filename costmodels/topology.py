@@ -143,7 +143,7 @@ def _network(graph: Graph, cluster: Cluster) -> dict[str, tuple[str, ...]]:
     for node in range(cluster.nodes):
         part = cluster.part_of(node)
         for port in range(nics_per_node(part)):
-            below[f"n{node}/nic{port}"] = (node, port, part.inter.bandwidth)
+            below[f"n{node}/nic{port}"] = (node, port, part.inter.bandwidth * part.inter.ecmp)
             chains[f"n{node}/nic{port}"] = ()
     top = {name: name for name in chains}
     for level, tier in enumerate([*cluster.tiers, None]):

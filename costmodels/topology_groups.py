@@ -124,7 +124,8 @@ def _rail(cluster: Cluster, ranks: np.ndarray) -> np.ndarray:
 def _capacities(cluster: Cluster) -> list[tuple[float, bool]]:
     """bytes/s of a port, and of one switch's uplinks in every tier, each with whether it belongs to one rail."""
     ports = nics_per_node(cluster)
-    each, result = cluster.inter.bandwidth, [(cluster.inter.bandwidth, True)]
+    each = cluster.inter.bandwidth * cluster.inter.ecmp
+    result = [(each, True)]
     share, railed = 1.0, True
     for tier in cluster.tiers:
         share *= tier.ecmp / tier.oversubscription

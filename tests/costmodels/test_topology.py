@@ -97,6 +97,11 @@ def test_oversubscription_and_collisions_take_from_the_uplinks() -> None:
     assert topology.graph.edges["leaf0.rail1", "core"]["bandwidth"] == pytest.approx(4 * 10e9 / 4)
     cluster = replace(tree(rails=False), tiers=(Tier("leaf", 4, 2.0, ecmp=0.7),), cache={})
     assert expand(cluster).graph.edges["leaf1", "core"]["bandwidth"] == pytest.approx(4 * 4 * 10e9 / 2 * 0.7)
+    colliding = tree(ecmp=0.5)
+    assert expand(colliding).graph.edges["n0/nic0", "leaf0.rail0"]["bandwidth"] == pytest.approx(5e9)
+    pair = [[0, 4]]
+    whole = group_bound(tree(), "all_to_all", 1e9, pair).layers["ports"]
+    assert group_bound(colliding, "all_to_all", 1e9, pair).layers["ports"] == pytest.approx(2 * whole)
 
 
 def test_a_tree_of_three_tiers_meets_at_the_lowest_common_switch() -> None:
