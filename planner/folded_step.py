@@ -23,6 +23,7 @@ from simulator import Program, ProgramBuilder
 
 SIXTEEN = ("fp16", "bf16", "fp8")
 LIGHT_HOST = 0.8  # a host that needs less than this share of the device's time runs ahead of it and is left out
+BUCKET = 25 * 2**20  # bytes of gradients that are worth a message: torch's default bucket
 GROUPS_OF_BLOCKS = 8  # a pass whose gradients are reduced beside it is cut into so many parts
 
 
@@ -256,13 +257,19 @@ class _StageRunner:
         """The backward whose gradients are complete, in groups of blocks: each is reduced beside the next."""
         chunk = self.own[0]
         total = sum(self.c.elements(chunk)) or 1
+        least, ready = BUCKET / (total * self.c.software.reduce_bytes), 0.0
         for i, (where, count) in enumerate(reversed(chunk.parts)):
             part = self.c.parts.by_where[where]
             groups = min(GROUPS_OF_BLOCKS, count)
             for g in range(groups):
                 run = repeated(part.backward.run, count // groups + (g < count % groups))
                 self.lane.run("B last", "backward", run, waits if i == g == 0 else ())
-                self._reduce(chunk, part.elements * count / groups / total)
+                ready += part.elements * count / groups / total
+                if ready >= least:
+                    self._reduce(chunk, ready)
+                    ready = 0.0
+        if ready > 1e-9:
+            self._reduce(chunk, ready)
 
     def _reduce(self, chunk: Chunk, share: float) -> None:
         kind = "all_reduce" if self.c.plan.data_parallel == "ddp" else "reduce_scatter"

@@ -1,0 +1,172 @@
+"""Folded steps: what is counted once stands for all, and features change the step as they must."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import lru_cache
+from typing import Any
+
+import pytest
+
+from costmodels.cluster import Cluster, Link
+from costmodels.device import load_device
+from opgraph.batch import trace_workload
+from opgraph.graph import OpGraph
+from opgraph.zoo.transformer import Shape, workload
+from planner.folded import FoldedPrediction, predict_folded
+from planner.folded_kernels import Kernels
+from planner.folded_local import local_step
+from planner.folded_model import FoldedModel, chunks_of
+from planner.folded_pieces import pieces
+from planner.lower import lower
+from planner.plan import ParallelPlan, check_executable, plan_from_dict
+from planner.software import HOST, Software
+
+SEQ, HIDDEN, VOCAB, LAYERS = 256, 512, 1024, 8
+SHAPE = Shape(3, HIDDEN, 8, 8, 4 * HIDDEN, SEQ, VOCAB, dtype="bfloat16", attention="math")
+STYLES = tuple(
+    (f"blocks.{i}.{n}", s)
+    for i in range(3)
+    for n, s in (("attn.qkv", "colwise"), ("mlp.up", "colwise"), ("attn.o", "rowwise"), ("mlp.down", "rowwise"))
+)
+FAST_HOST = Software("test", HOST["graph"])
+FULL = tuple(f"blocks.{i}" for i in range(3))
+
+
+@lru_cache(maxsize=1)
+def traced() -> OpGraph:
+    return trace_workload(workload("gpt", SHAPE), fold=False)
+
+
+def model(micro: int = 4) -> FoldedModel:
+    return FoldedModel(traced().at_batch(micro), LAYERS, SEQ, VOCAB)
+
+
+@lru_cache(maxsize=1)
+def cluster() -> Cluster:
+    link = Link("NVLink", 3e11, 0.0)
+    return Cluster("test", load_device("a100-sxm-80gb"), 8, 8, link, Link("IB", 2.5e10, 0.0))
+
+
+def plan(**changes: Any) -> ParallelPlan:
+    base: dict[str, Any] = {"global_batch": 64, "precision": "bf16"} | changes
+    dp, pp, vpp = base.get("dp", 1), base.get("pp", 1), base.get("vpp", 1)
+    base.setdefault("micro_batches", base["global_batch"] // (4 * dp))
+    base.setdefault("cuts", tuple(f"blocks.{i * LAYERS // (pp * vpp)}" for i in range(1, pp * vpp)))
+    if base.get("tp", 1) > 1:
+        base.setdefault("shardings", STYLES)
+    return ParallelPlan(**base)
+
+
+def step(software: Software = FAST_HOST, layers: int = LAYERS, **changes: Any) -> FoldedPrediction:
+    return predict_folded(replace(model(), layers=layers), plan(**changes), cluster(), software)
+
+
+def test_parts_hold_each_op_of_the_step_once() -> None:
+    graph = traced()
+    found = pieces(graph)
+    for phase, parts in (("forward", found.forward), ("backward", found.backward)):
+        ids = [op.id for ops in parts.values() for op in ops]
+        assert len(ids) == len(set(ids))
+        everything = {op.id for op in graph.ops if op.phase == phase}
+        third = {op.id for op in graph.ops if op.phase == phase and op.module.startswith("blocks.2")}
+        assert third <= everything - set(ids)
+        assert len(everything - set(ids)) == len(parts["block"])  # only the third block is left out
+    assert set(found.parameters["block"]) == {n for n in graph.parameters if n.startswith("blocks.1.")}
+
+
+def test_work_grows_by_one_block_a_layer() -> None:
+    seconds = [step(layers=n).step_seconds for n in (4, 8, 12)]
+    assert seconds[2] - seconds[1] == pytest.approx(seconds[1] - seconds[0], rel=1e-6)
+
+
+def test_tensor_parallelism_divides_products_and_sends_messages() -> None:
+    one, four = step(), step(tp=4)
+    assert four.device["gemm"] < 0.7 * one.device["gemm"]  # small products fill the device less
+    assert "tp all_reduce" in four.device and "tp all_reduce" not in one.device
+    spread = step(tp=4, sequence_parallel=True)
+    assert "tp reduce_scatter" in spread.device and "tp all_gather" in spread.device
+    assert spread.device["norm"] < four.device["norm"]
+    assert spread.memory.activations < four.memory.activations
+
+
+def test_recomputation_runs_forward_again_and_keeps_less() -> None:
+    none, core, full = step(), step(recompute=tuple(f"{b}.attn.core" for b in FULL)), step(recompute=FULL)
+    assert none.step_seconds < core.step_seconds < full.step_seconds
+    assert none.memory.activations > core.memory.activations > full.memory.activations
+    assert full.device["gemm"] / none.device["gemm"] == pytest.approx(4 / 3, rel=0.15)
+
+
+def test_interleaving_shrinks_the_bubble() -> None:
+    wide = step(pp=4, global_batch=32)
+    thin = step(pp=4, vpp=2, global_batch=32)
+    assert thin.breakdown["bubble"] + thin.breakdown["idle"] < wide.breakdown["bubble"] + wide.breakdown["idle"]
+    assert thin.step_seconds < wide.step_seconds
+
+
+def test_a_pipeline_of_equal_stages_takes_micro_batches_plus_stages_less_one() -> None:
+    """Without embedding and logits, messages and updates, the closed form of 1F1B holds."""
+    bare = replace(FAST_HOST, optimizer="none", host=replace(HOST["graph"], step=0.0))
+    shape = replace(SHAPE, vocab=0)
+    graph = trace_workload(workload("blocks", shape), fold=False).at_batch(4)
+    fast = replace(cluster(), intra=Link("free", 1e18, 0.0), inter=Link("free", 1e18, 0.0), cache={})
+    blocks = FoldedModel(graph, LAYERS, SEQ, 0)
+    whole = predict_folded(blocks, plan(micro_batches=16), fast, bare).step_seconds / 16
+    piped = predict_folded(blocks, plan(pp=4), fast, bare).step_seconds
+    assert piped == pytest.approx(whole / 4 * (16 + 3), rel=0.05)
+
+
+def test_sharded_optimizers_need_less_memory_each_by_its_share() -> None:
+    ddp, zero1, zero2, fsdp = (
+        step(dp=8, data_parallel=kind).memory for kind in ("ddp", "zero1", "zero2", "fsdp")
+    )
+    assert zero1.optimizer == pytest.approx(ddp.optimizer / 8, rel=0.01)
+    assert zero1.gradients == ddp.gradients and zero2.gradients == pytest.approx(ddp.gradients / 8, rel=0.01)
+    assert fsdp.parameters + fsdp.optimizer < zero1.parameters + zero1.optimizer
+
+
+def test_a_slow_host_bounds_the_step() -> None:
+    slow = replace(FAST_HOST, host=replace(HOST["torch-2021"], op=1e-3))
+    assert step(slow).step_seconds > 5 * step().step_seconds
+    kernels = Kernels(local_step(model().graph, plan(), SEQ, VOCAB, True), slow)
+    launches = kernels.forward(pieces(model().graph).forward["block"])
+    issued = sum(x.host for x in launches) * LAYERS * 16
+    assert step(slow).step_seconds > issued
+
+
+def test_joined_kernels_move_less() -> None:
+    joined, apart = step(FAST_HOST), step(replace(FAST_HOST, fusion="none"))
+    light = ("pointwise", "norm", "norm_backward", "softmax", "copy", "reduction")
+    assert sum(joined.device.get(k, 0) for k in light) < sum(apart.device.get(k, 0) for k in light)
+    assert joined.device["gemm"] == pytest.approx(apart.device["gemm"], rel=1e-6)
+
+
+def test_overlapped_gradients_cost_less_than_those_sent_afterwards() -> None:
+    late = step(replace(FAST_HOST, dp_overlap=False), dp=16, global_batch=64)
+    assert step(dp=16, global_batch=64).step_seconds < late.step_seconds
+
+
+def test_chunks_follow_the_cuts() -> None:
+    chunks = chunks_of(model(), plan(pp=2, vpp=2))
+    assert [c.count("block") for c in chunks] == [2, 2, 2, 2]
+    assert chunks[0].count("first") == chunks[-1].count("last") == 1
+    with pytest.raises(ValueError, match="no block"):
+        chunks_of(model(), replace(plan(pp=2), cuts=("blocks.99",)))
+
+
+def test_what_cannot_run_yet_is_refused_in_one_sentence() -> None:
+    beyond = replace(plan(), sequence_parallel=True)
+    with pytest.raises(ValueError, match="sequence_parallel"):
+        check_executable(beyond)
+    with pytest.raises(ValueError, match="vpp = 2"):
+        lower(traced(), plan(pp=2, vpp=2), cluster())
+    check_executable(plan(dp=2))
+
+
+def test_plans_of_the_first_schema_are_still_read() -> None:
+    data = plan(dp=2).to_dict()
+    for name in ("vpp", "sequence_parallel", "cp", "ep"):
+        del data[name]
+    assert plan_from_dict(data | {"schema": 1}) == plan(dp=2)
+    with pytest.raises(ValueError, match="schema is 99"):
+        plan_from_dict(data | {"schema": 99})
