@@ -9,11 +9,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import exp, log
+from typing import Any
 
 import numpy as np
 
 from costmodels import gloo, hockney, nccl
 from costmodels.cluster import Cluster
+from costmodels.nccl_fabric import group_of
 from costmodels.nccl_law import Laws, error_of, shipped
 from costmodels.ops import Source
 
@@ -43,17 +45,27 @@ def collective_price(
     algorithm: only this one, as NCCL_ALGO sets it ("ring", "tree", "nvls", ...), or a textbook one of
     `costmodels.hockney`; by default the backend's own choice. laws: constants of NCCL, by default the catalogue's.
     """
-    if laws is not None:
-        return _price(cluster, kind, float(bytes), ranks, algorithm, laws)
-    key = (kind, bytes, ranks if isinstance(ranks, tuple | range) else tuple(ranks), algorithm)
-    known = cluster.cache.get(key)
+    place = ("collectives", ranks if isinstance(ranks, tuple | range) else tuple(ranks))
+    known = cluster.cache.get(place)  # long tuples of ranks are hashed once a call
     if known is None:
-        known = cluster.cache[key] = _price(cluster, kind, float(bytes), ranks, algorithm, None)
-    return known
+        known = cluster.cache[place] = {}
+    if laws is not None:
+        return _price(cluster, kind, float(bytes), ranks, algorithm, laws, known)
+    key = (kind, bytes, algorithm)
+    price: CollectivePrice | None = known.get(key)
+    if price is None:
+        price = known[key] = _price(cluster, kind, float(bytes), ranks, algorithm, None, known)
+    return price
 
 
 def _price(
-    cluster: Cluster, kind: str, nbytes: float, ranks: Sequence[int], algorithm: str, laws: Laws | None
+    cluster: Cluster,
+    kind: str,
+    nbytes: float,
+    ranks: Sequence[int],
+    algorithm: str,
+    laws: Laws | None,
+    known: dict[Any, Any],
 ) -> CollectivePrice:
     if kind not in KINDS:
         raise ValueError(f"'{kind}' is no known collective; use one of {', '.join(KINDS)}")
@@ -65,7 +77,10 @@ def _price(
     if measured is not None:
         return measured
     if cluster.backend == "nccl" or algorithm:
-        seconds, way, protocol, group = nccl.price(cluster, kind, nbytes, ranks, laws, algorithm)
+        group = known.get("group")
+        if group is None:
+            group = known["group"] = group_of(cluster, ranks)
+        seconds, way, protocol = nccl.price(cluster, kind, nbytes, group, laws, algorithm)
         source: Source = "roofline" if way in hockney.ALGORITHMS else "interpolated"
         return CollectivePrice(seconds, 0.0, source, error_of(laws or shipped(), group, nbytes), way, protocol)
     one_node = len({cluster.node_of(r) for r in ranks}) == 1

@@ -6,7 +6,6 @@ never lies below what the wires of the data sheet allow.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from math import exp, floor, log2
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from costmodels import hockney
-from costmodels.nccl_fabric import Group, group_of
+from costmodels.nccl_fabric import Group
 from costmodels.nccl_law import Laws, combine, curve, factors, shipped, terms
 from costmodels.nccl_tuner import RING_SHARE, Candidate, candidates
 
@@ -24,7 +23,6 @@ if TYPE_CHECKING:
 
 STEPS = 2  # points of a curve for each doubling of the size
 SIZES = 2.0 ** (np.arange(0, 40 * STEPS + 1) / STEPS)  # 1 byte to 1 TiB
-SOCKET_SHARE = 0.97  # of a shaped TCP link's rate that NCCL's rings reach; gloo.py says from which points
 ALGORITHMS = ("ring", "tree", "nvls", "nvls_tree", "pat", "pairwise", "p2p")
 
 
@@ -46,29 +44,22 @@ class Curve:
 
 
 def price(
-    cluster: Cluster, kind: str, nbytes: float, ranks: Sequence[int], laws: Laws | None = None, algorithm: str = ""
-) -> tuple[float, str, str, Group]:
-    """Seconds, algorithm, protocol and the placement they are for. laws: by default the catalogue's; algorithm: only
-    this one ("ring", "tree", "nvls", ...), as NCCL_ALGO sets it, or a textbook one of `costmodels.hockney`."""
-    key = ("nccl group", ranks) if isinstance(ranks, tuple | range) else ("nccl group", tuple(ranks))
-    group = cluster.cache.get(key)
-    if group is None:
-        group = cluster.cache[key] = group_of(cluster, ranks)
+    cluster: Cluster, kind: str, nbytes: float, group: Group, laws: Laws | None = None, algorithm: str = ""
+) -> tuple[float, str, str]:
+    """Seconds, algorithm and protocol. group: where the ranks lie (`nccl_fabric.group_of`). laws: by default the
+    catalogue's. algorithm: only this one ("ring", "tree", "nvls", ...), as NCCL_ALGO sets it, or a textbook one of
+    `costmodels.hockney`."""
     if algorithm in hockney.ALGORITHMS:
-        return hockney.on_group(algorithm, kind, nbytes, group), algorithm, "Simple", group
+        return hockney.on_group(algorithm, kind, nbytes, group), algorithm, "Simple"
     if group.network == "ethernet" and group.hosts > 1:
-        return _sockets(cluster, kind, nbytes, group), "ring", "sockets", group
-    line = _curve(laws or shipped(), group, kind, algorithm) if laws is None else curve_of(laws, group, kind, algorithm)
-    return *line.at(0.0 if kind == "barrier" else nbytes), group
+        return _sockets(cluster, kind, nbytes, group), "ring", "sockets"
+    line = _shipped_curve(group, kind, algorithm) if laws is None else curve_of(laws, group, kind, algorithm)
+    return line.at(0.0 if kind == "barrier" else nbytes)
 
 
 @lru_cache(maxsize=4096)
 def _shipped_curve(group: Group, kind: str, algorithm: str) -> Curve:
     return curve_of(shipped(), group, kind, algorithm)
-
-
-def _curve(laws: Laws, group: Group, kind: str, algorithm: str) -> Curve:
-    return _shipped_curve(group, kind, algorithm)
 
 
 def curve_of(laws: Laws, group: Group, kind: str, algorithm: str = "") -> Curve:

@@ -103,14 +103,15 @@ def family_of(name: str) -> Family | None:
 
 def group_of(cluster: Cluster, ranks: Sequence[int]) -> Group:
     """How the group lies on the cluster (two ranks or more, of any order, repeated ones counted once)."""
-    members = np.frombuffer(array("q", ranks), dtype=np.int64)
-    members = np.unique(members) if len(members) > 1 and not (np.diff(members) > 0).all() else members
+    members = _members(ranks)
     size = len(members)
     if cluster.groups:
         nodes = np.array([cluster.node_of(int(r)) for r in members])
     else:
         nodes = np.minimum(members // cluster.devices_per_node, cluster.nodes - 1)
-    used, counts = np.unique(nodes, return_counts=True)
+    counts = np.bincount(nodes)
+    used = np.flatnonzero(counts)
+    counts = counts[used]
     family = family_of(cluster.device.name)
     wires = _wires(cluster, family)
     hosts, per_host, domains = len(used), int(counts.max()), len(used)
@@ -134,6 +135,15 @@ def group_of(cluster: Cluster, ranks: Sequence[int]) -> Group:
         crossing=crossing + _tier_latency(cluster, used),
         uplinks=_uplinks(cluster, used, int(counts.max())),
     )
+
+
+def _members(ranks: Sequence[int]) -> np.ndarray:
+    """The ranks in order, each once."""
+    if isinstance(ranks, range) and ranks.step > 0:
+        return np.arange(ranks.start, ranks.stop, ranks.step)
+    members = np.frombuffer(array("q", ranks), dtype=np.int64)
+    in_order = bool((members[1:] > members[:-1]).all())
+    return members if in_order else np.unique(members)
 
 
 def _wires(cluster: Cluster, family: Family | None) -> str:
@@ -182,7 +192,7 @@ def _tier_latency(cluster: Cluster, used: np.ndarray) -> float:
     """Seconds of the switches above the lowest one that a message of the group passes."""
     below, total = 1, 0.0
     for tier in cluster.tiers:
-        if len(used) < 2 or len(np.unique(used // below)) == 1:
+        if used[0] // below == used[-1] // below:  # in order: all below one switch
             break
         total += tier.latency
         below = tier.nodes
@@ -193,9 +203,9 @@ def _uplinks(cluster: Cluster, used: np.ndarray, most: int) -> tuple[tuple[int, 
     """For every tier whose switches the group crosses: its ranks below the fullest switch, bytes/s upwards."""
     found = []
     for tier in cluster.tiers:
-        switches, counts = np.unique(used // tier.nodes, return_counts=True)
-        if len(switches) < 2:
+        if used[0] // tier.nodes == used[-1] // tier.nodes:
             break
+        counts = np.bincount(used // tier.nodes)
         node = cluster.inter.bandwidth * (cluster.inter.ports or cluster.devices_per_node)
         found.append((int(counts.max()) * most, tier.nodes * node / tier.oversubscription * tier.ecmp))
     return tuple(found)
