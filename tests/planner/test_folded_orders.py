@@ -6,7 +6,6 @@ import pytest
 
 from planner.folded_orders import Step, order
 
-
 SIZES = [(1, 1, 3), (4, 1, 8), (4, 1, 2), (4, 2, 8), (3, 5, 6), (2, 3, 5)]
 
 

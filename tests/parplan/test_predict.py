@@ -1,0 +1,38 @@
+"""`parplan predict`: JSON keys, files, and sentences for what is wrong."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from parplan.cli import main
+from tests.validation.test_cases import ROW, write
+
+
+def test_json_has_the_promised_keys(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write(tmp_path / "cases.csv", [ROW, ROW | {"case_id": "b", "set": "other", "gpu": "Abacus 9000"}])
+    assert main(["predict", "--cases", str(path), "--json", "--out", str(tmp_path / "out")]) == 0
+    captured = capsys.readouterr()
+    data = json.loads(captured.out)
+    first, second = data["cases"]
+    assert {"case_id", "predicted_seconds", "measured_seconds", "error", "interval"} <= set(first)
+    assert second["reason"] and second["predicted_seconds"] is None
+    assert {"n", "mape", "median", "worst", "bias", "spearman", "coverage"} <= set(data["summary"]["s"])
+    assert "Abacus" in captured.err
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {"cases.csv", "cases.json", "report.md", "scatter.png"}
+
+
+def test_one_set_and_a_limit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write(tmp_path / "cases.csv", [ROW, ROW | {"case_id": "b"}, ROW | {"case_id": "c", "set": "other"}])
+    assert main(["predict", "--cases", str(path), "--set", "s", "--limit", "1", "--json"]) == 0
+    assert [c["case_id"] for c in json.loads(capsys.readouterr().out)["cases"]] == ["a"]
+    assert main(["predict", "--cases", str(path), "--set", "none"]) == 2
+    assert "it has s, other" in capsys.readouterr().err
+
+
+def test_a_file_that_is_none_gives_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "bad.csv").write_text("a,b\n1,2\n")
+    assert main(["predict", "--cases", str(tmp_path / "bad.csv")]) == 2
+    assert "lacks the column" in capsys.readouterr().err

@@ -1,0 +1,167 @@
+"""Published runs become models, plans and clusters by their columns alone; scores count what they say."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+
+from validation import cases_vision
+from validation.cases import TRANSFORMER, VISION, Case, CaseError, read_cases
+from validation.cases_cluster import cluster_of
+from validation.cases_report import write_report
+from validation.cases_run import Outcome, run_cases
+from validation.cases_score import score, summary
+from validation.cases_software import software_of
+from validation.cases_transformer import plan_of
+
+ROW = {
+    "case_id": "a", "set": "s", "model": "GPT", "family": "gpt", "layers": "8", "hidden": "512", "heads": "8",
+    "kv_heads": "8", "ffn": "2048", "gated_mlp": "0", "seq_len": "128", "vocab": "1000", "moe_experts": "",
+    "moe_topk": "", "moe_ffn": "", "gpu": "A100 SXM4 80GB", "num_gpus": "8", "gpus_per_node": "8",
+    "intra_node": "NVLink3 + NVSwitch", "inter_node": "800 Gb/s per node (4x 200 Gb/s HDR)", "dp": "2", "tp": "2",
+    "pp": "2", "cp": "1", "vpp": "1", "sp": "0", "ep": "1", "zero_fsdp": "none", "global_batch": "16",
+    "micro_batch": "2", "recompute": "full", "precision": "fp16", "attention": "unfused",
+    "software": "Megatron-LM 2022", "step_time_s": "0.05", "peak_mem_alloc_gib": "", "notes": "",
+}  # fmt: skip
+PICTURE = {
+    "case_id": "v", "set": "cnn", "model": "AlexNet", "gpu": "Tesla V100 SXM2 16GB", "num_gpus": "4",
+    "gpus_per_node": "8", "interconnect": "NVLink2 hybrid cube mesh (DGX-1)", "parallelism": "dp", "dp": "4", "pp": "1",
+    "chunks": "", "balance": "", "global_batch": "128", "precision": "fp32", "software": "PyTorch DDP",
+    "step_time_s": "0.05", "notes": "", "from_memory": "0",
+}  # fmt: skip
+
+
+def row(**changes: str) -> Case:
+    return Case("transformer", ROW | changes)
+
+
+def picture(**changes: str) -> Case:
+    return Case("vision", PICTURE | changes)
+
+
+def write(path: Path, rows: list[dict[str, str]]) -> Path:
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
+
+
+def test_files_of_both_schemas_are_read(tmp_path: Path) -> None:
+    assert set(TRANSFORMER) <= set(ROW) and set(VISION) <= set(PICTURE)
+    assert read_cases(write(tmp_path / "t.csv", [ROW, ROW]))[1].whole("layers") == 8
+    assert read_cases(write(tmp_path / "v.csv", [PICTURE]))[0].kind == "vision"
+
+
+def test_other_files_are_refused_in_one_sentence(tmp_path: Path) -> None:
+    lacking = {k: v for k, v in ROW.items() if k not in ("layers", "hidden")}
+    with pytest.raises(ValueError, match="lacks the column"):
+        read_cases(write(tmp_path / "t.csv", [lacking]))
+    (tmp_path / "empty.csv").write_text(",".join(ROW) + "\n")
+    with pytest.raises(ValueError, match="no rows"):
+        read_cases(tmp_path / "empty.csv")
+    with pytest.raises(ValueError, match="cannot be read"):
+        read_cases(tmp_path / "none.csv")
+
+
+def test_degrees_become_a_plan() -> None:
+    case = row(pp="2", vpp="2", sp="1", zero_fsdp="zero1", recompute="selective")
+    plan = plan_of(case, software_of(case))
+    assert (plan.dp, plan.tp, plan.pp, plan.vpp, plan.micro_batches, plan.micro_batch) == (2, 2, 2, 2, 4, 2)
+    assert plan.sequence_parallel and plan.data_parallel == "zero1"
+    assert plan.cuts == ("blocks.2", "blocks.4", "blocks.6")
+    assert plan.recompute == tuple(f"blocks.{i}.attn.core" for i in range(3))
+
+
+def test_embedding_and_loss_count_as_blocks_where_only_that_divides() -> None:
+    case = row(layers="14", pp="4", tp="1", dp="2")
+    assert plan_of(case, software_of(case)).cuts == ("blocks.3", "blocks.7", "blocks.11")
+    notes = "operators per stage [66, 41]; recomputed operators per stage [33, 0]; stages may hold unequal work"
+    uneven = row(layers="8", pp="2", dp="2", notes=notes)
+    assert plan_of(uneven, software_of(uneven)).cuts == ("blocks.5",)
+    assert software_of(uneven).recompute_share == pytest.approx(33 / 107)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"dp": "4"}, "differs from num_gpus"),
+        ({"global_batch": "15"}, "no multiple"),
+        ({"zero_fsdp": "zero7"}, "none, zero1, zero2 or zero3"),
+        ({"recompute": "some"}, "none, full or selective"),
+        ({"precision": "int4"}, "fp8"),
+        ({"layers": "many"}, "whole number"),
+    ],
+)
+def test_rows_that_make_no_plan_say_why(changes: dict[str, str], sentence: str) -> None:
+    case = row(**changes)
+    with pytest.raises(CaseError, match=sentence):
+        plan_of(case, software_of(case))
+
+
+def test_links_are_read_from_their_text() -> None:
+    cluster = cluster_of(row(), {})
+    assert cluster.intra.bandwidth == pytest.approx(300e9)
+    assert cluster.inter.bandwidth == pytest.approx(12.5e9)  # 800 Gb/s for eight devices
+    assert cluster_of(row(inter_node="400Gb/s RDMA per GPU"), {}).inter.bandwidth == pytest.approx(50e9)
+    assert cluster_of(row(inter_node="8x200Gb/s HDR IB per node"), {}).inter.bandwidth == pytest.approx(25e9)
+    assumed = cluster_of(row(inter_node="not stated", num_gpus="64"), {})
+    assert assumed.inter.bandwidth == pytest.approx(25e9) and assumed.notes
+    domain = cluster_of(row(intra_node="NVLink5 (NVL72: 72 GPUs in one NVLink domain)", gpu="GB200"), {})
+    assert domain.devices_per_node == 72
+    with pytest.raises(CaseError):
+        cluster_of(row(gpu="Abacus 9000"), {})
+
+
+def test_rows_are_predicted_or_keep_their_reason(tmp_path: Path) -> None:
+    odd = {"b": {"gpu": "Abacus 9000"}, "c": {"family": "rnn"}, "d": {"tp": "1", "dp": "4"}}
+    cases = [row(), *(row(case_id=name, **changes) for name, changes in odd.items())]
+    outcomes = run_cases(cases, lambda what, share: None)
+    assert [bool(o.reason) for o in outcomes] == [False, True, True, False]
+    done = outcomes[0]
+    assert done.predicted_seconds and done.interval and done.interval[0] < done.predicted_seconds < done.interval[1]
+    assert done.error == pytest.approx(done.predicted_seconds / 0.05 - 1)
+    assert done.allocated_bytes and "gemm" in done.parts
+    found = summary(outcomes)["s"]
+    assert (found.n, found.unpredicted) == (2, 2)
+    write_report(outcomes, tmp_path / "out", "parplan predict")
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert "Abacus" in text and (tmp_path / "out" / "scatter.png").stat().st_size > 1000
+    assert len(json.loads((tmp_path / "out" / "cases.json").read_text())["cases"]) == 4
+
+
+def test_scores_are_those_of_the_errors() -> None:
+    def outcome(predicted: float, measured: str, **changes: str) -> Outcome:
+        return Outcome(row(step_time_s=measured, **changes), predicted, (predicted * 0.95, predicted * 1.05))
+
+    found = score([outcome(1.1, "1"), outcome(1.6, "2"), outcome(3.0, "3"), outcome(9.0, "1", from_memory="1")])
+    assert found.n == 3 and found.unscored == 1
+    assert found.mape == pytest.approx(0.1) and found.bias == pytest.approx(-0.1 / 3)
+    assert found.median == pytest.approx(0.1) and found.worst == pytest.approx(-0.2)
+    assert found.spearman == pytest.approx(1.0) and found.coverage == pytest.approx(1 / 3)
+
+
+def test_pictures_become_plans() -> None:
+    plan = cases_vision.plan_of(picture())
+    assert (plan.dp, plan.micro_batch, plan.micro_batches) == (4, 32, 1)
+    pipe = picture(model="ResNet-101", parallelism="gpipe", dp="1", pp="2", chunks="4", balance="[135,235]")
+    cut = cases_vision.plan_of(pipe)
+    assert cut.cuts == ("blocks.11.norm3",) and cut.micro_batches == 4 and cut.recompute
+    assert cases_vision.sharing_of(picture(parallelism="ps", notes="variables on the CPU")).exchange == "server"
+    with pytest.raises(CaseError, match="owt"):
+        cases_vision.sharing_of(picture(parallelism="owt"))
+    with pytest.raises(CaseError, match="zoo has no"):
+        cases_vision.model_name(picture(model="Perceptron"))
+
+
+def test_replicas_of_a_picture_model_cost_messages() -> None:
+    one, four, served = run_cases(
+        [picture(dp="1", num_gpus="1", global_batch="32"), picture(), picture(parallelism="ps", notes="")],
+        lambda what, share: None,
+    )
+    assert one.predicted_seconds and four.predicted_seconds and served.predicted_seconds
+    assert one.predicted_seconds < four.predicted_seconds < served.predicted_seconds
+    assert "dp all_reduce" in four.parts and "dp server" in served.parts
