@@ -35,6 +35,10 @@ REGIONS = (64, 512, 1024)  # upper ends of m of the regions whose errors a secti
 # (reports/gemm/borrowed.csv). generation: 0.05 to 0.09 with the relative's correction; vendor: of another generation,
 # 0.13 to 0.9. ASSUMPTIONS: dtype: of another dtype of the device; other: of another maker.
 BORROWED_ERROR = {"generation": 0.08, "dtype": 0.25, "vendor": 0.40, "other": 0.50}
+# A board that may draw less power runs the same kernels at a lower clock: time grows as (power / limit) ** 0.4 where
+# the limit is below what the work would draw. Median over 165 pairs of power limits of training runs on V100, A40 and
+# Quadro RTX 6000 (0.43, 0.36, 0.41; most lie between 0.2 and 0.6): the Zeus project's traces.
+POWER = 0.4
 OUTSIDE = 2.0  # outside the fitted range an error is taken to be twice as large, as for the other laws
 
 
@@ -106,8 +110,12 @@ def _pricing(device: Device, dtype: str, section: Section) -> Pricing:
     """A relative of the same generation lends its correction too: it halves the error (reports/gemm/borrowed.csv)."""
     values, whose = section.values, _whose(device, dtype, section)
     constants = constants_from(values)
+    if whose == "generation":
+        constants = replace(constants, compute=constants.compute * sustained(device, section, dtype))
+    elif whose != "own":
+        constants = borrowed_constants(device, dtype, constants)
     return Pricing(
-        constants=constants if whose in ("own", "generation") else borrowed_constants(device, dtype, constants),
+        constants=constants,
         hardware=hardware_of(device, dtype, WIDTH.get(dtype, 1)),
         menu=menu(values["tiles"], values["splits"]),
         correction=correction_from(values) if whose in ("own", "generation") else None,
@@ -145,6 +153,20 @@ def borrowed_constants(device: Device, dtype: str, constants: Constants) -> Cons
         return constants
     peak = hardware_of(device, dtype, 2.0).peak
     return replace(constants, compute=min(best / peak, 1.0))
+
+
+def sustained(device: Device, section: Section, dtype: str) -> float:
+    """The share of its peak that a device reaches over that of the relative of its generation that lends constants:
+    by the best rates that anyone measured on both, else by their power limits (`POWER`), else 1."""
+    relative = next((d for d in measured() if d.name == section.device), None)
+    if relative is None:
+        return 1.0
+    own, lent = (d.best_flops.get(dtype, 0.0) / hardware_of(d, dtype, 2.0).peak for d in (device, relative))
+    if own and lent:
+        return own / lent
+    if device.tdp and relative.tdp:
+        return float(min(device.tdp / relative.tdp, 1.0) ** POWER)
+    return 1.0
 
 
 def _dtype(shape: OpShape) -> str:

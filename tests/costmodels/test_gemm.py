@@ -191,3 +191,16 @@ def test_experts_that_share_the_rows_cost_more_than_one_product_of_all_rows() ->
     experts = OpShape("aten._grouped_mm.default", "forward", ((4096, 2048), (64, 2048, 1024)), ((4096, 1024),),
                       "bfloat16", 2 * 4096 * 2048 * 1024, 0, 0)  # fmt: skip
     assert price(h100, experts).seconds > 1.5 * price(h100, mm(4096, 1024, 2048)).seconds
+
+
+def test_a_board_with_less_power_sustains_a_lower_rate() -> None:
+    """H100 with 500 W instead of 700: (5 / 7) ** 0.4 of the rate that its relative reaches on large products."""
+    from costmodels.gemm import POWER, sustained
+    from costmodels.kernel_sections import Section
+
+    weak, strong = load_device("h100-sxm-96gb"), load_device("h100-sxm")
+    lent = Section({}, strong.name, "bfloat16", False)
+    assert sustained(weak, lent, "bfloat16") == pytest.approx((500 / 700) ** POWER)
+    assert sustained(strong, Section({}, weak.name, "bfloat16", False), "bfloat16") == 1.0
+    both_measured = Section({}, load_device("a100-sxm-80gb").name, "bfloat16", False)
+    assert sustained(load_device("a100-pcie-80gb"), both_measured, "bfloat16") == pytest.approx(253 / 271, rel=0.02)
