@@ -138,27 +138,40 @@ def kernel_seconds(constants: Mapping[str, Any], device: Device, dtype: str, ker
 def flash_seconds(
     constants: Mapping[str, Any], device: Device, dtype: str, calls: Calls, share: float = 1.0
 ) -> Array:
-    """Seconds of a flash kernel that reaches `share` of the fitted rate."""
-    c, units = calls, device.units
-    step, size = _step_seconds(constants, device, dtype, c) / share, _size(dtype)
-    tiles = np.ceil(c.queries / QUERIES)
-    steps, longest = _steps(c)
-    # A tile of few queries costs less than a full one, by a fitted power: rows that are not there are not computed.
-    part = (np.minimum(c.queries, QUERIES) / QUERIES) ** float(constants["short"])
-    loaded = np.minimum(c.queries, QUERIES) * (c.width + c.value_width) * size
+    """Seconds of a flash kernel that reaches `share` of the fitted rate. FlashAttention-3 `packs`: where a head has no
+    more queries than a tile has rows, query heads of one key head share a tile."""
+    c = calls
+    step = _step_seconds(constants, device, dtype, c) / share
+    best = _blocks(constants, device, dtype, c, step, (c.heads, c.queries, *_steps(c)))
+    if constants.get("packs"):
+        rows, along = c.queries * c.heads / c.kv_heads, np.ceil(c.keys / KEYS)
+        packed = _blocks(constants, device, dtype, c, step, (c.kv_heads, rows, np.ceil(rows / QUERIES) * along, along))
+        best = np.where(c.queries <= QUERIES, np.minimum(best, packed), best)
+    missed = _missed(device, _size(dtype), c) / float(constants["memory"])
+    launches = np.where(c.backward, BACKWARD_LAUNCHES, 1.0)
+    seconds: Array = launches * float(constants["launch"]) + _joined(float(constants["memory_join"]), best, missed)
+    return seconds
+
+
+def _blocks(
+    constants: Mapping[str, Any], device: Device, dtype: str, c: Calls, step: Array,
+    grid: tuple[Array, Array, Array, Array],
+) -> Array:  # fmt: skip
+    """Seconds of all blocks; `grid` is heads, rows of a head, steps of all its tiles, and steps of the longest one."""
+    heads, rows, steps, longest = grid
+    tiles = np.ceil(rows / QUERIES)
+    # A tile of few rows costs less than a full one, by a fitted power: rows that are not there are not computed.
+    part = (np.minimum(rows, QUERIES) / QUERIES) ** float(constants["short"])
+    loaded = np.minimum(rows, QUERIES) * (c.width + c.value_width) * _size(dtype)
     loaded = loaded * np.where(c.backward, BACKWARD_BYTES, 1.0)
-    tile = float(constants["tile"]) * part + loaded * units / device.memory_bandwidth / float(constants["tile_stream"])
-    step = step * part
-    all_blocks = c.batch * c.heads * (steps * step + tiles * tile) / units
-    join = float(constants["join"])
-    best = _joined(join, all_blocks, longest * step + tile)
+    stream = float(constants["tile_stream"]) * device.memory_bandwidth / device.units
+    tile, step = float(constants["tile"]) * part + loaded / stream, step * part
+    shared, join = c.batch * heads * (steps * step + tiles * tile) / device.units, float(constants["join"])
+    best = _joined(join, shared, longest * step + tile)
     for parts in SPLITS:
         block = np.ceil(longest / parts) * step + tile
-        best = np.minimum(best, _joined(join, all_blocks, block) + parts * float(constants["split"]))
-    joined = _joined(join, best, _missed(device, size, c) / float(constants["memory"]))
-    launches = np.where(c.backward, BACKWARD_LAUNCHES, 1.0)
-    seconds: Array = launches * float(constants["launch"]) + joined
-    return seconds
+        best = np.minimum(best, _joined(join, shared, block) + parts * float(constants["split"]))
+    return best
 
 
 def _joined(power: float, a: Array, b: Array) -> Array:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from math import prod
 from typing import TYPE_CHECKING
 
@@ -66,6 +67,7 @@ def stacked(convs: Sequence[Conv]) -> Convs:
     return Convs(**{n: np.array(v, bool if n in flags else float) for n, v in columns.items()})
 
 
+@lru_cache(maxsize=4096)
 def convs_of(shape: OpShape) -> tuple[Conv, ...]:
     """The convolutions of an op: one forward, or the gradients that a backward returns; empty where shapes are missing.
 

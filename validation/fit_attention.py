@@ -48,11 +48,13 @@ TABLES = (
 )
 CONSTANTS = (
     Constant("launch", 8e-6), Constant("tile", 2e-6), Constant("join", 1.5), Constant("tile_stream", 1.5),
-    Constant("short", 0.5), Constant("split", 2e-6), Constant("memory", 1.0), Constant("cache_stream", 0.3),
+    Constant("short", 0.5), Constant("split", 2e-6), Constant("memory", 1.0), Constant("memory_join", 1.5),
+    Constant("cache_stream", 0.3),
 )  # fmt: skip
-# Where the encoder table is of the same kernel, the launch of the kernel that writes the cache can be told apart.
-# (A share of the rate lost to gathering from pages, and copies that pad odd head dims, were tried and gave nothing.)
-ENCODER = (Constant("cache_launch", 3e-6),)
+# Where the encoder table is of the same kernel, the launch of the kernel that writes the cache can be told apart. Head
+# dims that no kernel is built for are padded first, by kernels whose launch shows.
+ENCODER = (Constant("cache_launch", 3e-6), Constant("pad_launch", 2e-6))
+BUILT_FOR = (64, 96, 128, 192, 256)
 STARTS: tuple[dict[str, float], ...] = (
     {}, {"memory": 8.0, "split": 2e-5}, {"tile": 4e-6, "short": 0.25, "split": 5e-6}, {"launch": 1.2e-5, "short": 0.9},
 )  # fmt: skip
@@ -103,13 +105,14 @@ def _fit_device(table: Table, rows: pd.DataFrame, decode: pd.DataFrame) -> Fitte
     device = load_device(table.device)
     scored, measured = _scored(rows), rows.latency.to_numpy() * 1e-3
     widths = sorted(int(w) for w in rows.head_dim.unique())
-    law = _law(device, rows, widths)
+    packs = table.kernel == "FlashAttention-3"
+    law = _law(device, rows, widths, packs)
     rates = tuple(Constant(f"rate{w}", 0.6, True) for w in widths)
     wanted = (*CONSTANTS, *rates, *(ENCODER if table.encoder else ()))
     fitting = _some(~scored)
     x = fit_constants(wanted, lambda x: law(x, fitting), measured[fitting], STARTS)
     predicted = law(x, np.ones(len(rows), bool))
-    constants = _section(x, widths) | {"kernel": table.kernel}
+    constants = _section(x, widths, packs) | {"kernel": table.kernel}
     extra: dict[str, float] = {}
     if len(decode):
         more, error, n = _fit_decode(device, decode)
@@ -140,24 +143,28 @@ def _some(fitting: Flags) -> Flags:
     return flags
 
 
-def _law(device: Device, rows: pd.DataFrame, widths: list[int]) -> Callable[[dict[str, float], Flags], Array]:
+def _law(
+    device: Device, rows: pd.DataFrame, widths: list[int], packs: bool
+) -> Callable[[dict[str, float], Flags], Array]:
     """Seconds of the rows under a mask, by the law that prices ops and the writing of keys and values to the cache."""
     calls = calls_of_rows(rows)
+    padded = ~rows.head_dim.isin(BUILT_FOR).to_numpy(bool)
     stored = 4.0 * rows.batch_size * rows.isl * rows.num_key_value_heads * rows.head_dim * rows.causal
 
     def law(x: dict[str, float], mask: Flags) -> Array:
         cache = stored.to_numpy(float)[mask] / device.memory_bandwidth / x["cache_stream"]
-        cache = cache + x.get("cache_launch", 0.0) * calls.causal[mask]
-        return flash_seconds(_section(x, widths), device, DTYPE, _masked(calls, mask)) + cache
+        cache = cache + x.get("cache_launch", 0.0) * calls.causal[mask] + x.get("pad_launch", 0.0) * padded[mask]
+        seconds: Array = flash_seconds(_section(x, widths, packs), device, DTYPE, _masked(calls, mask)) + cache
+        return seconds
 
     return law
 
 
-def _section(x: dict[str, float], widths: list[int]) -> dict[str, Any]:
+def _section(x: dict[str, float], widths: list[int], packs: bool) -> dict[str, Any]:
     """The constants as a section of a kernels file has them. A norm's exponent below 1 would make work disappear."""
     plain = {c.name: x[c.name] for c in (*CONSTANTS, *ENCODER) if c.name in x}
-    plain["join"] = 1 + x["join"]
-    return {**plain, "head_dims": widths, "rates": [x[f"rate{w}"] for w in widths]}
+    plain |= {name: 1 + x[name] for name in ("join", "memory_join")}
+    return {**plain, "packs": packs, "head_dims": widths, "rates": [x[f"rate{w}"] for w in widths]}
 
 
 def calls_of_rows(rows: pd.DataFrame) -> Calls:
