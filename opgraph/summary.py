@@ -8,6 +8,7 @@ from typing import Any
 from opgraph.flops import FORMULAS, base_name
 from opgraph.graph import PHASES, Op, OpGraph
 from opgraph.memory import replay_memory
+from opgraph.work import rnn_cell
 
 # Ops that reduce along a dim although their output is as large as their input: position of the dim, or "row" for the
 # last dims that the op normalises, "channel" for everything but dim 1.
@@ -31,7 +32,8 @@ def summary(graph: OpGraph) -> dict[str, Any]:
     because backward needs them. `peak_bytes` of the whole step, everything included. `work`: FLOP, plus one operation
     per element of every op that has none. `depth`: ops of the longest chain in which each waits for the one before,
     counted as in a machine without limits: a sum over n terms takes ceil(log2 n) steps, a matrix product or
-    convolution one step more, pointwise ops one, views none.
+    convolution one step more, pointwise ops one, views none. `parallelism`: work / depth, the processors that can be
+    kept busy on average (`opgraph.work.brent_bounds` says how many steps p of them take).
     """
     flops: dict[str, int] = {phase: graph.flops(phase) for phase in PHASES}
     work, depth = work_and_depth(graph)
@@ -43,6 +45,7 @@ def summary(graph: OpGraph) -> dict[str, Any]:
         "peak_bytes": replay_memory(graph).peak_bytes,
         "work": work,
         "depth": depth,
+        "parallelism": work / depth if depth else 0.0,
         "precision": graph.precision,
         "traced_on": graph.traced_on,
         "notes": list(graph.notes),
@@ -85,6 +88,14 @@ def depth_of(op: Op, graph: OpGraph, sizes: list[int] | None = None) -> int:
     if "dot_product" in name and name in FORMULAS:
         q, k = (graph.tensors[t].shape for t in op.inputs[-3:-1]) if "backward" in name else _first_two(op, graph)
         return 2 * (_tree(q[-1]) + 1) + 2 * _tree(k[-2])  # two products, a maximum and a sum over the keys
+    if name.startswith("mkldnn_rnn_layer"):  # time steps wait for each other; the passes of backward run one by one
+        (steps, batch, features), hidden = graph.tensors[op.inputs[0]].shape, graph.tensors[op.inputs[2]].shape[1]
+        gates = graph.tensors[op.inputs[2]].shape[0] // hidden
+        return steps * int(rnn_cell(batch, features, hidden, gates).depth) * (2 if "backward" in name else 1)
+    if name == "convolution_backward":
+        gradient, weight = (graph.tensors[op.inputs[i]].shape for i in (0, 2))
+        groups = op.args[-2]
+        return 1 + max(_tree(weight[0] // groups * prod(weight[2:])), _tree(gradient[0] * prod(gradient[2:])))
     if name in FORMULAS and op.flops:
         return _tree(op.flops // (2 * max(1, *written, 1))) + 1
     if name in SAME_SIZE:
