@@ -32,6 +32,9 @@ def collectives(
     out: Annotated[
         Path | None, typer.Option(help="A .png, or a folder for the picture and the numbers.", show_default=False)
     ] = None,
+    plain: Annotated[
+        bool, typer.Option("--plain", help="With --cases: NCCL's own constants alone, nothing fitted.")
+    ] = False,
     json: Json = False,
 ) -> None:
     """Price a collective over sizes, or compare predictions with published sweeps.
@@ -42,17 +45,17 @@ def collectives(
     if (cases is None) == (cluster is None):
         raise ValueError("give either --cases with a CSV file or --cluster with a cluster")
     if cases is not None:
-        _score(cases, out, json)
+        _score(cases, plain, out, json)
     elif cluster is not None:
         _prices(cluster, op, ranks, algorithm, out, json)
 
 
-def _score(cases: Path, out: Path | None, json: bool) -> None:
+def _score(cases: Path, plain: bool, out: Path | None, json: bool) -> None:
     with working() as progress:
         from validation.collective_plot import scatter
         from validation.collective_score import result, score_file
 
-        scored, skipped = score_file(cases, progress)
+        scored, skipped = score_file(cases, progress, plain)
         data = result(scored, skipped)
         if out and scored:
             total = data["summary"]
@@ -101,17 +104,23 @@ def _show_scores(data: dict[str, Any]) -> None:
     summary = data["summary"]
     totals = {"all points": summary["mape"] | {"mape": summary["mape"]["all"], "bias": summary["bias"]}}
     totals |= {f"{how} of configurations": summary["per_config"][how] for how in ("mean", "median")}
+    titles = {"related": "relative measured", "unrelated": "no relative measured"}
+    totals |= {titles[key]: summary[key] for key in titles if key in summary}
     rows += [
-        (name, "", "", str(summary["n"]), percent(line["mape"]), *(percent(line.get(band)) for band, _ in BANDS),
-         percent(line.get("bias"), "+"))
+        (name, "", "", str(line.get("n", summary["n"])), percent(line["mape"]),
+         *(percent(line.get(band)) for band, _ in BANDS), percent(line.get("bias"), "+"))
         for name, line in totals.items()
     ]  # fmt: skip
     show(table("Predicted against measured", columns, rows, left=3))
     if summary["left_out"]:
         show(f"left out: {summary['left_out']} configurations are in the catalogue; each was priced by constants that "
              "were fitted again without it.")  # fmt: skip
+    if "related" in summary:
+        show("relative measured: the fit had another configuration of the same family, class of collective and network "
+             "at such sizes.")  # fmt: skip
     if summary["left_out"] < summary["configs"]:
-        show("shipped: not in the catalogue, priced by its constants. formula: published formulas of gloo and NCCL.")
+        show("shipped: not in the catalogue, priced by its constants. formula: published formulas of gloo and NCCL. "
+             "tuner: nothing fitted.")  # fmt: skip
 
 
 def _prices(name: str, op: str, ranks: int | None, algorithm: str, out: Path | None, json: bool) -> None:

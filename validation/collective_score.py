@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from costmodels.collectives import collective_price
-from costmodels.nccl_law import BANDS, Laws
+from costmodels.nccl_fabric import group_of
+from costmodels.nccl_law import BANDS, Laws, class_of
 from validation.collective_cases import Sweep, by_config, catalogue_sweeps, read_rows, setup_of, sweep_from
 from validation.collective_tcp import is_tcp, tcp_points
 
@@ -19,9 +20,11 @@ Progress = Callable[[str, float], None]
 
 @dataclass(frozen=True, slots=True)
 class Scored:
-    """One configuration: its points (bytes, measured and predicted seconds), which algorithm and protocol each price
-    assumed, and whether the constants had seen it: "left out" (it is in the catalogue, and the constants were fitted
-    anew without it), "shipped" (the catalogue does not have it), or "formula"."""
+    """One configuration: its points (bytes, measured and predicted seconds), and which algorithm and protocol each price
+    assumed. constants: "left out" (the catalogue has it; the constants were fitted anew without it), "shipped" (the
+    catalogue does not have it), "tuner" (nothing was fitted), "formula". related: of each point, whether the constants
+    were fitted to another configuration of the same family, class of collective and network with a size within a factor
+    of four."""
 
     config_id: str
     what: str
@@ -30,6 +33,7 @@ class Scored:
     predicted: tuple[float, ...]
     ways: tuple[str, ...]
     constants: str
+    related: tuple[bool, ...] = ()
 
     @property
     def errors(self) -> np.ndarray:
@@ -50,8 +54,12 @@ def read_sweeps(path: Path) -> tuple[list[Sweep], dict[str, str]]:
     return sweeps, skipped
 
 
-def score_file(path: Path, progress: Progress | None = None) -> tuple[list[Scored], dict[str, str]]:
-    """Every configuration of a file in the schema of nccl_cases.csv or tcp_cases.csv, and those that have no price."""
+def score_file(
+    path: Path, progress: Progress | None = None, plain: bool = False
+) -> tuple[list[Scored], dict[str, str]]:
+    """Every configuration of a file in the schema of nccl_cases.csv or tcp_cases.csv, and those that have no price.
+
+    plain: NCCL's own constants alone, nothing fitted."""
     rows = read_rows(path)
     needed = {"config_id", "collective", "bytes", "time_us"}
     if missing := needed - set(rows[0]):
@@ -64,8 +72,15 @@ def score_file(path: Path, progress: Progress | None = None) -> tuple[list[Score
     for i, sweep in enumerate(sweeps):
         if progress:
             progress(f"pricing {sweep.config_id}", i / len(sweeps))
+        if plain:
+            found.append(replace(score(sweep, Laws()), constants="tuner", related=(False,) * len(sweep.bytes)))
+            continue
         same = [s.config_id for s in known if is_same(s, sweep)]
-        found.append(score(sweep, without(known, same) if same else None))
+        scored = score(sweep, without(known, same) if same else None)
+        others = [s for s in known if s.config_id not in same and likeness(s) == likeness(sweep)]
+        sizes = np.array([size for s in others for size in s.bytes])
+        near = (bool(((sizes <= 4 * size) & (sizes >= size / 4)).any()) for size in sweep.bytes)
+        found.append(replace(scored, related=tuple(near)))
     return found, skipped
 
 
@@ -77,6 +92,13 @@ def is_same(a: Sweep, b: Sweep) -> bool:
         return False
     times = dict(zip(a.bytes, a.seconds, strict=True))
     return any(size in times and abs(times[size] / t - 1) < 1e-4 for size, t in zip(b.bytes, b.seconds, strict=True))
+
+
+def likeness(sweep: Sweep) -> tuple[str, str, str]:
+    """What two sweeps must share so that one says much about the other: family, class of collective, network."""
+    setup = setup_of(sweep)
+    group = group_of(setup.cluster, setup.ranks)
+    return group.family, class_of(setup.kind), group.network if group.hosts > 1 else "one node"
 
 
 def without(known: Sequence[Sweep], names: Sequence[str]) -> Laws:
@@ -144,8 +166,8 @@ def numbers(sizes: np.ndarray, errors: np.ndarray) -> dict[str, Any]:
 def result(scored: Sequence[Scored], skipped: dict[str, str]) -> dict[str, Any]:
     """What `parplan collectives --cases` says, as JSON. summary.mape: over all points, by band; summary.per_config:
     mean of the configurations' means, and their median."""
-    configs = [
-        {"config_id": s.config_id, "what": s.what, "constants": s.constants}
+    configs: list[dict[str, Any]] = [
+        {"config_id": s.config_id, "what": s.what, "constants": s.constants, "related": sum(s.related)}
         | numbers(np.array(s.bytes), s.errors)
         | {"algorithms": sorted(set(s.ways))}
         for s in scored
@@ -162,6 +184,10 @@ def result(scored: Sequence[Scored], skipped: dict[str, str]) -> dict[str, Any]:
     }
     summary = {"n": total["n"], "configs": len(configs), **mape, "mape": mape, "bias": total["bias"]}
     summary |= {"per_config": per_config, "left_out": sum(s.constants == "left out" for s in scored)}
+    if any(s.constants in ("left out", "shipped") for s in scored):
+        errors, related = (np.concatenate([getattr(s, name) for s in scored]) for name in ("errors", "related"))
+        parts = {"related": related, "unrelated": ~related}
+        summary |= {name: numbers(sizes[part], errors[part]) for name, part in parts.items() if part.any()}
     return {"configs": configs, "skipped": _reasons(skipped), "summary": summary}
 
 
