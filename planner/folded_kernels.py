@@ -115,7 +115,8 @@ class Kernels:
     # -- one kernel -----------------------------------------------------------------------------------------
     def _kernel(self, shape: OpShape, module: str, host: float, phase: Phase) -> Iterator[Launch]:
         if family(shape.name).startswith("attention"):
-            yield Launch(host, shape, share=1 / self.software.attention_speed)
+            name = shape.name.replace("_flash_attention", f"_{self.software.attention}_attention")
+            yield Launch(host, replace(shape, name=name), share=1 / self.software.attention_speed)
             return
         if self.local.plan.precision != "fp8" or family(shape.name) != "gemm" or not self._eight(module):
             yield Launch(host, shape)

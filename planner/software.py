@@ -64,7 +64,9 @@ class Software:
     vocab_parallel: embedding and logits are split over tp. optimizer: one kernel for all parameters, or none at all.
     recompute_matmuls: share of the products in recomputed regions that run again (per-operator policies keep some).
     recompute_share: share of the recomputed regions that is recomputed (policies per operator and stage).
-    attention_speed: of the attention kernel, relative to the one that the device's table was measured with.
+    attention_speed: of the attention kernel, relative to the one that `attention` names.
+    attention: "flash" is FlashAttention-2 as torch ships it, "cudnn" the kernel of cuDNN and Transformer Engine, which
+    is faster from Hopper on (`costmodels.attention`).
     """
 
     name: str
@@ -85,3 +87,4 @@ class Software:
     recompute_matmuls: float = 1.0
     recompute_share: float = 1.0
     attention_speed: float = 1.0
+    attention: Literal["flash", "cudnn"] = "flash"

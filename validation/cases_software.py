@@ -22,7 +22,7 @@ MEGATRON_2022 = replace(
     MEGATRON_2021, name="Megatron 2022", tp_async=True, main_grads=4, fused_accumulation=True, reduce_bytes=4
 )
 # Megatron-Core with Transformer Engine: fused accumulation into fp32, distributed optimizer.
-MEGATRON_CORE = Software("Megatron-Core", HOST["torch"], "module", fused_loss=False)
+MEGATRON_CORE = Software("Megatron-Core", HOST["torch"], "module", fused_loss=False, attention="cudnn")
 TORCHTITAN = Software(
     "torchtitan", HOST["torch"], "none", main_grads=0, fused_accumulation=False, vocab_parallel=False,
     recompute_matmuls=0.5,
