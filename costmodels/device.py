@@ -15,6 +15,7 @@ from costmodels import tomlfile as toml
 
 Kind = Literal["cpu", "gpu", "tpu", "npu"]
 CATALOGUE = Path(__file__).parent / "catalogue"
+MACHINES = CATALOGUE / "kernels" / "machines"  # constants measured on one machine: its device type's differ
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,6 +161,19 @@ def kernels_path(path: Path) -> Path:
     """Where the fitted kernel constants of a device file lie: `../kernels` in the catalogue, else beside it."""
     in_catalogue = path.parent.name == "devices"
     return path.parent.parent / "kernels" / path.name if in_catalogue else path.with_suffix(".kernels.toml")
+
+
+def on_machine(device: Device, machine: str) -> Device:
+    """The device as measured on one machine: laws of `catalogue/kernels/machines/<machine>.toml` replace its own."""
+    path = MACHINES / f"{machine}.toml"
+    if not path.is_file():
+        known = ", ".join(sorted(p.stem for p in MACHINES.glob("*.toml")))
+        raise ValueError(f"'{machine}' is no measured machine; use one of: {known}")
+    kernels = dict(device.kernels)
+    for law, sections in toml.read_toml(path).items():
+        kernels[law] = {**kernels.get(law, {}), **sections}
+    note = f"matrix products as measured on one machine ({machine})"
+    return replace(device, kernels=kernels, notes=(*device.notes, note), cache={})
 
 
 def device_from(data: dict[str, Any], where: str) -> Device:

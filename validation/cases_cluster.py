@@ -6,7 +6,7 @@ import re
 from math import ceil
 
 from costmodels.cluster import Cluster, Fabric, Link
-from costmodels.device import Device
+from costmodels.device import Device, on_machine
 from costmodels.names import device_named
 from validation.cases import Case, CaseError
 
@@ -16,15 +16,21 @@ LATENCY_INSIDE, LATENCY_BETWEEN = 0.0, 0.0  # the collective models have the lat
 # (8 x 200 Gb/s), DGX H100 and later (400 Gb/s a device), DGX-1 (4 x 100 Gb/s per node of 8); elsewhere 100 Gb/s a node.
 UNSTATED = {"a100": 25e9, "h100": 50e9, "h200": 50e9, "b200": 50e9, "b300": 100e9, "gb200": 50e9, "gb300": 100e9,
             "v100": 6.25e9, "p100": 6.25e9, "mi300x": 50e9, "mi355x": 50e9}  # fmt: skip
+# Runs whose source published op times of the very machine (micro-benchmarks, no step): set of the row -> machine.
+MACHINES = {"simumax_b200": "b200-simumax"}
 PCIE_SHARED = 0.5  # share of its PCIe rate that a device reaches while its neighbours use the same switch: ASSUMPTION
 
 
 def cluster_of(case: Case, devices: dict[str, Device]) -> Cluster:
     """Nodes, device and links of a row; each device has an equal share of its node's network. `devices` are those met
     before, which remember prices."""
-    name = case.text("gpu")
+    name, machine = case.text("gpu"), MACHINES.get(case.text("set"), "")
+    key = f"{name} {machine}"
     try:
-        device = devices[name] if name in devices else devices.setdefault(name, device_named(name))
+        if key not in devices:
+            found = device_named(name)
+            devices[key] = on_machine(found, machine) if machine else found
+        device = devices[key]
     except ValueError as error:
         raise CaseError(str(error)) from None
     count, per_node = case.whole("num_gpus"), case.whole("gpus_per_node", 8) or 1

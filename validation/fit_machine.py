@@ -1,0 +1,87 @@
+"""Constants of one machine from the op table that it was measured with: a system file of SimuMax.
+
+    python -m validation.fit_machine --config b200_bf16_ceperm.json --device b200 --name b200-simumax
+
+Machines of one device type differ: the products in SimuMax's table of a B200 take 1.34 times as long in the median as
+those of aiconfigurator-core on another B200. Who has such a table of the machine that a run was made on should predict
+the run with it: it holds times of single ops, none of a step. Half of the shapes, by a hash, calibrates; the errors on
+the other half are printed and stand in the file, which goes to `costmodels/catalogue/kernels/machines`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from costmodels import tomlfile
+from costmodels.device import MACHINES
+from validation.fit_gemm_law import calibration_half, fit, predictions, section_values
+from validation.tables_gemm import Table
+
+Dims = tuple[int, int, int, int]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Entry of the command; 2 for input that cannot be used."""
+    parser = argparse.ArgumentParser(prog="python -m validation.fit_machine", description=__doc__)
+    parser.add_argument("--config", type=Path, required=True, help="system file of SimuMax (JSON)")
+    parser.add_argument("--device", required=True, help="catalogue device that the machine has")
+    parser.add_argument("--name", required=True, help="name of the machine: its file in the catalogue")
+    args = parser.parse_args(arguments)
+    try:
+        tables = list(products(json.loads(args.config.read_text()), args.device, args.name))
+    except (OSError, ValueError, KeyError) as error:
+        print(f"{args.config} is no system file of SimuMax with efficiencies of matmul: {error}", file=sys.stderr)
+        return 2
+    sections: dict[str, Any] = {}
+    for table in tables:
+        mask = calibration_half(table.dims)
+        fitted = fit(table, mask)
+        sections[table.section] = section_values(table, fitted, mask)
+        held = ~mask
+        bare, corrected = (s[held] / table.seconds[held] - 1 for s in predictions(fitted, table.dims))
+        print(f"{table.section}: {mask.sum()} rows, {held.sum()} held out: law {abs(bare).mean():.1%}, "
+              f"corrected {abs(corrected).mean():.1%}, bias {corrected.mean():+.1%}")  # fmt: skip
+    tomlfile.write_toml(MACHINES / f"{args.name}.toml", {"gemm": sections})
+    return 0
+
+
+def products(config: dict[str, Any], device: str, name: str) -> list[Table]:
+    """The 16-bit products of a system file: of one matrix, and of many (experts); the median over layouts and results
+    of a shape. Seconds are FLOP over the efficiency times the file's own peak."""
+    ops = config["accelerator"]["op"]
+    tables = []
+    for op, section, read in (("matmul", "bfloat16", _dims), ("group_matmul", "bfloat16_batched", _grouped)):
+        found: dict[Dims, list[float]] = defaultdict(list)
+        for key, share in ops.get(op, {}).get("accurate_efficient_factor", {}).items():
+            b, m, n, k = dims = read(dict(part.split("=") for part in key.split(", ")))
+            found[dims].append(2.0 * b * m * n * k / (share * ops[op]["tflops"] * 1e12))
+        if found:
+            seconds = np.array([statistics.median(s) for s in found.values()])
+            data = f"SimuMax 1.2, {name}: {op}"
+            tables.append(Table(device, section, "machine", data, np.array(list(found), float), seconds, eager=False))
+    return tables
+
+
+def _dims(key: dict[str, str]) -> Dims:
+    return int(key["b"]), int(key["m"]), int(key["n"]), int(key["k"])
+
+
+def _grouped(key: dict[str, str]) -> Dims:
+    """Forward: groups x (M x K) (K x N). The gradient of the input has N and K changed over, that of the weights is
+    N x K, summed over M."""
+    groups, m, n, k = (int(key[name]) for name in ("ng", "M", "N", "K"))
+    return {"bwd_grad_act": (groups, m, k, n), "bwd_grad_w": (groups, n, k, m)}.get(key["stage"], (groups, m, n, k))
+
+
+__all__ = ["main", "products"]
+
+if __name__ == "__main__":
+    sys.exit(main())
