@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from math import hypot, sqrt
 
 from costmodels.cluster import Cluster
+from planner.folded_events import replayed
 from planner.folded_local import local_step
 from planner.folded_memory import Memory, memory_of
 from planner.folded_model import FoldedModel, chunks_of
@@ -28,7 +29,9 @@ STEP_ERROR = 0.05  # GPUs of one cluster differ by 5 %, releases of one recipe b
 @dataclass(frozen=True, slots=True)
 class FoldedPrediction:
     """Seconds and bytes of one step. device: device seconds of the first stage by kind of work. shares: of these by
-    source of the price. interval: nine in ten should lie inside."""
+    source of the price. interval: nine in ten should lie inside. memory: of the fullest stage by category.
+    allocated_bytes, reserved_bytes: peaks of the replayed step in torch's caching allocator; without a replay the sum
+    of the categories, and 0."""
 
     step_seconds: float
     interval: tuple[float, float]
@@ -37,10 +40,15 @@ class FoldedPrediction:
     device: dict[str, float]
     shares: dict[str, float]
     tasks: int
+    allocated_bytes: int = 0
+    reserved_bytes: int = 0
 
 
-def predict_folded(model: FoldedModel, plan: ParallelPlan, cluster: Cluster, software: Software) -> FoldedPrediction:
-    """Predicts one step. ValueError with one sentence where plan and model do not fit."""
+def predict_folded(
+    model: FoldedModel, plan: ParallelPlan, cluster: Cluster, software: Software, replay: bool = False
+) -> FoldedPrediction:
+    """Predicts one step; `replay`: with the allocator's events of the fullest stage. ValueError with one sentence where
+    plan and model do not fit."""
     if plan.world_size > cluster.size:
         raise ValueError(f"the plan needs {plan.world_size} devices, but {cluster.name} has {cluster.size}")
     local = local_step(model.graph, plan, model.seq, model.vocab, software.vocab_parallel)
@@ -52,12 +60,19 @@ def predict_folded(model: FoldedModel, plan: ParallelPlan, cluster: Cluster, sof
     tally = context.tally
     total = sum(tally.sources.values()) or 1.0
     spread = NINE_IN_TEN * hypot(sqrt(sum(e * e for e in tally.errors.values())) / total, STEP_ERROR)
+    memories = [memory_of(context, s) for s in range(plan.pp)]
+    fullest = max(range(plan.pp), key=lambda s: memories[s].allocated)
+    allocated, reserved = memories[fullest].allocated, 0
+    if replay:
+        allocated, reserved = replayed(context, fullest, memories[fullest])
     return FoldedPrediction(
         step_seconds=step,
         interval=(step * max(0.0, 1 - spread), step * (1 + spread)),
-        memory=memory_of(context),
+        memory=memories[fullest],
         breakdown=asdict(overall(breakdown(timeline))),
         device={k: v for k, v in sorted(tally.seconds.items(), key=lambda item: -item[1])},
         shares={k: v / total for k, v in sorted(tally.sources.items())},
         tasks=len(timeline.program),
+        allocated_bytes=allocated,
+        reserved_bytes=reserved,
     )

@@ -35,12 +35,8 @@ class Memory:
         return self.parameters + self.gradients + self.optimizer + self.activations + self.workspace
 
 
-def memory_of(context: Context) -> Memory:
-    """The fullest stage's memory."""
-    return max((_stage(context, s) for s in range(context.plan.pp)), key=lambda m: m.allocated)
-
-
-def _stage(c: Context, stage: int) -> Memory:
+def memory_of(c: Context, stage: int) -> Memory:
+    """One stage's memory at its worst moment, closed form."""
     plan, software = c.plan, c.software
     own = [c.chunks[i * plan.pp + stage] for i in range(plan.vpp)]
     dense = sum(c.elements(chunk)[0] for chunk in own)

@@ -122,7 +122,7 @@ def predict_whole(
     return FoldedPrediction(
         step, (step * max(0.0, 1 - spread), step * (1 + spread)), _memory(graph),
         asdict(overall(breakdown(timeline))), dict(sorted(tally.seconds.items(), key=lambda item: -item[1])),
-        {k: v / total for k, v in sorted(tally.sources.items())}, len(timeline.program),
+        {k: v / total for k, v in sorted(tally.sources.items())}, len(timeline.program), _memory(graph).allocated,
     )  # fmt: skip
 
 

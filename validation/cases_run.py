@@ -112,11 +112,12 @@ class _Runner:
         plan = plan_of(case, software)
         cluster = self.cluster(case)
         model = model_of(case, software, self.traces)
-        key = (id(model.graph), model.layers, plan, software, id(cluster))
+        replay = any(case.text(f"peak_mem_{kind}_gib") for kind in ("alloc", "reserved"))
+        key = (id(model.graph), model.layers, plan, software, id(cluster), replay)
         if key not in self.known:
-            p = predict_folded(model, plan, cluster, software)
+            p = predict_folded(model, plan, cluster, software, replay)
             self.known[key] = Outcome(
-                case, p.step_seconds, p.interval, p.memory.allocated, None,
+                case, p.step_seconds, p.interval, p.allocated_bytes, p.reserved_bytes or None,
                 p.device, p.shares, plan.label, software.name, cluster.notes,
             )  # fmt: skip
         return replace(self.known[key], case=case)
@@ -132,6 +133,6 @@ class _Runner:
         graph = self.pictures.graph(vision.model_name(case), precision, plan.micro_batch)
         p = predict_whole(graph, plan, cluster, software, sharing)
         return Outcome(
-            case, p.step_seconds, p.interval, p.memory.allocated, None, p.device, p.shares, plan.label, software.name,
+            case, p.step_seconds, p.interval, p.allocated_bytes, None, p.device, p.shares, plan.label, software.name,
             cluster.notes,
         )  # fmt: skip

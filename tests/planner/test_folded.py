@@ -170,3 +170,21 @@ def test_plans_of_the_first_schema_are_still_read() -> None:
     assert plan_from_dict(data | {"schema": 1}) == plan(dp=2)
     with pytest.raises(ValueError, match="schema is 99"):
         plan_from_dict(data | {"schema": 99})
+
+
+def test_the_replayed_step_reserves_at_least_what_it_allocates() -> None:
+    for changes in ({}, {"tp": 2, "sequence_parallel": True}, {"pp": 2}, {"dp": 4, "data_parallel": "fsdp"}):
+        found = predict_folded(model(), plan(**changes), cluster(), FAST_HOST, replay=True)
+        assert 0 < found.allocated_bytes <= found.reserved_bytes <= 1.5 * found.allocated_bytes, changes
+        assert found.allocated_bytes == pytest.approx(found.memory.allocated, rel=0.25), changes
+
+
+def test_a_single_blocks_activations_are_those_of_the_trace() -> None:
+    """Without fusion, what a block keeps is what the trace says outlives its forward."""
+    graph = model().graph
+    end = max(op.id for op in graph.ops if op.phase == "forward")
+    mine = {op.id for op in pieces(graph).forward["block"]}
+    kept = sum(s.bytes for s in graph.storages if s.birth in mine and s.death > end)
+    eager = replace(FAST_HOST, fusion="none")
+    more = step(eager, layers=9).memory.activations - step(eager, layers=8).memory.activations
+    assert more == pytest.approx(kept, rel=1e-6)
