@@ -52,6 +52,7 @@ def _text(rows: Sequence[Row], scored: Sequence[Row], scored_from: int, command:
         "",
         *(_by(plain, "rate", lambda r: f"{r.rate * 8e-6:g} Mbit/s")),
         *(_by(plain, "bytes", lambda r: f"{r.bytes // 1024} KiB")),
+        *(_by(sorted(plain, key=lambda r: r.load), "load per core", lambda r: f"{int(r.load)} to {int(r.load) + 1}")),
         "",
         "![predicted over measured](predicted_vs_measured.png)",
         "",
