@@ -11,7 +11,7 @@ import numpy as np
 
 from costmodels.collectives import collective_price
 from costmodels.nccl_fabric import group_of
-from costmodels.nccl_law import BANDS, Laws, class_of
+from costmodels.nccl_law import BANDS, TUNER, Laws, class_of
 from validation.collective_cases import Sweep, by_config, catalogue_sweeps, read_rows, setup_of, sweep_from
 from validation.collective_tcp import is_tcp, tcp_points
 
@@ -20,8 +20,9 @@ Progress = Callable[[str, float], None]
 
 @dataclass(frozen=True, slots=True)
 class Scored:
-    """One configuration: its points (bytes, measured and predicted seconds), and which algorithm and protocol each price
-    assumed. constants: "left out" (the catalogue has it; the constants were fitted anew without it), "shipped" (the
+    """One configuration: its points (bytes, measured and predicted seconds), and the algorithm and protocol of each.
+
+    constants: "left out" (the catalogue has it; the constants were fitted anew without it), "shipped" (the
     catalogue does not have it), "tuner" (nothing was fitted), "formula". related: of each point, whether the constants
     were fitted to another configuration of the same family, class of collective and network with a size within a factor
     of four."""
@@ -73,7 +74,7 @@ def score_file(
         if progress:
             progress(f"pricing {sweep.config_id}", i / len(sweeps))
         if plain:
-            found.append(replace(score(sweep, Laws()), constants="tuner", related=(False,) * len(sweep.bytes)))
+            found.append(replace(score(sweep, TUNER), constants="tuner", related=(False,) * len(sweep.bytes)))
             continue
         same = [s.config_id for s in known if is_same(s, sweep)]
         scored = score(sweep, without(known, same) if same else None)
