@@ -26,7 +26,8 @@ RANGES = {
     "compute": (0.9, 0.1, 1.0), "area": (0.2, 0.0, 1.0), "prologue": (100, 1, 800), "smooth": (0.6, 0.0, 1.0),
     "stream": (0.85, 0.5, 1.0), "in_flight": (60, 10, 256), "reread": (0.3, 0.0, 5.0), "overlap": (4, 1.1, 12),
     "floor": (2.5e-6, 2e-7, 2e-5), "split_floor": (2e-6, 0.0, 5e-6), "split_bytes": (0.1, 0.0, 5.0),
-    "throttle": (0.03, 0.0, 0.5), "odd": (0.03, 0.0, 1.0), "host": (4e-5, 0.0, 3e-4),
+    "throttle": (0.03, 0.0, 0.5), "odd": (0.03, 0.0, 1.0), "resident": (0.15, 0.01, 1.0), "hot": (1.5, 1.0, 8.0),
+    "host": (4e-5, 0.0, 3e-4),
 }  # fmt: skip
 EAGER_IN_FLIGHT = (60, 10, 100)
 TENSOR_TILES = [
@@ -36,8 +37,10 @@ TENSOR_TILES = [
 SPLITS = [1, 2, 4, 8]
 EAGER_FLOOR = 3e-6  # a kernel's own floor cannot be told from its launch in eager times: bfloat16's on A100 and H100
 ROWS = 2000  # sampled rows of the calibration half to which the constants are fitted
-NODES = (6, 30, 16, 12)  # most nodes of the correction along batches, m, n, k
-STIFFNESS = (0.03, 0.1, 0.3)  # candidates; chosen on a quarter of the calibration half
+# Candidates for the correction: most nodes along batches, m, n, k, and stiffness; chosen on a quarter of the
+# calibration half, to which the candidates are not fitted.
+NODES = ((6, 30, 16, 12), (5, 12, 12, 10))
+STIFFNESS = (0.01, 0.03, 0.1, 0.3)
 RARE = 0.01  # a tile is on the menu if it has this share of the calibration half
 
 
@@ -134,16 +137,19 @@ def _fit_constants(
 
 
 def _choose_correction(dims: Array, left: Array, weights: Array) -> Correction:
-    axes = tuple(_nodes(x, count) for x, count in zip(dims.T, NODES))
-    inner = np.arange(len(dims)) % 4 > 0
-    order = np.random.default_rng(1).permutation(len(dims))
-    inner = inner[order]
-    errors = []
-    for stiffness in STIFFNESS:
-        table = smooth_table(axes, dims[inner], left[inner], weights[inner], stiffness)
-        rest = np.exp(left[~inner]) / factors(table, dims[~inner])
-        errors.append(float(np.average(abs(1 - 1 / rest), weights=weights[~inner])))
-    return smooth_table(axes, dims, left, weights, STIFFNESS[int(np.argmin(errors))])
+    """The correction of the candidate that predicts a quarter of the rows best from the other three."""
+    inner = (np.arange(len(dims)) % 4 > 0)[np.random.default_rng(1).permutation(len(dims))]
+    best, chosen = np.inf, None
+    for counts in NODES:
+        axes = tuple(_nodes(x, count) for x, count in zip(dims.T, counts))
+        for stiffness in STIFFNESS:
+            table = smooth_table(axes, dims[inner], left[inner], weights[inner], stiffness)
+            errors = abs(factors(table, dims[~inner]) * np.exp(-left[~inner]) - 1)
+            error = float((np.sqrt(weights[~inner]) * errors).mean())  # an error of the kernel counts by its share
+            if error < best:
+                best, chosen = error, (axes, stiffness)
+    assert chosen is not None, "the errors of all candidates are finite"
+    return smooth_table(chosen[0], dims, left, weights, chosen[1])
 
 
 def _nodes(values: Array, count: int) -> Array:

@@ -78,7 +78,7 @@ Code after commit {commit}; 2 cores, no GPU; Python {platform.python_version()},
 {scipy.__version__}, pandas {pd.__version__}. Nothing was run on a GPU: the measurements are published tables
 (`validation/tables_gemm.py`). Half of the shapes, by a hash of (batches, m, n, k), calibrates; every figure is of the
 other half. "n, k" splits by a hash of (n, k) alone: no held-out product has a neighbour in m. "bare" is the law of
-twelve constants, "corrected" has the smooth table on top. Figures of all regions, with median, 90th percentile and
+fourteen constants, "corrected" has the smooth table on top. Figures of all regions, with median, 90th percentile and
 bias: errors.csv.
 
 ![errors by region](errors.png)"""
@@ -155,7 +155,7 @@ def _plot(errors: pd.DataFrame, path: Path) -> None:
         axis.axhline(100 * target, color="#c0392b", linewidth=1, label=f"target (A100, H100) {target:.0%}")
         axis.set_title(region, fontsize=10)
         axis.set_xticks(range(len(devices)), [d.split("-")[0] for d in devices], rotation=60, fontsize=8)
-        axis.legend(fontsize=7)
+        axis.legend(fontsize=7, loc="upper left")
     axes[0].set_ylabel("mean absolute error, held-out half, %")
     figure.suptitle("bfloat16 matrix products: the law alone and with its correction")
     figure.tight_layout()

@@ -58,6 +58,13 @@ def test_a_split_of_k_helps_few_tiles_and_is_never_forced_on_many() -> None:
     assert with_splits[0] < 0.6 * without[0] and with_splits[1] == without[1]
 
 
+def test_small_operands_come_from_the_cache() -> None:
+    warm = replace(PLAIN, resident=0.2, hot=3.0)
+    small, large = (1, 1, 1024, 1024), (1, 1, 16384, 16384)
+    assert seconds(warm, CHIP, small)[0] < seconds(PLAIN, CHIP, small)[0]
+    assert seconds(warm, CHIP, large)[0] == pytest.approx(seconds(PLAIN, CHIP, large)[0], rel=1e-3)
+
+
 def test_misaligned_lengths_slow_compute() -> None:
     odd = replace(PLAIN, odd=0.3)
     aligned, misaligned = seconds(odd, CHIP, (1, 4096, 4096, 4096), (1, 4096, 4095, 4096))
