@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from costmodels.device import Device
 from costmodels.families import FREE, base_name, family
 from costmodels.features import touched
+from costmodels.recurrent import layer_price
 from costmodels.relatives import find
 
 if TYPE_CHECKING:
@@ -57,12 +58,14 @@ BLOCKS_A_UNIT = 0.5  # rows per unit that reach the bandwidth: half of the units
 
 
 def rowwise_prices(device: Device, shapes: Sequence[OpShape]) -> list[Price | None]:
-    """The prices of memory-bound ops; None where no device of this kind was measured, and for ops that compute."""
+    """The prices of memory-bound ops and of recurrent layers; None where no device of this kind was measured."""
     prices: list[Price | None] = [None] * len(shapes)
     groups: dict[tuple[str, str], list[int]] = {}
     for i, shape in enumerate(shapes):
         if kind := kind_of(shape.name):
             groups.setdefault((kind, shape.dtype), []).append(i)
+        elif family(shape.name) in ("rnn", "rnn_backward"):
+            prices[i] = layer_price(device, shape)
     for (kind, dtype), members in groups.items():
         found = find(device, "rowwise", dtype, kind)
         if found is not None:
