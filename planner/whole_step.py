@@ -35,12 +35,14 @@ HOST_MEMORY = 40e9  # bytes/s at which a host adds gradients up: ASSUMPTION (two
 
 @dataclass(frozen=True, slots=True)
 class Sharing:
-    """exchange: how replicas agree. divided: module whose parameters are divided over the ranks by class ("" for
-    none); every rank sees all samples there. sampled: share of its classes that take part in a step."""
+    """exchange: how replicas agree. barrier: variables are fetched by all at once before forward begins, not as
+    forward needs them. divided: modules whose parameters are divided over the ranks by
+    output; every rank sees all samples there. sampled: share of its classes that take part in a step."""
 
     exchange: Exchange = "all_reduce"
-    divided: str = ""
+    divided: tuple[str, ...] = ()
     sampled: float = 1.0
+    barrier: bool = False
 
 
 @dataclass(slots=True)
@@ -66,7 +68,7 @@ class _Whole:
         return sum(self.graph.parameters[n].bytes for n in names if not self._divided(n))
 
     def _divided(self, name: str) -> bool:
-        return bool(self.sharing.divided) and within(name.rpartition(".")[0], self.sharing.divided)
+        return any(within(name.rpartition(".")[0], path) for path in self.sharing.divided)
 
     def update_seconds(self, ranks: int) -> float:
         """The optimizer on a rank's parameters: reads parameter, gradient and momentum, writes two of them."""
@@ -147,11 +149,14 @@ def _replicas(w: _Whole, tasks: ProgramBuilder) -> None:
     backward = [op for op in w.graph.ops if op.phase == "backward"]
     served = w.sharing.exchange == "server"
     total = sum(w.bytes_of(part) for part in _cut(backward, PARTS))
+    if served and w.sharing.barrier:
+        lane.busy("fetch", "server", w.message("all_reduce", total))
     for part in _cut(forward, PARTS):
-        waits = [lane.message("fetch", "server", w.message("all_reduce", total / PARTS))] if served else []
+        early = served and not w.sharing.barrier
+        waits = [lane.message("fetch", "server", w.message("all_reduce", total / PARTS))] if early else []
         lane.run("F", "forward", w.runs(part, False).run, waits)
-    if w.sharing.divided:
-        _divided_layer(w, lane)
+    for path in w.sharing.divided:
+        _divided_layer(w, lane, path)
     handed = []
     for part in _cut(backward, PARTS):
         lane.run("B", "backward", w.runs(part, True).run)
@@ -162,10 +167,10 @@ def _replicas(w: _Whole, tasks: ProgramBuilder) -> None:
     lane.busy("host of the step", "host", w.software.host.step)
 
 
-def _divided_layer(w: _Whole, lane: Lane) -> None:
-    """Every rank gets all embeddings for its classes, and gives back their gradients; the loss needs two numbers of
-    every sample from all ranks."""
-    weight = next(t for n, t in w.graph.parameters.items() if within(n.rpartition(".")[0], w.sharing.divided))
+def _divided_layer(w: _Whole, lane: Lane, path: str) -> None:
+    """Every rank gets all that the layer reads for its outputs, and gives back their gradients; a loss needs two
+    numbers of every sample from all ranks."""
+    weight = next(t for n, t in w.graph.parameters.items() if within(n.rpartition(".")[0], path))
     size = w.graph.batch * w.plan.dp * weight.shape[-1] * 4
     for kind, amount in (("all_gather", size), ("all_reduce", 8 * w.graph.batch * w.plan.dp), ("reduce_scatter", size)):
         lane.busy(kind, kind, w.message(kind, amount))

@@ -61,14 +61,16 @@ def sharing_of(case: Case) -> Sharing:
     """How the replicas of a row agree."""
     kind, notes = case.text("parallelism"), case.text("notes").lower()
     if kind == "ps":
-        return Sharing("copies" if "variables on the gpus" in notes else "server")
+        return Sharing("copies" if "variables on the gpus" in notes else "server", barrier="distributed" in notes)
     if "without nccl" in notes:
         return Sharing("copies")
     if kind == "dp+mp_fc":
-        return Sharing(divided="head", sampled=0.1 if "sample ratio 0.1" in notes else 1.0)
+        return Sharing(divided=("head",), sampled=0.1 if "sample ratio 0.1" in notes else 1.0)
+    if kind == "owt" and model_name(case) == "alexnet":
+        return Sharing(divided=("blocks.5", "blocks.6", "head"))
     if kind in ("dp", "single", "gpipe"):
         return Sharing()
-    raise CaseError(f"parallelism {kind!r} is not predicted yet; single, dp, ps, gpipe and dp+mp_fc are")
+    raise CaseError(f"parallelism {kind!r} of {case.text('model')} is not predicted; single, dp, ps, gpipe, dp+mp_fc are")
 
 
 def plan_of(case: Case) -> ParallelPlan:

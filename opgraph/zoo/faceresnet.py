@@ -1,4 +1,7 @@
-"""The residual network of face recognition (InsightFace's IResNet-100, Deng et al. 2019, arXiv:1801.07698): blocks of BN, 3x3 convolution, BN, PReLU, 3x3 convolution, BN on 112 x 112 crops, a 512-wide embedding, one logit per person.
+"""The residual network of face recognition: InsightFace's IResNet-100 (Deng et al. 2019, arXiv:1801.07698).
+
+Basic blocks of BN, 3x3 convolution, BN, PReLU, 3x3 convolution, BN on 112 x 112 crops, a 512-wide embedding, and one
+logit per person.
 """
 
 from __future__ import annotations
@@ -62,7 +65,12 @@ class Cosines(nn.Module):
         nn.init.normal_(self.weight, std=0.01)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return 64.0 * F.linear(F.normalize(x), F.normalize(self.weight))
+        return 64.0 * F.linear(unit(x), unit(self.weight))
+
+
+def unit(rows: torch.Tensor) -> torch.Tensor:
+    """Rows of length 1."""
+    return rows * (rows.square().sum(dim=1, keepdim=True) + 1e-12).rsqrt()
 
 
 def workload(classes: int = 85742, batch: int = 64, depths: tuple[int, ...] = DEPTHS) -> Workload:

@@ -151,8 +151,9 @@ def test_pictures_become_plans() -> None:
     cut = cases_vision.plan_of(pipe)
     assert cut.cuts == ("blocks.11.norm3",) and cut.micro_batches == 4 and cut.recompute
     assert cases_vision.sharing_of(picture(parallelism="ps", notes="variables on the CPU")).exchange == "server"
+    assert cases_vision.sharing_of(picture(parallelism="owt")).divided == ("blocks.5", "blocks.6", "head")
     with pytest.raises(CaseError, match="owt"):
-        cases_vision.sharing_of(picture(parallelism="owt"))
+        cases_vision.sharing_of(picture(parallelism="owt", model="ResNet-50"))
     with pytest.raises(CaseError, match="zoo has no"):
         cases_vision.model_name(picture(model="Perceptron"))
 
