@@ -70,7 +70,7 @@ def sharing_of(case: Case) -> Sharing:
         return Sharing(divided=("blocks.5", "blocks.6", "head"))
     if kind in ("dp", "single", "gpipe"):
         return Sharing()
-    raise CaseError(f"parallelism {kind!r} of {case.text('model')} is not predicted; single, dp, ps, gpipe, dp+mp_fc are")
+    raise CaseError(f"{kind!r} of {case.text('model')} is not predicted; single, dp, ps, gpipe and dp+mp_fc are")
 
 
 def plan_of(case: Case) -> ParallelPlan:
