@@ -59,7 +59,7 @@ def _score(cases: Path, plain: bool, out: Path | None, json: bool) -> None:
         data = result(scored, skipped)
         if out and scored:
             total = data["summary"]
-            title = f"{cases.name}: {total['n']} points, mean error {total['mape']['all']:.1%}"
+            title = f"{cases.name}: {total['n']} points, mean error {total['mape']:.1%}"
             scatter(scored, title, _place(out, "scatter.png"))
             _points(scored, data, out)
     for row in data["skipped"]:
@@ -96,21 +96,14 @@ def _show_scores(data: dict[str, Any]) -> None:
         show("No configuration of this file can be priced.")
         return
     columns = ("configuration", "what", "constants", "points", "mean error", *(title for _, title in BANDS), "bias")
-    rows = [
-        (c["config_id"], c["what"], c["constants"], str(c["n"]), percent(c["mape"]),
-         *(percent(c.get(band)) for band, _ in BANDS), percent(c["bias"], "+"))
-        for c in data["configs"]
-    ]  # fmt: skip
+    rows = [(c["config_id"], c["what"], c["constants"], *_errors(c)) for c in data["configs"]]
     summary = data["summary"]
-    totals = {"all points": summary["mape"] | {"mape": summary["mape"]["all"], "bias": summary["bias"]}}
-    totals |= {f"{how} of configurations": summary["per_config"][how] for how in ("mean", "median")}
-    titles = {"related": "relative measured", "unrelated": "no relative measured"}
-    totals |= {titles[key]: summary[key] for key in titles if key in summary}
-    rows += [
-        (name, "", "", str(line.get("n", summary["n"])), percent(line["mape"]),
-         *(percent(line.get(band)) for band, _ in BANDS), percent(line.get("bias"), "+"))
-        for name, line in totals.items()
-    ]  # fmt: skip
+    titles = {
+        "mean_of_configs": "mean of configurations", "median_of_configs": "median of configurations",
+        "related": "relative measured", "unrelated": "no relative measured",
+    }  # fmt: skip
+    rows.append(("all points", "", "", *_errors(summary)))
+    rows += [(title, "", "", *_errors(summary[key])) for key, title in titles.items() if key in summary]
     show(table("Predicted against measured", columns, rows, left=3))
     if summary["left_out"]:
         show(f"left out: {summary['left_out']} configurations are in the catalogue; each was priced by constants that "
@@ -121,6 +114,13 @@ def _show_scores(data: dict[str, Any]) -> None:
     if summary["left_out"] < summary["configs"]:
         show("shipped: not in the catalogue, priced by its constants. formula: published formulas of gloo and NCCL. "
              "tuner: nothing fitted.")  # fmt: skip
+
+
+def _errors(entry: dict[str, Any]) -> tuple[str, ...]:
+    """Cells: points, mean error of all sizes and of each band, bias."""
+    bands = (percent(entry[band]["mape"]) if band in entry else "" for band, _ in BANDS)
+    bias = percent(entry["bias"], "+") if "bias" in entry else ""
+    return str(entry.get("n", "")), percent(entry["mape"]), *bands, bias
 
 
 def _prices(name: str, op: str, ranks: int | None, algorithm: str, out: Path | None, json: bool) -> None:

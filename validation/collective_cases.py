@@ -118,7 +118,7 @@ def setup_of(sweep: Sweep) -> Setup:
     kind = KIND.get(sweep.collective.lower(), sweep.collective.lower())
     if kind not in ("all_reduce", "all_gather", "reduce_scatter", "broadcast", "reduce", "send", "all_to_all"):
         raise ValueError(f"collective '{sweep.collective}' has no model")
-    if sweep.num_gpus < 2 or sweep.num_gpus % max(sweep.num_nodes, 1):
+    if sweep.num_gpus < 2 or sweep.num_nodes < 1 or sweep.num_gpus % sweep.num_nodes:
         raise ValueError(f"{sweep.num_gpus} GPUs on {sweep.num_nodes} nodes: two or more, equally spread, are needed")
     text = f"{sweep.interconnect} {sweep.notes}"
     per_node = sweep.num_gpus // sweep.num_nodes

@@ -153,20 +153,20 @@ def bands_of(sizes: np.ndarray, errors: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def numbers(sizes: np.ndarray, errors: np.ndarray) -> dict[str, Any]:
-    """n, mean absolute error (all and by band), bias and worst error; bands without points are left out."""
-    bands = {band: e for band, e in bands_of(sizes, errors).items() if len(e)}
-    return {
-        "n": len(errors),
-        "mape": float(np.abs(errors).mean()),
-        **{band: float(np.abs(e).mean()) for band, e in bands.items()},
-        "bias": float(errors.mean()),
-        "worst": float(errors[np.abs(errors).argmax()]),
-    }
+    """n, mape (mean absolute error), bias and worst error of all, and n, mape and bias of each band with points."""
+    bands = {band: {"n": len(e)} | _mean(e) for band, e in bands_of(sizes, errors).items() if len(e)}
+    return {"n": len(errors)} | _mean(errors) | {"worst": float(errors[np.abs(errors).argmax()])} | bands
+
+
+def _mean(errors: np.ndarray) -> dict[str, float]:
+    return {"mape": float(np.abs(errors).mean()), "bias": float(errors.mean())}
 
 
 def result(scored: Sequence[Scored], skipped: dict[str, str]) -> dict[str, Any]:
-    """What `parplan collectives --cases` says, as JSON. summary.mape: over all points, by band; summary.per_config:
-    mean of the configurations' means, and their median."""
+    """What `parplan collectives --cases` says, as JSON.
+
+    summary: `mape` and the bands are over all points; mean_of_configs and median_of_configs give each configuration
+    one vote; related and unrelated split the points by `Scored.related`."""
     configs: list[dict[str, Any]] = [
         {"config_id": s.config_id, "what": s.what, "constants": s.constants, "related": sum(s.related)}
         | numbers(np.array(s.bytes), s.errors)
@@ -175,21 +175,23 @@ def result(scored: Sequence[Scored], skipped: dict[str, str]) -> dict[str, Any]:
     ]
     if not scored:
         return {"configs": [], "skipped": _reasons(skipped), "summary": {"n": 0, "configs": 0}}
-    sizes = np.concatenate([s.bytes for s in scored])
-    total = numbers(sizes, np.concatenate([s.errors for s in scored]))
-    mape = {"all": total["mape"], **{band: total[band] for band in BANDS if band in total}}
-    columns = {key: [c[key] for c in configs if key in c] for key in ("mape", *BANDS) if key in total}
-    per_config = {
-        "mean": {key: float(np.mean(column)) for key, column in columns.items()},
-        "median": {key: float(np.median(column)) for key, column in columns.items()},
-    }
-    summary = {"n": total["n"], "configs": len(configs), **mape, "mape": mape, "bias": total["bias"]}
-    summary |= {"per_config": per_config, "left_out": sum(s.constants == "left out" for s in scored)}
+    sizes, errors = np.concatenate([s.bytes for s in scored]), np.concatenate([s.errors for s in scored])
+    summary: dict[str, Any] = {"configs": len(configs)} | numbers(sizes, errors)
+    summary |= {"left_out": sum(s.constants == "left out" for s in scored)}
+    summary |= {"mean_of_configs": _votes(configs, False), "median_of_configs": _votes(configs, True)}
     if any(s.constants in ("left out", "shipped") for s in scored):
-        errors, related = (np.concatenate([getattr(s, name) for s in scored]) for name in ("errors", "related"))
+        related = np.concatenate([s.related for s in scored])
         parts = {"related": related, "unrelated": ~related}
         summary |= {name: numbers(sizes[part], errors[part]) for name, part in parts.items() if part.any()}
     return {"configs": configs, "skipped": _reasons(skipped), "summary": summary}
+
+
+def _votes(configs: Sequence[dict[str, Any]], median: bool) -> dict[str, Any]:
+    """Mean or median over configurations of their mape, for all sizes and for each band."""
+    middle = np.median if median else np.mean
+    bands = {band: [c[band]["mape"] for c in configs if band in c] for band in BANDS}
+    found: dict[str, Any] = {"mape": float(middle([c["mape"] for c in configs]))}
+    return found | {band: {"mape": float(middle(values))} for band, values in bands.items() if values}
 
 
 def _reasons(skipped: dict[str, str]) -> list[dict[str, str]]:
