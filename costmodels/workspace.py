@@ -38,6 +38,8 @@ def workspace_bytes(name: str, ins: tuple[Shape, ...], outs: tuple[Shape, ...], 
             return _rnn_backward(ins, itemsize)
         case "native_batch_norm_backward":
             return prod(ins[1]) * itemsize  # a term of the input's gradient, channel by channel
+        case "native_group_norm_backward":
+            return 2 * prod(ins[1][:2]) * itemsize  # sums of every sample and channel
         case "_scaled_dot_product_flash_attention_for_cpu":
             return _attention(ins, itemsize)
         case "_scaled_dot_product_flash_attention_for_cpu_backward":

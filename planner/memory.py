@@ -287,6 +287,7 @@ class _Replay:
         for s in [s for s in self.alive.get(micro, ()) if s not in self.gradients]:
             self._free(s, micro)
         sent = sum(stage.graph.tensors[t].bytes for t in received(stage)) if plan.schedule == "1f1b" else 0
+        self._warm_up_send(micro)
         if sent:  # the schedule keeps the list of its last send, and with it the gradients that the stage before got
             self.ledger.hold("sent", sent, "communication")
         if stage.units and plan.pp == 1:
@@ -314,6 +315,19 @@ class _Replay:
     def _free(self, storage: int, micro: int) -> None:
         self.alive.get(micro, {}).pop(storage, None)
         self.ledger.drop((storage, micro))
+
+    def _warm_up_send(self, micro: int) -> None:
+        """1F1B keeps the work handle of its last warm-up send but one until its cool-down starts, and with it, on gloo,
+        the tensors that were sent."""
+        stage, plan = self.stage, self.stage.plan
+        if plan.schedule != "1f1b" or self.backend != "gloo":
+            return
+        warm = min(plan.micro_batches, plan.pp - stage.ops.index)
+        if micro == plan.micro_batches - warm:
+            self.ledger.drop("first send")
+        elif micro == warm - 2:
+            sizes = {s: self.sizes.get(s, 0) for s in (stage.graph.tensors[t].storage for t in stage.ops.sends)}
+            self.ledger.hold("first send", sum(sizes.values()), "communication")
 
     def _gradients_of(self, parameter: str) -> list[int]:
         if not self.by_parameter:

@@ -139,11 +139,12 @@ def test_attention_works_on_blocks(queries: int, keys: int) -> None:
         assert predicted(func, args, result) == pytest.approx(held, rel=0.05)
 
 
-def test_batch_norm_and_layer_norm() -> None:
+def test_normalisations() -> None:
     x = torch.randn(4, 16, 9, 9, requires_grad=True)
-    batch, layer = torch.nn.BatchNorm2d(16), torch.nn.LayerNorm((9, 9))
+    norms = {"batch": torch.nn.BatchNorm2d(16), "layer": torch.nn.LayerNorm((9, 9)), "group": torch.nn.GroupNorm(4, 16)}
     up = torch.randn(4, 16, 9, 9)
-    for norm, name in ((batch, "native_batch_norm_backward"), (layer, "native_layer_norm_backward")):
+    for kind, norm in norms.items():
+        name = f"native_{kind}_norm_backward"
         run = lambda norm=norm: torch.autograd.grad(norm(x), [x, *norm.parameters()], up)  # noqa: E731
         ((func, args, result, held),) = scratch(run, name)
         assert predicted(func, args, result) == held > 0
