@@ -83,7 +83,8 @@ def fit(table: Table, mask: Mask, rows: int = ROWS) -> Fit:
     dims, seconds = table.dims[mask], table.seconds[mask]
     candidates = menu(tiles, splits)
     # What a kind of table cannot show is not fitted to it.
-    fixed = {"floor": EAGER_FLOOR} if table.eager else {"odd": 0.0, "host": 0.0}
+    eager = {"floor": EAGER_FLOOR, "resident": 0.0, "hot": 1.0}
+    fixed = eager if table.eager else {"odd": 0.0, "host": 0.0}
     constants, host = _fit_constants(hardware, candidates, dims, seconds, fixed, rows)
     left = np.log(np.maximum(seconds - host, 0.2 * seconds) / law_seconds(constants, hardware, candidates, dims))
     # Where the launch is most of a measured time, the rest tells little of the kernel.
