@@ -148,7 +148,7 @@ def laws_from(data: Mapping[str, Any]) -> Laws:
 
 def laws_data(laws: Laws) -> dict[str, Any]:
     """The content of nccl.toml."""
-    data: dict[str, Any] = {"rows": laws.rows}
+    data: dict[str, Any] = {"data": "nccl_sweeps.toml, by validation.fit_collectives; all EMPIRICAL", "rows": laws.rows}
     for name, value in laws.values.items():
         section, key, *rest = name.split(".")
         table = data.setdefault(section, {})

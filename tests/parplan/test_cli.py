@@ -18,7 +18,7 @@ from planner.plan import ParallelPlan
 ROOT = Path(__file__).parents[2]
 MODELS = Path(__file__).parent / "models.py"
 MLP = "mlp:layers=2,hidden=32,ffn=64,features=16"
-VERBS = ("trace", "calibrate", "search", "simulate", "validate", "devices", "clusters", "demo")
+VERBS = ("trace", "calibrate", "search", "simulate", "validate", "devices", "clusters", "collectives", "demo")
 
 
 def lines(text: str) -> list[str]:
