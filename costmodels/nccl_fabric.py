@@ -128,13 +128,30 @@ def group_of(cluster: Cluster, ranks: Sequence[int]) -> Group:
         wires=wires,
         generation=family.generation if family else 1,
         nvls_from=family.nvls_from if family and wires == "nvlink" else 0,
-        port=cluster.intra.bandwidth,
+        port=_port(cluster, members),
         across=_across(cluster, int(counts.min()), len(used) // domains) if domains > 1 else 0.0,
         network=network,
         hop=max(cluster.intra.latency - REFERENCE_HOP[wires], 0.0) if per_host > 1 else 0.0,
         crossing=crossing + _tier_latency(cluster, used),
         uplinks=_uplinks(cluster, used, int(counts.max())),
     )
+
+
+def _port(cluster: Cluster, members: np.ndarray) -> float:
+    """bytes/s of one device of the group inside its node. In a cube mesh a ring uses only the wires between members:
+    the member with the fewest sets the rate of all rings together; two that share no NVLink talk over the host."""
+    if cluster.fabric != "cube-mesh" or not cluster.wires or cluster.groups:
+        return cluster.intra.bandwidth
+    places = {f"gpu{int(r) % cluster.devices_per_node}" for r in members}
+    if len(places) < 2:
+        return cluster.intra.bandwidth
+    rates = dict.fromkeys(places, 0.0)
+    for wire in cluster.wires:
+        if "nvlink" in wire.link.name.lower() and wire.a in places and wire.b in places:
+            rates[wire.a] += wire.link.bandwidth
+            rates[wire.b] += wire.link.bandwidth
+    least = min(rates.values()) or min(w.link.bandwidth for w in cluster.wires)
+    return min(least, cluster.intra.bandwidth)
 
 
 def _members(ranks: Sequence[int]) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from planner.folded_kernels import SLOWED
 from planner.folded_pieces import Where
 from planner.folded_step import SIXTEEN, Context, Lane, optimizer
 
@@ -35,6 +36,7 @@ def fsdp_step(c: Context, lane: Lane) -> None:
         ends = _passes(c, lane, blocks[::-1], gather, True)
         for end, where in zip(ends, blocks[::-1]):
             reduces.append(lane.message("scatter", "reduce_scatter", scatter[where], [end]))
+            lane.busy("slowed", "backward", SLOWED * scatter[where])
         lane.run("B first", "backward", first.backward.run)
         reduces.append(lane.message("scatter root", "reduce_scatter", whole[1], [lane.free]))
     for where in blocks:
@@ -50,6 +52,7 @@ def _passes(c: Context, lane: Lane, blocks: list[Where], gather: dict[Where, flo
         part = c.parts.by_where[where]
         after = ends[i - AHEAD] if i >= AHEAD else lane.free if not ends else ends[0]
         ready = lane.message("gather", "all_gather", gather[where], [after if i else lane.free])
+        lane.busy("slowed", "wait", SLOWED * gather[where])
         run = (part.backward if backward else part.forward).run
         ends.append(lane.run("B" if backward else "F", "backward" if backward else "forward", run, [ready]))
     return ends

@@ -10,6 +10,7 @@ import numpy as np
 
 from costmodels.cluster import Cluster
 from costmodels.collectives import collective_price
+from costmodels.contention import UNKNOWN
 from costmodels.families import family
 from costmodels.ops import OpShape, price_many
 from opgraph.graph import Op, Phase
@@ -21,6 +22,9 @@ from planner.software import Software
 from planner.stages import within
 
 EIGHT_BIT = "float8_e4m3fn"
+# Seconds that compute takes longer per second that a message runs beside it: during a second, 1 / slowdown of one is
+# done (`costmodels.contention`; the message takes SMs and memory bandwidth).
+SLOWED = 1 - 1 / UNKNOWN
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,6 +242,6 @@ def _exposed(launches: Sequence[Launch], at: int, device: np.ndarray, seconds: f
         if kind == "gemm" or (message.axis == "cp" and kind.startswith("attention")):
             covered = min(seconds, float(device[i]))
             rest = covered / message.pieces if message.pieces and not message.beside else 0.0
-            return seconds - covered + rest
+            return seconds - covered + rest + SLOWED * (covered - rest)
         i += step
     return seconds

@@ -12,7 +12,7 @@ from costmodels.cluster import Cluster
 from costmodels.collectives import collective_price
 from costmodels.ops import OpShape, price
 from planner.folded_groups import Groups
-from planner.folded_kernels import Priced
+from planner.folded_kernels import SLOWED, Priced
 from planner.folded_model import Chunk
 from planner.folded_orders import Step, order
 from planner.folded_parts import Parts
@@ -200,6 +200,7 @@ class _StageRunner:
             for c, chunk in enumerate(self.own):
                 seconds = self._data("all_gather", chunk, 2)
                 self.gathers[c] = self.lane.message("gather parameters", "all_gather", seconds)
+                self.lane.busy("slowed", "forward", SLOWED * seconds)
 
     def _data(self, kind: str, chunk: Chunk, element: int) -> float:
         """Seconds of a data-parallel message over a chunk's parameters; experts are shared by fewer ranks."""
@@ -279,6 +280,8 @@ class _StageRunner:
         if experts and self.c.plan.dp // self.c.plan.ep > 1:
             seconds += self.c.message(kind, experts * element * share, "edp", self.lane.stage)
         self.reduces.append(self.lane.message("reduce gradients", kind, seconds, [self.lane.free]))
+        if self.overlapped:
+            self.lane.busy("slowed", "backward", SLOWED * seconds)
 
     def end(self) -> None:
         """After the backwards: messages that nothing hides, the tied embedding, the optimizer."""

@@ -17,7 +17,7 @@ from costmodels.ops import OpShape, price
 from opgraph.graph import Op, OpGraph
 from planner.folded import STEP_ERROR, FoldedPrediction
 from planner.folded_groups import Groups
-from planner.folded_kernels import Kernels, Priced, priced
+from planner.folded_kernels import SLOWED, Kernels, Priced, priced
 from planner.folded_local import local_step
 from planner.folded_memory import Memory
 from planner.folded_orders import order
@@ -161,7 +161,10 @@ def _replicas(w: _Whole, tasks: ProgramBuilder) -> None:
     for part in _cut(backward, PARTS):
         lane.run("B", "backward", w.runs(part, True).run)
         if size := w.bytes_of(part):
-            handed.append(lane.message("gradients", "all_reduce", w.message("all_reduce", size), [lane.free]))
+            seconds = w.message("all_reduce", size)
+            handed.append(lane.message("gradients", "all_reduce", seconds, [lane.free]))
+            if w.sharing.exchange == "all_reduce":
+                lane.busy("slowed", "backward", SLOWED * seconds)
     update = 0.0 if served else w.update_seconds(w.plan.dp)
     lane.busy("optimizer", "optimizer", update, handed)
     lane.busy("host of the step", "host", w.software.host.step)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from math import ceil
 
-from costmodels.cluster import Cluster, Fabric, Link
+from costmodels.cluster import Cluster, Fabric, Link, Wire, load_cluster
 from costmodels.device import Device, on_machine
 from costmodels.names import device_named
 from validation.cases import Case, CaseError
@@ -43,9 +43,16 @@ def cluster_of(case: Case, devices: dict[str, Device]) -> Cluster:
     notes = (f"network between nodes assumed: {inter.bandwidth / GB:.3g} GB/s a device",) if assumed else ()
     cluster = Cluster(
         f"{case.text('gpu')} x {count}", device, ceil(count / per_node), per_node, intra, inter, "nccl",
-        notes=notes, fabric=_fabric(inside),
+        notes=notes, fabric=_fabric(inside), wires=_mesh(inside, device),
     )  # fmt: skip
     return cluster
+
+
+def _mesh(text: str, device: Device) -> tuple[Wire, ...]:
+    """The wires of a hybrid cube mesh: those of the catalogue's DGX-1 of this generation."""
+    if "cube" not in text.lower():
+        return ()
+    return load_cluster("dgx1-p100" if "P100" in device.name else "dgx1-v100").wires
 
 
 def _fabric(text: str) -> Fabric:

@@ -40,7 +40,7 @@ ONEFLOW = replace(
 DDP_2020 = Software(
     "torch DDP 2020", HOST["torch-2021"], "module", main_grads=0, fused_accumulation=False, vocab_parallel=False,
 )  # fmt: skip
-TENSORFLOW = replace(DDP_2020, name="TensorFlow", host=HOST["static graph"])
+TENSORFLOW = replace(DDP_2020, name="TensorFlow", host=HOST["static graph"], fusion="none")  # without XLA
 
 
 def software_of(case: Case) -> Software:

@@ -188,3 +188,12 @@ def test_a_single_blocks_activations_are_those_of_the_trace() -> None:
     eager = replace(FAST_HOST, fusion="none")
     more = step(eager, layers=9).memory.activations - step(eager, layers=8).memory.activations
     assert more == pytest.approx(kept, rel=1e-6)
+
+
+def test_messages_beside_compute_slow_it() -> None:
+    """Eight replicas that hide their messages still take longer than one: by the share that contention costs."""
+    from planner.folded_kernels import SLOWED
+
+    one, eight = step(global_batch=16, micro_batches=4), step(global_batch=128, micro_batches=4, dp=8)
+    hidden = eight.device["dp all_reduce"]
+    assert eight.step_seconds >= one.step_seconds + 0.99 * SLOWED * hidden
