@@ -84,8 +84,8 @@ def _named(case: Case, name: str) -> Software:
         return MEGATRON_2021
     if "megatron-lm 2022" in name:
         return MEGATRON_2022
-    if "hugging face" in name:
-        return HUGGING_FACE
+    if "hugging face" in name:  # where Megatron runs the layers, it splits embedding and logits, too
+        return replace(HUGGING_FACE, vocab_parallel="megatron" in name)
     if "composer" in name or "llm-foundry" in name:
         return COMPOSER
     if "torchtitan" in name:
