@@ -58,6 +58,7 @@ def _print(data: dict[str, Any]) -> None:
         ("peak memory of the step", size(data["peak_bytes"])),
         ("work", f"{number(data['work'])} operations"),
         ("depth", f"{number(data['depth'])} steps of the longest chain"),
+        ("average parallelism", f"{number(data['parallelism'])} operations at once"),
         ("traced in", f"{seconds(data['seconds'])}, after {seconds(data['loading_seconds'])} of loading torch"),
     ]
     show(table(f"{data['model']}, batch {data['batch']}", ("", ""), rows))

@@ -20,6 +20,7 @@ from planner.memory_sizes import (
     path_of,
     received,
     share_bytes,
+    state_bytes,
 )
 from planner.orders import stage_order
 from planner.plan import ParallelPlan
@@ -200,7 +201,8 @@ class _Replay:
             ledger.hold(("parameter", name), size, "parameters")
         for t in {t.id: t for t in graph.tensors if t.role == "optimizer_state" and t.name in owned}.values():
             whole = t.shape == graph.parameters[t.name].shape
-            ledger.hold(("state", t.id), shares[t.name] if whole else t.bytes, "optimizer_state")
+            size = state_bytes(stage, t.name, self.dp_index) if whole else t.bytes
+            ledger.hold(("state", t.id), size, "optimizer_state")
         for i, size in enumerate(buffer_bytes(stage)):
             ledger.hold(("buffer", i), size, "inputs")
         for s in {t.storage for t in graph.tensors if t.role == "input"}:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import prod
+
 from opgraph.graph import DTYPE_BYTES, Op
 from planner.layout import Layout, accumulates
 from planner.runtime_data import padded
@@ -58,6 +60,17 @@ def share_bytes(stage: Stage, name: str) -> int:
     if not stage.units:
         return p.bytes
     return padded(p, stage.plan.dp) // stage.plan.dp * DTYPE_BYTES[p.dtype]
+
+
+def state_bytes(stage: Stage, name: str, dp_index: int) -> int:
+    """Bytes of one tensor of optimizer state of a parameter's shape: FSDP pads the shards of parameters to equal rows,
+    but not the state, so that later ranks may hold less."""
+    p = stage.parameters[name]
+    if not stage.units or not p.shape:
+        return share_bytes(stage, name)
+    rows = -(-p.shape[0] // stage.plan.dp)
+    own = max(0, min(rows, p.shape[0] - dp_index * rows))
+    return own * prod(p.shape[1:]) * DTYPE_BYTES[p.dtype]
 
 
 def buffer_bytes(stage: Stage) -> list[int]:

@@ -110,7 +110,8 @@ def write(rows: Iterable[Row], out: Path, command: str) -> None:
             table.writerow([r.model, r.plan, r.status, *peaks, r.error, r.reason, r.commit])
     about = environment(command)
     (out / "memory.json").write_text(json.dumps({**about, "rows": [asdict(r) for r in rows]}, indent=1) + "\n")
-    (out / "report.md").write_text(markdown(rows, about))
+    pictures = [f"![{p.stem}]({p.name})\n" for p in sorted(out.glob("*.png"))]
+    (out / "report.md").write_text("\n".join([markdown(rows, about), *pictures]))
 
 
 def environment(command: str) -> dict[str, Any]:
