@@ -32,8 +32,8 @@ from costmodels.ops import OpShape, Price
 WIDTH = {"float64": 8, "float32": 4, "tf32": 4, "float16": 2, "bfloat16": 2, "int8": 1}
 REGIONS = (64, 512, 1024)  # upper ends of m of the regions whose errors a section lists; the last has none
 # Mean errors of borrowed constants: measured by predicting each device of a table from its nearest other one
-# (reports/gemm/borrowed.csv). generation: 0.05 to 0.09 with the relative's correction; vendor: of another generation,
-# 0.13 to 0.9. ASSUMPTIONS: dtype: of another dtype of the device; other: of another maker.
+# (reports/gemm/borrowed.csv). generation: 0.05 to 0.14 with the relative's correction; vendor: of another generation,
+# 0.13 to 1.7, half of them under 0.35. ASSUMPTIONS: dtype: of another dtype of the device; other: of another maker.
 BORROWED_ERROR = {"generation": 0.08, "dtype": 0.25, "vendor": 0.40, "other": 0.50}
 # A board that may draw less power runs the same kernels at a lower clock: time grows as (power / limit) ** 0.4 where
 # the limit is below what the work would draw. Median over 165 pairs of power limits of training runs on V100, A40 and
