@@ -99,7 +99,6 @@ class _Replay:
     ends: dict[int, str] = field(default_factory=dict)  # last backward op of a region -> the region
     unneeded: dict[str, list[int]] = field(default_factory=dict)  # region -> storages made again that backward ignores
     forgotten: dict[int, tuple[str, set[int]]] = field(default_factory=dict)  # last op of a region -> it, storages
-    last_output: int = 0  # bytes of the model's output of the micro-batch before, on a pipeline's last stage
     alive: dict[int, dict[int, None]] = field(default_factory=dict)  # micro-batch -> storages, in order
 
     def run(self) -> None:
@@ -217,11 +216,8 @@ class _Replay:
     def _forward(self, micro: int) -> None:
         stage, ledger = self.stage, self.ledger
         ledger.place = ("forward", micro, "", "")
-        graph = stage.graph
         if stage.units:
             self._gather(stage.units[0], "forward")
-        if self.last_output:
-            ledger.hold("last output", self.last_output, "activations")
         current: Unit | None = None
         for op in stage.ops.forward:
             unit = unit_of(stage, op)
@@ -241,11 +237,6 @@ class _Replay:
         if current is not None:
             ledger.drop(("whole", current.path))
         ledger.drop("last gather")
-        if kept := sum(graph.tensors[t].bytes for t in outputs(stage)):
-            # the schedule's variable holds the last micro-batch's output until the next one is there; the block itself
-            # is counted with its micro-batch up to the end of its backward
-            self.last_output = kept
-        ledger.drop("last output")
 
     def _run_op(self, op: Op, micro: int, phase: str) -> None:
         ledger = self.ledger
