@@ -131,15 +131,21 @@ def _used_parameters(graph: OpGraph, ops: list[Op]) -> tuple[str, ...]:
 
 
 def _crossing(graph: OpGraph, stage_of: dict[int, int], constants: set[int], count: int) -> list[tuple[int, ...]]:
-    """Tensors that each stage sends on: made at or before it, used after it; views of one storage go once."""
+    """Tensors that each stage sends on: made at or before it, used after it. A view that a later stage makes again of
+    what it got (a transpose and back) is its own."""
     home: dict[int, int] = {}
-    last: dict[int, int] = {}
+    crossing: dict[int, list[tuple[int, int]]] = {}  # tensor -> (stage that made it, stage that uses it)
     for op in graph.ops:
         if op.phase != "forward" or op.id in constants:
             continue
+        here = stage_of[op.id]
         for t in op.inputs:
             if t in home:
-                last[t] = max(last.get(t, 0), stage_of[op.id])
+                crossing.setdefault(t, []).append((home[t], here))
         for t in op.outputs:
-            home.setdefault(t, stage_of[op.id])
-    return [tuple(t for t in home if home[t] <= s < last.get(t, -1)) for s in range(count)]
+            if t not in op.inputs:
+                home[t] = here
+            home.setdefault(t, here)
+    order = {t: i for i, t in enumerate(home)}
+    sent = [{t for t, uses in crossing.items() if any(made <= s < used for made, used in uses)} for s in range(count)]
+    return [tuple(sorted(tensors, key=order.__getitem__)) for tensors in sent]
