@@ -35,7 +35,7 @@ def plot_memory(timeline: MemoryTimeline, title: str, path: Path, capacity: int 
     figure = Figure(figsize=(12, 5), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     axes: Any = figure.subplots()
-    columns = [CATEGORIES.index(c) for c in COLOURS]  # type: ignore[arg-type]
+    columns = [CATEGORIES.index(c) for c in COLOURS]
     names = [c.replace("_", " ") for c in COLOURS]
     layers = timeline.live[chosen][:, columns].T / scale
     axes.stackplot(chosen, layers, colors=COLOURS.values(), labels=names, step="post")

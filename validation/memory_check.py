@@ -70,7 +70,7 @@ def plans_of(workload: Workload) -> tuple[ParallelPlan, ...]:
     for kind in ("ddp", "fsdp"):
         units = blocks if kind == "fsdp" else ()
         both = ((), blocks)
-        plans += [replace(ParallelPlan(batch, dp=2, fsdp_units=units, recompute=r), data_parallel=kind) for r in both]  # type: ignore[arg-type]
+        plans += [replace(ParallelPlan(batch, dp=2, fsdp_units=units, recompute=r), data_parallel=kind) for r in both]
     for pp in (2, 4):
         if len(blocks) >= pp:
             cuts = tuple(blocks[len(blocks) * s // pp] for s in range(1, pp))

@@ -203,7 +203,10 @@ def test_contention_of_gloos_broadcast_emerges_without_a_constant() -> None:
             float(row[4]),
         )
         port, cap = (gigabits or 10.0) * 1.25e8, math.inf if gigabits else 5 * 1.25e8
-        add = lambda b, r, road, n=nbytes: collective(b, "broadcast", n, r, road, "gloo")
+
+        def add(b, r, road, n=nbytes):
+            return collective(b, "broadcast", n, r, road, "gloo")
+
         predicted = finish_of(add, ranks, port, delay * 1e-3, cap)
         errors[bool(gigabits)].append(abs(predicted / measured - 1))
     assert np.mean(errors[True]) < 0.04 and np.mean(errors[True] + errors[False]) < 0.05
