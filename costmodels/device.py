@@ -126,6 +126,15 @@ def rescale(device: Device, ratio: float) -> Device:
     )
 
 
+def basis_of(device: Device) -> tuple[str, ...]:
+    """What a reader of a prediction should know of the device: how this machine was measured, or that a catalogue
+    device rests on tables and data sheets (whose own notes `parplan devices` shows)."""
+    if device.kind == "cpu":
+        return device.notes
+    basis = "published op tables and its data sheet" if device.kernels else "its data sheet and measured relatives"
+    return (f"{device.name} was not measured here: prices rest on {basis}; sources: parplan devices '{device.name}'",)
+
+
 def local_path() -> Path:
     """Where `parplan calibrate` keeps this machine's device file."""
     base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"

@@ -59,6 +59,7 @@ def _search(
     model: str, name: str, global_batch: int, devices: int | None, precision: str, progress: Any
 ) -> tuple[Any, Any]:
     from costmodels.cluster import load_cluster
+    from costmodels.device import basis_of
 
     kind = precision_of(precision)
     cluster = load_cluster(name)
@@ -74,7 +75,7 @@ def _search(
     result = search_plans(
         workload, graph, cluster, global_batch, devices=devices, precision=kind, progress=progress
     )
-    for note in (*graph.notes, *cluster.device.notes):
+    for note in (*graph.notes, *basis_of(cluster.device)):
         remark(f"note: {note}")
     return result, cluster
 

@@ -144,7 +144,7 @@ def _merge(script: tuple[Item, ...], cluster: Cluster, tally: _Tally) -> list[_E
             tally.by_source["measured"] += seconds - found.seconds
             tally.by_law[item.shape.name] += found.seconds * found.error
             tally.flops += item.shape.flops
-            if not is_known(item.shape.name) or found.source == "roofline":
+            if found.seconds > 0 and (not is_known(item.shape.name) or found.source == "roofline"):
                 tally.unpriced.add(item.shape.name)
         elif isinstance(item, Host):
             seconds = host.get(item.kind, 0.0) * item.count

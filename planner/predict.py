@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field
 from math import hypot
 
 from costmodels.cluster import Cluster
+from costmodels.device import basis_of
 from costmodels.ops import peak_of
 from opgraph.graph import OpGraph
 from planner.lower import Lowered, lower
@@ -94,7 +95,7 @@ def _judge(graph: OpGraph, plan: ParallelPlan, cluster: Cluster, lowered: Lowere
         mfu=model_flops / (step * peak) if step else 0.0,
         shares={k: v / total for k, v in sorted(lowered.seconds_by_source.items())},
         unpriced=lowered.unpriced,
-        notes=(*graph.notes, *cluster.notes, *cluster.device.notes),
+        notes=tuple(dict.fromkeys((*graph.notes, *cluster.notes, *basis_of(cluster.device)))),
         tasks=len(lowered.program),
         at_peak={str(category): size for category, size in fullest.at_peak.items()},
         resting_bytes=fullest.resting,
