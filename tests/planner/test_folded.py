@@ -10,6 +10,7 @@ import pytest
 
 from costmodels.cluster import Cluster, Link
 from costmodels.device import load_device
+from costmodels.ops import price_many, shape_of
 from opgraph.batch import trace_workload
 from opgraph.graph import OpGraph
 from opgraph.zoo.transformer import Shape, workload
@@ -20,6 +21,7 @@ from planner.folded_model import FoldedModel, chunks_of
 from planner.folded_pieces import pieces
 from planner.lower import lower
 from planner.plan import ParallelPlan, check_executable, plan_from_dict
+from planner.predict import predict
 from planner.software import HOST, Software
 
 SEQ, HIDDEN, VOCAB, LAYERS = 256, 512, 1024, 8
@@ -73,6 +75,24 @@ def test_parts_hold_each_op_of_the_step_once() -> None:
         assert third <= everything - set(ids)
         assert len(everything - set(ids)) == len(parts["block"])  # only the third block is left out
     assert set(found.parameters["block"]) == {n for n in graph.parameters if n.startswith("blocks.1.")}
+
+
+@pytest.mark.parametrize("micro", [1, 2])
+@pytest.mark.parametrize("axes", [{}, {"tp": 2}, {"pp": 2, "cuts": ("blocks.1",)}])
+def test_a_folded_step_takes_what_the_step_lowered_op_by_op_takes(axes: dict[str, Any], micro: int) -> None:
+    """Three layers, without what only trainers add; the optimizer is taken off the op-by-op step. What remains is the
+    optimizer's split over stages and ranks, and where messages wait: up to 4 %."""
+    plain = Software(
+        "plain", replace(HOST["graph"], step=0.0), fusion="none", tp_async=False, main_grads=0, norm_clip=False,
+        reduce_bytes=2, vocab_parallel=False, optimizer="none",
+    )  # fmt: skip
+    chosen = plan(global_batch=4 * micro, micro_batches=micro, **axes)
+    folded = predict_folded(replace(model(), layers=3), chosen, cluster(), plain).step_seconds
+    graph = traced()
+    whole = predict(graph, replace(chosen, precision=graph.precision), cluster()).step_seconds
+    ops = [op for op in graph.ops if op.phase == "optimizer"]
+    optimizer = sum(p.seconds for p in price_many(cluster().device, [shape_of(graph, op) for op in ops]))
+    assert folded == pytest.approx(whole - optimizer / chosen.world_size, rel=0.04)
 
 
 def test_work_grows_by_one_block_a_layer() -> None:
