@@ -31,14 +31,14 @@ def seconds(kind: str, nbytes: float, ranks: int, link: Link) -> float:
         return all_reduce(nbytes, ranks, flow, latency)
     if kind == "reduce_scatter":  # the whole all_reduce, then a copy of the own part (pytorch PR 149869)
         return all_reduce(nbytes, ranks, flow, latency) + nbytes / ranks / COPY_BANDWIDTH
-    if kind == "all_gather":  # ring of P - 1 steps
-        return (ranks - 1) * (nbytes / ranks / flow + latency)
+    if kind == "all_gather":  # ring of P - 1 steps in halves; sends are posted before receives, so a first half waits
+        return (ranks - 1) * (nbytes / ranks / flow + latency) + nbytes / ranks / 2 / flow
     if kind == "broadcast":
         return broadcast(nbytes, ranks, port, latency, flow)
     if kind == "reduce":
         return reduce(nbytes, ranks, port, latency, flow)
-    if kind == "all_to_all":  # all pairs posted at once
-        return (ranks - 1) / ranks * nbytes / min(port, (ranks - 1) * flow) + latency
+    if kind == "all_to_all":  # all sends are posted before all receives: the last to enter writes while others wait
+        return nbytes / min(port, (ranks - 1) * flow) + latency
     if kind == "send":
         return nbytes / flow + max(slow_start(nbytes, flow, latency), latency)
     assert kind == "barrier", kind
@@ -46,7 +46,8 @@ def seconds(kind: str, nbytes: float, ranks: int, link: Link) -> float:
 
 
 def all_reduce(nbytes: float, ranks: int, bandwidth: float, latency: float) -> float:
-    """steps * (segment / B + 0.75 L), steps = 2 (segments - segments / P + 2).
+    """2 (segments - segments / P) segment / B + 2 (segments - segments / P + 2) 0.75 L: the two further steps of each
+    half carry no bytes (on 2 ranks they would be as many again as those that do).
 
     segments = bytes / 1 MiB rounded up to a multiple of P, 2 P or more. One more group of P segments makes the last
     steps shorter, so the plain formula falls a little there; the price is its running maximum.
@@ -70,8 +71,8 @@ def _half_ring(nbytes: float, ranks: int, bandwidth: float, wait: float) -> floa
 
 
 def _ring(nbytes: float, segments: int, ranks: int, bandwidth: float, wait: float) -> float:
-    steps = segments - segments // ranks + 2
-    return steps * (nbytes / segments / bandwidth + wait)
+    steps = segments - segments // ranks
+    return steps * (nbytes / segments / bandwidth) + (steps + 2) * wait
 
 
 def broadcast(nbytes: float, ranks: int, bandwidth: float, latency: float, flow: float = 0.0) -> float:
