@@ -1,0 +1,116 @@
+"""Speed of what a plan's prediction is made of: prices of ops, a folded Llama-405B step, allocator events, estimates of
+plans, and the start of the command line. Medians over `--runs`, with the range; nothing here is a test.
+
+    python benchmarks/pricing.py --json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+
+def timed(run: Callable[[], Any], runs: int, per: int = 1) -> dict[str, float]:
+    """Seconds of `run` over `per` things that it does."""
+    seconds = []
+    for _ in range(runs):
+        began = time.perf_counter()
+        run()
+        seconds.append((time.perf_counter() - began) / per)
+    return {"median": statistics.median(seconds), "lowest": min(seconds), "highest": max(seconds), "runs": runs}
+
+
+def prices(runs: int) -> dict[str, dict[str, float]]:
+    """Seconds an op, nothing cached: 2,000 different products at once, and all ops of a step of Llama-405B."""
+    from costmodels.device import load_device
+    from costmodels.ops import OpShape, price_many, shape_of
+    from opgraph.batch import trace_workload
+    from opgraph.models import load_workload
+
+    device = load_device("h100-sxm")
+
+    def product(m: int, n: int, k: int) -> OpShape:
+        sizes = 2 * m * n * k, 2 * (m + n) * k, 2 * m * n
+        return OpShape("aten.mm", "forward", ((m, k), (k, n)), ((m, n),), "bfloat16", *sizes)
+
+    products = [product(17 + i, 1000 + 8 * i, 4096) for i in range(2000)]
+    graph = trace_workload(load_workload("llama3-405b"))
+    shapes = [shape_of(graph, op) for op in graph.ops]
+    return {
+        "product": timed(lambda: price_many(replace(device, cache={}), products), runs, len(products)),
+        "llama3-405b step": timed(lambda: price_many(replace(device, cache={}), shapes), runs),
+        "llama3-405b step, shapes included": timed(
+            lambda: price_many(replace(device, cache={}), [shape_of(graph, op) for op in graph.ops]), runs
+        ),
+    }
+
+
+def allocator(runs: int) -> dict[str, float]:
+    """Seconds of 100,000 allocations and frees."""
+    from costmodels.allocator import replay
+
+    draw, alive, blocks, sizes = random.Random(0), list[int](), list[int](), list[int]()
+    size = dict[int, int]()
+    while len(blocks) < 100_000:
+        if alive and (len(alive) > 400 or draw.random() < 0.5):
+            block = alive.pop(draw.randrange(len(alive)))
+            blocks.append(block)
+            sizes.append(-size[block])
+        else:
+            block = len(size)
+            size[block] = int(10 ** draw.uniform(3, 8))
+            alive.append(block)
+            blocks.append(block)
+            sizes.append(size[block])
+    return timed(lambda: replay(blocks, sizes), runs)
+
+
+def estimates(runs: int) -> dict[str, float]:
+    """Seconds a plan of the estimator."""
+    from costmodels.cluster import load_cluster
+    from opgraph.batch import trace_workload
+    from opgraph.models import load_workload
+    from planner.estimate import estimate
+    from planner.space import enumerate_plans
+
+    workload = load_workload("gpt2:layers=4,hidden=128,heads=4,seq=64,vocab=512")
+    space = enumerate_plans(workload, trace_workload(workload), load_cluster("dgx-a100"), 64)
+    plans = list(space.plans) * 10
+    return timed(lambda: estimate(space.costs, plans), runs, len(plans))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--runs", type=int, default=20)
+    parser.add_argument("--json", action="store_true")
+    args = parser.parse_args()
+    start = [sys.executable, "-c", "from parplan.cli import main; main(['--help'])"]
+    rows = {
+        **prices(args.runs),
+        "100,000 allocator events": allocator(args.runs),
+        "estimate of a plan": estimates(args.runs),
+        "parplan --help": timed(lambda: subprocess.run(start, cwd=ROOT, check=True, capture_output=True), args.runs),
+    }
+    if args.json:
+        print(json.dumps({"seconds": rows, "load_average": os.getloadavg()[0], "cores": os.cpu_count()}, indent=2))
+        return
+    for name, row in rows.items():
+        print(f"{name:36s} {row['median']:.3g} s ({row['lowest']:.3g} to {row['highest']:.3g}, {row['runs']} runs)")
+    print(f"load {os.getloadavg()[0]:.2f} on {os.cpu_count()} cores")
+
+
+if __name__ == "__main__":
+    main()
