@@ -2,7 +2,8 @@
 
 Source of the algorithms: gloo 70dc360, shared/facts/communication.md A2. EMPIRICAL constants come from published
 sweeps (github BinhangYuan/tc_cluster_setting, AWS p3.2xlarge, TCP shaped to 1 to 5 Gbit/s and 1 to 10 ms); the errors
-of each formula on them are in `reports/collectives`.
+of each formula on them are in `reports/collectives`, where what a constant was taken from is called "in sample"
+(`validation.collective_tcp.TAKEN_FROM`).
 """
 
 from __future__ import annotations

@@ -12,6 +12,14 @@ from parplan.console import emit, number, percent, remark, seconds, show, size, 
 
 BANDS = (("under_256KiB", "under 256 KiB"), ("256KiB_16MiB", "256 KiB - 16 MiB"), ("over_16MiB", "over 16 MiB"))
 
+LEGEND = {
+    "shipped": "not in the catalogue, priced by its constants.",
+    "formula": "published formulas of gloo and NCCL; no constant in them comes from this configuration.",
+    "in sample": "formulas with a constant that was taken from rows of this very configuration; the error says how "
+    "well the law describes the data, not how well it predicts.",
+    "tuner": "nothing fitted.",
+}
+
 
 def collectives(
     cases: Annotated[
@@ -101,6 +109,7 @@ def _show_scores(data: dict[str, Any]) -> None:
     titles = {
         "mean_of_configs": "mean of configurations", "median_of_configs": "median of configurations",
         "related": "relative measured", "unrelated": "no relative measured",
+        "in_sample": "points in sample", "out_of_sample": "points out of sample",
     }  # fmt: skip
     rows.append(("all points", "", "", *_errors(summary)))
     rows += [(title, "", "", *_errors(summary[key])) for key, title in titles.items() if key in summary]
@@ -111,9 +120,8 @@ def _show_scores(data: dict[str, Any]) -> None:
     if "related" in summary:
         show("relative measured: the fit had another configuration of the same family, class of collective and network "
              "at such sizes.")  # fmt: skip
-    if summary["left_out"] < summary["configs"]:
-        show("shipped: not in the catalogue, priced by its constants. formula: published formulas of gloo and NCCL. "
-             "tuner: nothing fitted.")  # fmt: skip
+    for constants in sorted({c["constants"] for c in data["configs"]} & LEGEND.keys()):
+        show(f"{constants}: {LEGEND[constants]}")
 
 
 def _errors(entry: dict[str, Any]) -> tuple[str, ...]:

@@ -13,7 +13,7 @@ from costmodels.collectives import collective_price
 from costmodels.nccl_fabric import group_of
 from costmodels.nccl_law import BANDS, TUNER, Laws, class_of
 from validation.collective_cases import Sweep, by_config, catalogue_sweeps, read_rows, setup_of, sweep_from
-from validation.collective_tcp import is_tcp, tcp_points
+from validation.collective_tcp import in_sample, is_tcp, tcp_points
 
 Progress = Callable[[str, float], None]
 
@@ -23,9 +23,10 @@ class Scored:
     """One configuration: its points (bytes, measured and predicted seconds), and the algorithm and protocol of each.
 
     constants: "left out" (the catalogue has it; the constants were fitted anew without it), "shipped" (the
-    catalogue does not have it), "tuner" (nothing was fitted), "formula". related: of each point, whether the constants
-    were fitted to another configuration of the same family, class of collective and network with a size within a factor
-    of four."""
+    catalogue does not have it), "tuner" (nothing was fitted), "formula" (of TCP; its constants come from elsewhere),
+    "in sample" (of TCP; a constant that prices this configuration comes from its own rows). related: of each point,
+    whether the constants were fitted to another configuration of the same family, class of collective and network with
+    a size within a factor of four."""
 
     config_id: str
     what: str
@@ -142,7 +143,7 @@ def score_tcp(rows: list[dict[str, str]]) -> tuple[list[Scored], dict[str, str]]
             continue
         first = mine[0]
         what = f"{first['collective']}, {first['backend']}, {first['num_nodes']} nodes"
-        found.append(Scored(config_id, what, *points, "formula"))
+        found.append(Scored(config_id, what, *points, "in sample" if any(map(in_sample, mine)) else "formula"))
     return found, skipped
 
 
@@ -166,7 +167,8 @@ def result(scored: Sequence[Scored], skipped: dict[str, str]) -> dict[str, Any]:
     """What `parplan collectives --cases` says, as JSON.
 
     summary: `mape` and the bands are over all points; mean_of_configs and median_of_configs give each configuration
-    one vote; related and unrelated split the points by `Scored.related`."""
+    one vote; related and unrelated split the points by `Scored.related`, in_sample and out_of_sample those over TCP by
+    whether a constant came from their own configuration."""
     configs: list[dict[str, Any]] = [
         {"config_id": s.config_id, "what": s.what, "constants": s.constants, "related": sum(s.related)}
         | numbers(np.array(s.bytes), s.errors)
@@ -179,11 +181,19 @@ def result(scored: Sequence[Scored], skipped: dict[str, str]) -> dict[str, Any]:
     summary: dict[str, Any] = {"configs": len(configs)} | numbers(sizes, errors)
     summary |= {"left_out": sum(s.constants == "left out" for s in scored)}
     summary |= {"mean_of_configs": _votes(configs, False), "median_of_configs": _votes(configs, True)}
+    summary |= {name: numbers(sizes[part], errors[part]) for name, part in _parts(scored).items() if part.any()}
+    return {"configs": configs, "skipped": _reasons(skipped), "summary": summary}
+
+
+def _parts(scored: Sequence[Scored]) -> dict[str, np.ndarray]:
+    """Masks over all points of how far the constants know the configuration."""
     if any(s.constants in ("left out", "shipped") for s in scored):
         related = np.concatenate([s.related for s in scored])
-        parts = {"related": related, "unrelated": ~related}
-        summary |= {name: numbers(sizes[part], errors[part]) for name, part in parts.items() if part.any()}
-    return {"configs": configs, "skipped": _reasons(skipped), "summary": summary}
+        return {"related": related, "unrelated": ~related}
+    if any(s.constants in ("in sample", "formula") for s in scored):
+        seen = np.concatenate([np.full(len(s.bytes), s.constants == "in sample") for s in scored])
+        return {"in_sample": seen, "out_of_sample": ~seen}
+    return {}
 
 
 def _votes(configs: Sequence[dict[str, Any]], median: bool) -> dict[str, Any]:

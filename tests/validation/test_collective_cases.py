@@ -10,12 +10,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from costmodels import gloo
 from costmodels.collectives import collective_price
 from costmodels.nccl_law import Laws, laws_data, laws_from, shipped
 from parplan.cli import main
 from validation import collective_score
 from validation.collective_cases import Sweep, catalogue_sweeps, setup_of
 from validation.collective_score import is_same, read_sweeps, score, score_file, without
+from validation.collective_tcp import in_sample, tcp_points
 from validation.fit_collectives import fit, points_of
 
 HEADER = "config_id,gpu,num_gpus,num_nodes,interconnect,collective,bytes,time_us,busbw_GBps,source,notes\n"
@@ -188,6 +190,61 @@ def test_tcp_files_are_scored_by_formula(tmp_path: Path) -> None:
     assert len(errors["g"]) == 8 and errors["g"].mean() < 0.03 and errors["g"].max() < 0.04
     assert errors["n"].max() < 0.03 and errors["p"].max() < 0.25
     assert "mpi" in skipped["m"]
+
+
+def test_configurations_that_gave_a_constant_are_in_sample(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The window of a flow comes from the sweep of sends, so that sweep is in sample; the same rows of another campaign
+    are not, nor is a broadcast, whose formula has no constant."""
+    path = tmp_path / "tcp.csv"
+    rows = {
+        "own": ("gloo,AWS p3.2xlarge,2", "10,0,sendrecv,67108864,532000", "in sample"),
+        "other": ("gloo,my cloud,2", "10,0,sendrecv,67108864,532000", "formula"),
+        "tree": ("gloo,AWS p3.2xlarge,4", "1,5,broadcast,134217728,674000", "formula"),
+        "step": ("nccl,AWS p3.2xlarge,4", "1,5,all_reduce_step,268435456,800000", "formula"),
+        "socket": ("nccl,AWS p3.2xlarge,8", "10,1,all_reduce,134217728,1940000", "in sample"),
+    }
+    path.write_text(TCP + "".join(f"{name},{where},1,{what}\n" for name, (where, what, _) in rows.items()))
+    assert main(["collectives", "--cases", str(path), "--out", str(tmp_path / "out"), "--json"]) == 0
+    data = json.loads(capsys.readouterr().out)
+    assert {c["config_id"]: c["constants"] for c in data["configs"]} == {name: row[2] for name, row in rows.items()}
+    summary = data["summary"]
+    seen, unseen = summary["in_sample"], summary["out_of_sample"]
+    assert (seen["n"], unseen["n"]) == (2, 3) and summary["mape"] == pytest.approx(
+        (2 * seen["mape"] + 3 * unseen["mape"]) / 5
+    )
+    assert (tmp_path / "out" / "points.csv").read_text().count(",in sample") == 2
+    assert main(["collectives", "--cases", str(path)]) == 0
+    text = capsys.readouterr().out
+    assert "points out of sample" in text and "in sample: formulas with a constant" in text and "tuner:" not in text
+
+
+@pytest.mark.parametrize(("constant", "moved"), [
+    ("LATENCY_SHARE", {("gloo", "all_reduce", 4)}),
+    ("REDUCE_LATENCY_SHARE", {("gloo", "reduce", 8)}),
+    ("SOCKET_SHARE", {("nccl", "all_reduce", 8), ("nccl", "broadcast", 16), ("nccl", "reduce", 4)}),
+    ("SOCKET_STARTS", {("nccl", "broadcast", 16), ("nccl", "reduce", 4)}),
+])  # fmt: skip
+def test_constants_taken_from_rows_price_only_what_is_in_sample_or_nccl(
+    constant: str, moved: set[tuple[str, str, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which constant moves which price, found by moving it: what no constant moves is out of sample."""
+    groups = [("gloo", "all_reduce", 4), ("gloo", "reduce", 8), ("gloo", "broadcast", 4), ("gloo", "broadcast", 8),
+              ("nccl", "all_reduce", 8), ("nccl", "broadcast", 16), ("nccl", "reduce", 4)]  # fmt: skip
+
+    def prices() -> list[float]:
+        rows = [
+            {"backend": b, "collective": kind, "num_nodes": str(n), "delay_ms": "5", "bandwidth_gbps": "2",
+             "bytes": "1e8", "time_us": "1e6", "hardware": "AWS p3.2xlarge"} for b, kind, n in groups
+        ]  # fmt: skip
+        assert {g for g, row in zip(groups, rows, strict=True) if not in_sample(row)} == {
+            ("gloo", "broadcast", 4), ("gloo", "broadcast", 8)
+        }  # fmt: skip
+        return [tcp_points([row])[2][0] for row in rows]
+
+    before = prices()
+    monkeypatch.setattr(gloo, constant, 0.9 * getattr(gloo, constant))
+    changed = {g for g, a, b in zip(groups, before, prices(), strict=True) if a != b}
+    assert changed == moved
 
 
 # -- the command -----------------------------------------------------------------------------------------------
