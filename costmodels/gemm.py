@@ -36,8 +36,9 @@ REGIONS = (64, 512, 1024)  # upper ends of m of the regions whose errors a secti
 # 0.13 to 1.7, half of them under 0.35. ASSUMPTIONS: dtype: of another dtype of the device; other: of another maker.
 BORROWED_ERROR = {"generation": 0.08, "dtype": 0.25, "vendor": 0.40, "other": 0.50}
 # A board that may draw less power runs the same kernels at a lower clock: time grows as (power / limit) ** 0.4 where
-# the limit is below what the work would draw. Median over 165 pairs of power limits of training runs on V100, A40 and
-# Quadro RTX 6000 (0.43, 0.36, 0.41; most lie between 0.2 and 0.6): the Zeus project's traces.
+# the limit is 0.6 to 0.9 of what the work would draw. Median over 165 pairs of power limits of training runs on V100,
+# A40 and Quadro RTX 6000 (0.43, 0.36, 0.41; eight in ten between P10 and P90): `python -m validation.fit_power` on
+# the Zeus project's traces.
 POWER = 0.4
 OUTSIDE = 2.0  # outside the fitted range an error is taken to be twice as large, as for the other laws
 
