@@ -49,10 +49,12 @@ def fit_all(ops: Path | None, tables: Path | None) -> tuple[list[Fitted], pd.Dat
     fits: list[Fitted] = []
     algorithms = pd.DataFrame()
     if ops is not None:
-        _check(ops, "conv_fp32.csv.gz", "rowwise_fp32.csv.gz")
+        if not (ops / "rowwise_fp32.csv.gz").is_file():
+            _check(ops, "conv_fp32.csv.gz", "rowwise_fp32.csv.gz")
         fits += fit_eager(ops)
-        convolutions, algorithms = fit_convolutions(ops)
-        fits += convolutions
+        if (ops / "conv_fp32.csv.gz").is_file():  # a NeuSight checkout has none for AMD (`validation.neusight_ops`)
+            convolutions, algorithms = fit_convolutions(ops)
+            fits += convolutions
     if tables is not None:
         if not any(tables.rglob("context_attention_perf.parquet")):
             raise ValueError(f"{tables} holds no attention tables; give the folder of the unpacked wheel")
@@ -77,7 +79,7 @@ def _commit() -> str:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m validation.fit_kernels", description=__doc__.splitlines()[0])
-    parser.add_argument("--ops", type=Path, help="folder of conv_fp32.csv.gz and rowwise_fp32.csv.gz")
+    parser.add_argument("--ops", type=Path, help="folder of rowwise_fp32.csv.gz, and of conv_fp32.csv.gz where known")
     parser.add_argument("--tables", type=Path, help="folder of the unpacked aiconfigurator-core wheel")
     parser.add_argument("--out", type=Path, required=True, help="folder of the report")
     parser.add_argument("--keep", action="store_true", help="leave the constants in the catalogue as they are")

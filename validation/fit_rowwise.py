@@ -22,6 +22,7 @@ CASTS = "quantize/scale_matrix_perf (aiconfigurator-core 0.12, the fastest of th
 STEM_OF = {
     "NVIDIA A100 80GB PCIe": "a100-pcie-80gb", "NVIDIA A100-PCIE-40GB": "a100-pcie-40gb", "NVIDIA L4": "l4",
     "Tesla P100-PCIE-16GB": "p100-pcie", "Tesla P4": "p4", "Tesla T4": "t4", "Tesla V100-PCIE-32GB": "v100-pcie-32gb",
+    "AMD Instinct MI100": "mi100", "AMD Instinct MI210": "mi210",
 }  # fmt: skip
 SYSTEMS = {
     "h100_sxm": "h100-sxm", "h200_sxm": "h200", "b200_sxm": "b200", "b300_sxm": "b300", "gb200": "gb200",

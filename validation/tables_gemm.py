@@ -33,7 +33,8 @@ OLDER = ("0.5.6.post2",)  # an older version's table beside a newer one of the s
 NEUSIGHT = {
     "NVIDIA A100-PCIE-40GB": "a100-pcie-40gb", "NVIDIA A100 80GB PCIe": "a100-pcie-80gb",
     "NVIDIA H100 80GB HBM3": "h100-sxm", "NVIDIA L4": "l4", "Tesla P100-PCIE-16GB": "p100-pcie", "Tesla P4": "p4",
-    "Tesla T4": "t4", "Tesla V100-PCIE-32GB": "v100-pcie-32gb",
+    "Tesla T4": "t4", "Tesla V100-PCIE-32GB": "v100-pcie-32gb", "AMD Instinct MI100": "mi100",
+    "AMD Instinct MI210": "mi210",
 }  # fmt: skip
 CAMPAIGNS = {"test": "models", "train": "random"}  # the first that a device has gives the constants that are kept
 LEAST_ROWS = 300  # of a campaign: below, half of it does not carry twelve constants
