@@ -36,6 +36,9 @@ SPLITS = (2, 4, 8)  # parts of the keys that a small grid is split over
 # Backward passes make 2.5 times the FLOP of the forward (five products for two) at .75 to .85 of its rate, and move
 # twice its bytes (shared/facts/compute.md B3; FlashAttention-3 paper, H100, head dim 128: 550 of 648 TFLOP/s).
 BACKWARD_FLOPS, BACKWARD_RATE, BACKWARD_BYTES, BACKWARD_LAUNCHES = 2.5, 0.80, 2.0, 2.0
+# Where a machine's backward passes were measured, too, the section of that name has the law's constants for them, with
+# rates over BACKWARD_RATE (`validation.fit_machine`).
+BACKWARD = "_backward"
 # FlashAttention-2 on Hopper and later, of the rate of the tables' kernel: 370 of 648 TFLOP/s at 16k and 309 of 467 at
 # 512 (head dim 128, H100), 324 of 497 (head dim 64): FlashAttention-3 paper, in shared/facts/compute.md B3.
 FLASH2_SHARE = 0.60
@@ -68,16 +71,20 @@ class Calls:
 def attention_prices(device: Device, shapes: Sequence[OpShape]) -> list[Price | None]:
     """The prices of attentions, forward and backward; None where no device of this kind was measured."""
     prices: list[Price | None] = [None] * len(shapes)
-    groups: dict[tuple[str, str], list[int]] = {}
+    groups: dict[tuple[str, str, bool], list[int]] = {}
     for i, shape in enumerate(shapes):
         if _heads(shape):
-            groups.setdefault((kernel_of(shape), shape.dtype), []).append(i)
-    for (kernel, dtype), members in groups.items():
+            backward = family(shape.name) == "attention_backward"
+            groups.setdefault((kernel_of(shape), shape.dtype, backward), []).append(i)
+    for (kernel, dtype, backward), members in groups.items():
         found = find(device, "attention", dtype if dtype != "float32" else "bfloat16", "rates")
         if found is None:
             continue
+        constants = found.constants
+        if backward and found.whose == "own" and kernel == "flash":  # a machine's own table of backward passes
+            constants = device.kernels["attention"].get(f"{dtype}{BACKWARD}", constants)
         calls = calls_of([shapes[i] for i in members])
-        seconds = kernel_seconds(found.constants, device, dtype, kernel, calls)
+        seconds = kernel_seconds(constants, device, dtype, kernel, calls)
         for i, value in zip(members, seconds.tolist()):
             prices[i] = found.price(value)
     return prices

@@ -16,7 +16,7 @@ from typing import Any, Literal, cast, get_args
 import numpy as np
 
 from costmodels import tomlfile as toml
-from costmodels.device import CATALOGUE, Device, device_from, load_device, local_path
+from costmodels.device import CATALOGUE, MACHINES, Device, device_from, load_device, local_path
 
 Backend = Literal["gloo", "nccl"]
 # How the devices of a node are joined. nvswitch: all to one switch. mesh: every pair by its share of a device's links.
@@ -326,6 +326,12 @@ def tables_from(data: dict[str, Any], where: str) -> tuple[CollectiveTable, ...]
         error = toml.number(row, "error", place, 0.1)
         result.append(CollectiveTable(kind, ranks, sizes, seconds, demand, error))
     return tuple(result)
+
+
+def machine_tables(machine: str) -> tuple[CollectiveTable, ...]:
+    """The collectives that were measured on one machine (`costmodels.device.on_machine`); none where it is ""."""
+    path = MACHINES / f"{machine}.toml"
+    return tables_from(toml.read_toml(path), path.name) if machine else ()
 
 
 def tables_data(tables: Sequence[CollectiveTable]) -> list[dict[str, Any]]:

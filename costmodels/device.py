@@ -180,8 +180,9 @@ def on_machine(device: Device, machine: str) -> Device:
         raise ValueError(f"'{machine}' is no measured machine; use one of: {known}")
     kernels = dict(device.kernels)
     for law, sections in toml.read_toml(path).items():
-        kernels[law] = {**kernels.get(law, {}), **sections}
-    note = f"matrix products as measured on one machine ({machine})"
+        if law != "collectives":  # those are the cluster's (`costmodels.cluster.machine_tables`)
+            kernels[law] = {**kernels.get(law, {}), **sections}
+    note = f"kernels as measured on one machine ({machine})"
     return replace(device, kernels=kernels, notes=(*device.notes, note), cache={})
 
 

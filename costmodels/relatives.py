@@ -63,7 +63,7 @@ def _find(device: Device, law: str, dtype: str, needs: str) -> Found | None:
 
 
 def _section(device: Device, law: str, dtype: str, needs: str) -> dict[str, Any] | None:
-    sections = {k: v for k, v in device.kernels.get(law, {}).items() if needs in v}
+    sections = {k: v for k, v in device.kernels.get(law, {}).items() if needs in v and not k.endswith("_backward")}
     for name in (dtype, _TWINS.get(dtype, "")):
         if name in sections:
             return {**sections[name], "of": (dtype, name)}

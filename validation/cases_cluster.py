@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from math import ceil
 
-from costmodels.cluster import Cluster, Fabric, Link, Wire, load_cluster
+from costmodels.cluster import Cluster, Fabric, Link, Wire, load_cluster, machine_tables
 from costmodels.device import Device, on_machine
 from costmodels.names import device_named
 from validation.cases import Case, CaseError
@@ -43,7 +43,7 @@ def cluster_of(case: Case, devices: dict[str, Device]) -> Cluster:
     notes = (f"network between nodes assumed: {inter.bandwidth / GB:.3g} GB/s a device",) if assumed else ()
     cluster = Cluster(
         f"{case.text('gpu')} x {count}", device, ceil(count / per_node), per_node, intra, inter, "nccl",
-        notes=notes, fabric=_fabric(inside), wires=_mesh(inside, device),
+        notes=notes, fabric=_fabric(inside), wires=_mesh(inside, device), tables=machine_tables(machine),
     )  # fmt: skip
     return cluster
 

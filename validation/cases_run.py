@@ -95,10 +95,10 @@ class _Runner:
 
     def cluster(self, case: Case) -> Any:
         """Clusters are shared so that their devices remember prices."""
-        from validation.cases_cluster import cluster_of
+        from validation.cases_cluster import MACHINES, cluster_of
 
         names = ("gpu", "num_gpus", "gpus_per_node", "intra_node", "inter_node", "interconnect")
-        key = tuple(case.text(name) for name in names)
+        key = (MACHINES.get(case.text("set"), ""), *(case.text(name) for name in names))
         if key not in self.clusters:
             self.clusters[key] = cluster_of(case, self.devices)
         return self.clusters[key]

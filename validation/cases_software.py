@@ -52,7 +52,7 @@ def software_of(case: Case) -> Software:
     if "fused cross entropy" in notes:
         found = replace(found, fused_loss=True)
     if "communication overlap switched off" in notes:
-        found = replace(found, dp_overlap=False, tp_overlap=False, p2p_overlap=True)
+        found = replace(found, dp_overlap=False, tp_overlap=False, p2p_overlap=False)
     if "tp user-buffer" in notes or "tp user buffer" in notes:
         found = replace(found, tp_overlap=True)
     if "cuda graphs" in notes:

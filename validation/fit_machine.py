@@ -4,8 +4,9 @@
 
 Machines of one device type differ: the products in SimuMax's table of a B200 take 1.34 times as long in the median as
 those of aiconfigurator-core on another B200. Who has such a table of the machine that a run was made on should predict
-the run with it: it holds times of single ops, none of a step. Half of the shapes, by a hash, calibrates; the errors on
-the other half are printed and stand in the file, which goes to `costmodels/catalogue/kernels/machines`.
+the run with it: it holds times of single ops (products, attention, collectives), none of a step. Half of the shapes,
+by a hash, calibrates; the errors on the other half are printed and stand in the file, which goes to
+`costmodels/catalogue/kernels/machines`.
 """
 
 from __future__ import annotations
@@ -21,8 +22,9 @@ from typing import Any
 import numpy as np
 
 from costmodels import tomlfile
-from costmodels.device import MACHINES
+from costmodels.device import MACHINES, load_device
 from validation.fit_gemm_law import calibration_half, fit, predictions, section_values
+from validation.machine_tables import attention, collectives
 from validation.tables_gemm import Table
 
 Dims = tuple[int, int, int, int]
@@ -36,7 +38,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--name", required=True, help="name of the machine: its file in the catalogue")
     args = parser.parse_args(arguments)
     try:
-        tables = list(products(json.loads(args.config.read_text()), args.device, args.name))
+        config = json.loads(args.config.read_text())
+        tables = list(products(config, args.device, args.name))
     except (OSError, ValueError, KeyError) as error:
         print(f"{args.config} is no system file of SimuMax with efficiencies of matmul: {error}", file=sys.stderr)
         return 2
@@ -49,7 +52,14 @@ def main(arguments: list[str] | None = None) -> int:
         bare, corrected = (s[held] / table.seconds[held] - 1 for s in predictions(fitted, table.dims))
         print(f"{table.section}: {mask.sum()} rows, {held.sum()} held out: law {abs(bare).mean():.1%}, "
               f"corrected {abs(corrected).mean():.1%}, bias {corrected.mean():+.1%}")  # fmt: skip
-    tomlfile.write_toml(MACHINES / f"{args.name}.toml", {"gemm": sections})
+    content: dict[str, Any] = {"gemm": sections}
+    if "sdp_fwd" in config["accelerator"]["op"]:
+        content["attention"], errors = attention(config, load_device(args.device))
+        for name, error in errors.items():
+            print(f"attention {name}: held out {error:.1%}")
+    if "networks" in config:
+        content["collectives"] = collectives(config)
+    tomlfile.write_toml(MACHINES / f"{args.name}.toml", content)
     return 0
 
 
