@@ -1,0 +1,156 @@
+"""When the gradients of a data-parallel step are complete, bucket by bucket, and the step around any exchange of them.
+
+The script is that of `planner.runtime` (torch's DDP); prices are those of `planner.lower`, with which an uncompressed
+ring agrees to rounding. One rank stands for all. On GPUs the host thread that launches eager kernels is counted too
+(`planner.software.HOST`), because the ops of a compressor are launched by it as well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from costmodels.cluster import Cluster
+from costmodels.ops import price_many
+from opgraph.graph import OpGraph
+from planner.lower import prepared_graph
+from planner.plan import ParallelPlan
+from planner.runtime import stage_segments
+from planner.runtime_data import ddp_buckets
+from planner.runtime_stage import prepare
+from planner.script import Host, Item, Message, Wait, Work
+from planner.software import HostCosts
+from simulator import Program, ProgramBuilder, simulate
+
+Shapes = tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class StepWork:
+    """Compute of one rank around its buckets, seconds. buckets: shapes of each, in the order in which they are sent;
+    before: compute from the bucket before (the start of the step) until each is complete; rest: backward after the
+    last; unpack: copies of each bucket's result into the gradients; update: the optimizer; cores: of a node for each of
+    its ranks (0: ranks compute on devices of their own)."""
+
+    buckets: tuple[Shapes, ...]
+    before: tuple[float, ...]
+    rest: float
+    unpack: tuple[float, ...]
+    update: float
+    cores: float
+
+    @property
+    def compute(self) -> float:
+        return sum(self.before) + self.rest + sum(self.unpack) + self.update
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """What exchanging one bucket costs, seconds. encode, between, decode: compute of the rank. first, second: messages
+    before and after `between`. served: whether the second goes the other way on full-duplex ports (a server's reply),
+    so that the next bucket's first may pass it; update: of the server between them. worker_update: share of the
+    bucket's parameters that the worker updates itself. demand: host cores busy with a message."""
+
+    encode: float = 0.0
+    between: float = 0.0
+    decode: float = 0.0
+    first: float = 0.0
+    second: float = 0.0
+    served: bool = False
+    update: float = 0.0
+    worker_update: float = 1.0
+    demand: float = 0.0
+
+
+def step_work(graph: OpGraph, plan: ParallelPlan, cluster: Cluster, host: HostCosts | None = None) -> StepWork:
+    """The work of one rank of a plan of pure data parallelism; host: of the thread that launches kernels (None: the
+    device's own overheads only, as `planner.lower` has them)."""
+    if plan.world_size != plan.dp or plan.dp < 2 or plan.data_parallel != "ddp":
+        raise ValueError(f"gradients of {plan.label} are not exchanged in buckets; use pure data parallelism (dp2, ...)")
+    step, layout, stages = prepared_graph(graph, plan)
+    stage = prepare(step, plan, layout, stages, 0)
+    buckets = ddp_buckets(plan, [stage.parameters[name] for name in stage.ready])
+    if wrong := next((p for b in buckets for p in b if p.dtype != "float32"), None):
+        raise ValueError(f"the gradient of {wrong.name} is {wrong.dtype}; schemes are priced for float32 gradients")
+    items = [item for segment in stage_segments(stage) for item in segment]
+    ends = _finished(items, cluster, host)
+    marks = [i for i, item in enumerate(items) if isinstance(item, Message)]
+    waits = [i for i, item in enumerate(items) if isinstance(item, Wait)]
+    update = next(i for i, item in enumerate(items) if isinstance(item, Host) and item.kind == "optimizer_step")
+    at = [0.0, *(ends[i] for i in marks), ends[waits[0]], *(ends[i] for i in waits[1:]), ends[update - 1], ends[-1]]
+    gaps = [b - a for a, b in zip(at, at[1:])]
+    n = len(buckets)
+    assert len(marks) == len(waits) == n
+    per_node = max(1, -(-plan.world_size // cluster.nodes))
+    return StepWork(
+        tuple(tuple(p.shape for p in bucket) for bucket in buckets), tuple(gaps[:n]), gaps[n],
+        tuple(gaps[n + 1 : 2 * n + 1]), gaps[-1], cluster.cores / per_node,
+    )  # fmt: skip
+
+
+def _finished(items: Sequence[Item], cluster: Cluster, host: HostCosts | None) -> list[float]:
+    """When the device is through with each item if no message holds it up."""
+    prices = iter(price_many(cluster.device, [i.shape for i in items if isinstance(i, Work)]))
+    own, at, issued, ends = cluster.device.host, 0.0, 0.0, list[float]()
+    for item in items:
+        if isinstance(item, Work):
+            seconds = next(prices).seconds
+            backward = item.phase == "backward"
+            if host is not None:
+                issued += host.view if item.is_view else host.backward if backward else host.op
+                at = max(at, issued) + seconds if seconds else at
+            else:
+                per_op = own.get("op_backward" if backward else "op_forward", 0.0)
+                at += seconds + (per_op if item.phase != "optimizer" else 0.0)
+        elif isinstance(item, Host):
+            at += own.get(item.kind, 0.0) * item.count
+        elif isinstance(item, Message) and host is not None:
+            issued += host.message
+        ends.append(at)
+    return ends
+
+
+def step_program(work: StepWork, loads: Sequence[Load]) -> Program:
+    """The step of one rank; its messages wait for nobody else, as all ranks do the same."""
+    tasks = ProgramBuilder()
+    pool = tasks.pool("cores", work.cores) if work.cores else -1
+    compute = tasks.resource("compute", pool=pool, rank=0)
+    away = tasks.resource("messages", pool=pool, rank=0, kind="communication")
+    back = tasks.resource("replies", pool=pool, rank=0, kind="communication")
+    last, reply, done = -1, -1, list[int]()
+
+    def run(label: str, seconds: float, where: int, *after: int, demand: float = 1.0) -> int:
+        before = [t for t in after if t >= 0]
+        return tasks.task(label, label, seconds, where, before, demand)
+
+    for seconds, load in zip(work.before, loads, strict=True):
+        last = run("backward", seconds, compute, last)
+        if load.encode:
+            last = run("encode", load.encode, compute, last)
+        # a message that needs both directions waits until replies of servers are in
+        end = run("message", load.first, away, last, -1 if load.served else reply, demand=load.demand)
+        if load.served:
+            end = run("server", load.update, -1, end, demand=0.0)
+            end = reply = run("message", load.second, back, end, demand=load.demand)
+        elif load.between or load.second:
+            end = run("encode", load.between, compute, end)
+            end = run("message", load.second, away, end, demand=load.demand)
+        done.append(run("decode", load.decode, compute, end) if load.decode else end)
+    last = run("backward", work.rest, compute, last)
+    for seconds, end in zip(work.unpack, done, strict=True):
+        last = run("backward", seconds, compute, last, end)
+    sizes = [sum(_numel(s) for s in bucket) for bucket in work.buckets]
+    own = sum(n * load.worker_update for n, load in zip(sizes, loads)) / max(sum(sizes), 1)
+    run("optimizer", work.update * own, compute, last)
+    return tasks.build()
+
+
+def step_seconds(work: StepWork, loads: Sequence[Load]) -> float:
+    return simulate(step_program(work, loads)).makespan
+
+
+def _numel(shape: tuple[int, ...]) -> int:
+    total = 1
+    for n in shape:
+        total *= n
+    return total
