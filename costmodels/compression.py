@@ -175,7 +175,7 @@ def messages(compression: Compression, shapes: Shapes, ranks: int) -> tuple[Mess
 
 
 def wire_bytes(compression: Compression, shapes: Shapes, ranks: int) -> float:
-    """Bytes that each rank sends for a bucket by rings: 2 (P - 1) / P of an all-reduce, (P - 1) / P of an all-gather."""
+    """Bytes that each rank sends for a bucket by rings: 2 (P - 1) / P of an all_reduce, (P - 1) / P of an all_gather"""
     share = (ranks - 1) / ranks
     return sum((2 if m.kind == "all_reduce" else 1) * share * m.bytes for m in messages(compression, shapes, ranks))
 

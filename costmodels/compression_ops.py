@@ -137,7 +137,7 @@ def _powersgd(found: Factors, n: int) -> Codec:
     p, q = found.p, found.q
     encode = [_add(n), _op("clone", (n, "float32"), (n, "float32"))]
     encode.append(_op("cat", (found.vectors, "float32"), (found.vectors, "float32")))
-    for rows, columns, rank in found.matrices:
+    for _, columns, rank in found.matrices:
         encode += _orthogonal(columns, rank)
     between: Ops = [_op("copy_", (found.vectors, "float32"), (found.vectors, "float32"))]
     for rows, columns, rank in found.matrices:

@@ -1,10 +1,10 @@
-"""Ways to agree on a gradient: all-reduce by ring, tree or in levels, and parameter servers. The seconds of one message.
+"""Ways to agree on a gradient: all-reduce by ring, tree or in levels, and parameter servers. Seconds of one message.
 
 Closed forms for P workers, S bytes, ports of B bytes/s and latency L; `tests/costmodels/test_schemes.py` holds those of
 the servers to flows that share ports max-min fairly.
 
-* "ring", "tree", "hierarchical": what `costmodels.collectives` prices (NCCL's own algorithms; on gloo its ring, a
-  binomial tree, and rings in levels).
+* "auto": what the backend chooses. "ring", "tree", "hierarchical": only this (NCCL's own algorithms as
+  `costmodels.collectives` prices them; on gloo its ring, a binomial tree, and rings in levels).
 * "ps": one server on a machine of its own that has the ports of one more node. All nodes push at once into its ports:
   P S / B for one worker a node, and as much to pull.
 * "ps-sharded": every worker serves 1/P of the parameters: an all-to-all each way, 2 (P - 1) / P S / B, as a ring.
@@ -31,12 +31,12 @@ from costmodels.gloo import SOCKET_SHARE
 from costmodels.nccl_fabric import network_of
 from costmodels.ops import Source
 
-Reduce = Literal["ring", "tree", "hierarchical"]
+Reduce = Literal["auto", "ring", "tree", "hierarchical"]
 Server = Literal["ps", "ps-sharded", "ps-hierarchical"]
 Exchange = Literal["gradients", "parameters"]
 SERVER_MEMORY = 40e9  # bytes/s at which a server machine adds gradients up: ASSUMPTION (two sockets, 20 to 60)
 UPDATE_PASSES = 5  # a server's update reads parameter, gradient, moment and writes two, on top of adding: ASSUMPTION
-NETWORK_SHARE = 0.85  # of a port's rate that RDMA messages reach: ASSUMPTION, shared/facts/communication.md A6 (.73-.95)
+NETWORK_SHARE = 0.85  # of a port's rate that RDMA reaches: ASSUMPTION, .73 to .95 (shared/facts/communication.md A6)
 NETWORK_LATENCY = 14e-6  # s that a message through a network costs on top of the link: NCCL's Simple hop (A1)
 SERVER_ERROR = 0.3  # of closed forms on data-sheet rates: ASSUMPTION, as whole_step has it
 
@@ -80,7 +80,7 @@ class SchemePrice:
 
 
 def scheme_from(name: str) -> Scheme:
-    """ring, tree, hierarchical, ps, ps-sharded, ps-hierarchical; servers with /gradients (default) or /parameters."""
+    """auto, ring, tree, hierarchical, ps, ps-sharded, ps-hierarchical; of servers also ps/parameters and so on."""
     known = {s.name: s for s in SCHEMES} | {s.algorithm: s for s in SCHEMES if s.exchange == "gradients"}
     if name not in known:
         raise ValueError(f"'{name}' is no known scheme; use one of {', '.join(s.name for s in SCHEMES)}")
@@ -96,8 +96,11 @@ def fits(scheme: Scheme, compression: Compression, cluster: Cluster, ranks: Sequ
     if not scheme.served and not compression.summable and scheme.algorithm != "ring":
         return False
     nodes = nodes_of(cluster, ranks)
-    if scheme.algorithm == "tree" and cluster.backend == "nccl" and nodes > 1:
-        return network_of(cluster.inter) != "ethernet"  # no law of trees over sockets was measured
+    sockets = nodes > 1 and network_of(cluster.inter) == "ethernet"
+    if scheme.algorithm == "auto":
+        return cluster.backend == "nccl" and not sockets  # otherwise that is a ring
+    if scheme.algorithm == "tree" and cluster.backend == "nccl":
+        return not sockets  # no law of trees over sockets was measured
     if scheme.algorithm.endswith("hierarchical"):
         return 1 < nodes < len(ranks)
     return True
@@ -128,7 +131,8 @@ def scheme_price(
             total, demand, source, error = total + seconds, ring.demand, "roofline", max(error, SERVER_ERROR)
             continue
         else:
-            cost = collective_price(cluster, "all_reduce", message.bytes, ranks, scheme.algorithm)
+            only = "" if scheme.algorithm == "auto" else scheme.algorithm
+            cost = collective_price(cluster, "all_reduce", message.bytes, ranks, only)
         total, demand, source, error = total + cost.seconds, max(demand, cost.demand), cost.source, cost.error
     return SchemePrice(total, 0.0, 0.0, demand, source, error)
 
@@ -137,6 +141,8 @@ def _gloo_levels(cluster: Cluster, algorithm: str, nbytes: float, ranks: Sequenc
     """gloo has neither: a binomial tree of whole messages up and down, or rings inside nodes and between them."""
     nodes = nodes_of(cluster, ranks)
     inside, net = ((link.latency, 1 / link.flow_rate()) for link in (cluster.intra, cluster.inter))
+    if algorithm == "tree" and cluster.cores and cluster.tables and nodes == 1:
+        return 2 * ceil(log2(len(ranks))) * collective_price(cluster, "send", nbytes, tuple(ranks)[:2]).seconds
     if algorithm == "tree":
         return tree(nbytes, len(ranks), *(inside if nodes == 1 else net))
     per_node = ceil(len(ranks) / nodes)

@@ -16,6 +16,7 @@ from parplan.cli_clusters import clusters
 from parplan.cli_collectives import collectives
 from parplan.cli_demo import demo
 from parplan.cli_devices import devices
+from parplan.cli_gradients import gradients
 from parplan.cli_predict import predict
 from parplan.cli_search import search
 from parplan.cli_simulate import simulate
@@ -29,7 +30,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for verb in (trace, calibrate, search, simulate, validate, predict, devices, clusters, collectives, demo):
+for verb in (trace, calibrate, search, simulate, validate, predict, devices, clusters, collectives, gradients, demo):
     app.command()(verb)
 # What typer raises for a wrong command line; newer versions bring their own click, so it has no other stable name.
 UsageProblem: Any = typer.BadParameter.__mro__[2]

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
+from math import prod
 
 from costmodels.cluster import Cluster
 from costmodels.ops import price_many
@@ -47,16 +49,16 @@ class StepWork:
 @dataclass(frozen=True, slots=True)
 class Load:
     """What exchanging one bucket costs, seconds. encode, between, decode: compute of the rank. first, second: messages
-    before and after `between`. served: whether the second goes the other way on full-duplex ports (a server's reply),
-    so that the next bucket's first may pass it; update: of the server between them. worker_update: share of the
-    bucket's parameters that the worker updates itself. demand: host cores busy with a message."""
+    before and after `between`. duplex: whether the second goes the other way on full-duplex ports (the reply of a
+    server machine), so that the next bucket's first may pass it; update: of that server between them. worker_update:
+    share of the bucket's parameters that the worker updates itself. demand: host cores busy with a message."""
 
     encode: float = 0.0
     between: float = 0.0
     decode: float = 0.0
     first: float = 0.0
     second: float = 0.0
-    served: bool = False
+    duplex: bool = False
     update: float = 0.0
     worker_update: float = 1.0
     demand: float = 0.0
@@ -66,7 +68,7 @@ def step_work(graph: OpGraph, plan: ParallelPlan, cluster: Cluster, host: HostCo
     """The work of one rank of a plan of pure data parallelism; host: of the thread that launches kernels (None: the
     device's own overheads only, as `planner.lower` has them)."""
     if plan.world_size != plan.dp or plan.dp < 2 or plan.data_parallel != "ddp":
-        raise ValueError(f"gradients of {plan.label} are not exchanged in buckets; use pure data parallelism (dp2, ...)")
+        raise ValueError(f"gradients of {plan.label} are not exchanged in buckets; give a plan like dp2")
     step, layout, stages = prepared_graph(graph, plan)
     stage = prepare(step, plan, layout, stages, 0)
     buckets = ddp_buckets(plan, [stage.parameters[name] for name in stage.ready])
@@ -78,7 +80,7 @@ def step_work(graph: OpGraph, plan: ParallelPlan, cluster: Cluster, host: HostCo
     waits = [i for i, item in enumerate(items) if isinstance(item, Wait)]
     update = next(i for i, item in enumerate(items) if isinstance(item, Host) and item.kind == "optimizer_step")
     at = [0.0, *(ends[i] for i in marks), ends[waits[0]], *(ends[i] for i in waits[1:]), ends[update - 1], ends[-1]]
-    gaps = [b - a for a, b in zip(at, at[1:])]
+    gaps = [b - a for a, b in pairwise(at)]
     n = len(buckets)
     assert len(marks) == len(waits) == n
     per_node = max(1, -(-plan.world_size // cluster.nodes))
@@ -128,8 +130,8 @@ def step_program(work: StepWork, loads: Sequence[Load]) -> Program:
         if load.encode:
             last = run("encode", load.encode, compute, last)
         # a message that needs both directions waits until replies of servers are in
-        end = run("message", load.first, away, last, -1 if load.served else reply, demand=load.demand)
-        if load.served:
+        end = run("message", load.first, away, last, -1 if load.duplex else reply, demand=load.demand)
+        if load.duplex:
             end = run("server", load.update, -1, end, demand=0.0)
             end = reply = run("message", load.second, back, end, demand=load.demand)
         elif load.between or load.second:
@@ -139,7 +141,7 @@ def step_program(work: StepWork, loads: Sequence[Load]) -> Program:
     last = run("backward", work.rest, compute, last)
     for seconds, end in zip(work.unpack, done, strict=True):
         last = run("backward", seconds, compute, last, end)
-    sizes = [sum(_numel(s) for s in bucket) for bucket in work.buckets]
+    sizes = [sum(prod(s) for s in bucket) for bucket in work.buckets]
     own = sum(n * load.worker_update for n, load in zip(sizes, loads)) / max(sum(sizes), 1)
     run("optimizer", work.update * own, compute, last)
     return tasks.build()
@@ -147,10 +149,3 @@ def step_program(work: StepWork, loads: Sequence[Load]) -> Program:
 
 def step_seconds(work: StepWork, loads: Sequence[Load]) -> float:
     return simulate(step_program(work, loads)).makespan
-
-
-def _numel(shape: tuple[int, ...]) -> int:
-    total = 1
-    for n in shape:
-        total *= n
-    return total

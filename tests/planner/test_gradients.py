@@ -1,0 +1,133 @@
+"""Exchanging gradients: the step around it, uniform choices, the policy."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from costmodels.cluster import load_cluster
+from costmodels.collectives import collective_price
+from costmodels.compression import NONE, compression_from, payload
+from costmodels.schemes import SCHEMES, Scheme
+from planner.gradient_policy import MIB, Choice, Exchange, advise, uniform
+from planner.gradient_times import Load, step_seconds, step_work
+from planner.plan import ParallelPlan
+from planner.predict import predict
+from planner.software import HOST
+from tests.planner.conftest import ALEXNET, GPT, VIT, model
+
+ALL = [compression_from(c) for c in ("none", "fp16", "int8", "sign", "topk0.01", "dgc0.001", "powersgd2")]
+
+
+def slow(bandwidth: float = 1e8):
+    cluster = load_cluster("p3-tcp")
+    return replace(cluster, inter=replace(cluster.inter, bandwidth=bandwidth, flow_cap=0.0), cache={})
+
+
+@pytest.mark.parametrize("spec", [GPT, ALEXNET, VIT])
+@pytest.mark.parametrize("where", ["dgx-h100", "p3-tcp", ""])
+def test_an_uncompressed_ring_takes_what_the_lowered_plan_takes(spec, where, uncalibrated):
+    cluster = load_cluster(where) if where else uncalibrated
+    _, graph = model(spec)
+    for size in (2**18, 25 * MIB):
+        plan = ParallelPlan(global_batch=16, dp=2, bucket_bytes=size)
+        work = step_work(graph, plan, cluster)
+        loads = []
+        for bucket in work.buckets:
+            price = collective_price(cluster, "all_reduce", payload(NONE, bucket), range(2))
+            loads.append(Load(first=price.seconds, demand=price.demand))
+        assert step_seconds(work, loads) == pytest.approx(predict(graph, plan, cluster).step_seconds)
+        assert step_seconds(work, [Load()] * len(loads)) <= step_seconds(work, loads)
+
+
+def test_encoding_delays_backward_and_replies_of_a_server_pass_later_pushes():
+    _, graph = model(GPT)
+    work = step_work(graph, ParallelPlan(global_batch=16, dp=2, bucket_bytes=2**17), load_cluster("dgx-h100"))
+    n = len(work.buckets)
+    assert n > 3
+    assert step_seconds(work, [Load(encode=1.0)] * n) == pytest.approx(work.compute + n)
+    busy = [Load(first=1.0, second=1.0)] * n
+    assert step_seconds(work, busy) == pytest.approx(2 * n + work.compute, rel=0.01)
+    passing = [replace(x, duplex=True) for x in busy]
+    assert step_seconds(work, passing) == pytest.approx(n + 1 + work.compute, rel=0.01)
+    served = [Load(worker_update=0.0)] * n
+    assert step_seconds(work, served) == pytest.approx(work.compute - work.update)
+
+
+def test_the_host_thread_makes_small_steps_longer():
+    _, graph = model(GPT)
+    plan, cluster = ParallelPlan(global_batch=16, dp=2), load_cluster("dgx-h100")
+    assert step_work(graph, plan, cluster, HOST["torch"]).compute > 2 * step_work(graph, plan, cluster).compute
+    assert step_work(graph, plan, cluster, HOST["graph"]).compute == pytest.approx(
+        step_work(graph, plan, cluster).compute, rel=0.05
+    )
+
+
+@pytest.mark.parametrize("bandwidth", [1e7, 1e9, 1e11])
+@pytest.mark.parametrize("lossy", [False, True])
+def test_the_policy_is_never_worse_than_the_best_allowed_uniform_choice(bandwidth, lossy):
+    _, graph = model(ALEXNET)
+    plan = ParallelPlan(global_batch=32, dp=4)
+    advice = advise(graph, plan, slow(bandwidth), compressions=ALL, buckets=(2**16, 2**20, 25 * MIB), lossy=lossy)
+    allowed = [u.step_seconds for u in advice.uniform if lossy or not u.choice.compression.lossy]
+    assert advice.policy_step_seconds <= min(allowed) * (1 + 1e-9)
+    assert lossy or not any(d.choice.compression.lossy for d in advice.policy)
+    assert sum(d.bucket_bytes for d in advice.policy) == sum(t.bytes for t in graph.parameters.values())
+    exchange = Exchange(graph, plan, slow(bandwidth))
+    again = exchange.step(exchange.work(advice.policy_bucket_bytes), [d.choice for d in advice.policy])
+    assert again == pytest.approx(advice.policy_step_seconds)
+    assert all("\n" not in d.reason and "MB by" in d.reason for d in advice.policy)
+
+
+def test_reasons_follow_the_link():
+    _, graph = model(GPT)
+    plan, kinds = ParallelPlan(global_batch=32, dp=4), ALL[:2]
+    crawling = advise(graph, plan, slow(1e6), [Scheme("ring")], kinds)
+    assert {d.choice.compression.name for d in crawling.policy} == {"fp16"}
+    assert all("saves" in d.reason and d.saved_seconds > 0 for d in crawling.policy)
+    quick = advise(graph, plan, slow(1e13), [Scheme("ring")], kinds)
+    assert {d.choice.compression.name for d in quick.policy} == {"none"}
+    exact = advise(graph, plan, slow(1e6), [Scheme("ring")], [NONE])
+    assert any("no compression is allowed" in d.reason for d in exact.policy)
+
+
+def test_break_even_is_where_the_steps_cross():
+    _, graph = model(ALEXNET)
+    plan = ParallelPlan(global_batch=32, dp=4)
+    advice = advise(graph, plan, slow(1e9), [Scheme("ring")], ALL, (MIB,), lossy=True)
+    rate = advice.break_even["fp16"]
+    assert rate is not None and 1e6 < rate < 1e12
+
+    def step(name: str, bandwidth: float) -> float:
+        choice = Choice(Scheme("ring"), compression_from(name))
+        return uniform(Exchange(graph, plan, slow(bandwidth)), choice, MIB).step_seconds
+
+    assert step("fp16", rate / 1.1) < step("none", rate / 1.1) and step("fp16", rate * 1.1) >= step("none", rate * 1.1)
+
+
+def test_uniform_rows_add_up():
+    _, graph = model(ALEXNET)
+    exchange = Exchange(graph, ParallelPlan(global_batch=32, dp=4), slow(1e8))
+    whole = sum(t.bytes for t in graph.parameters.values())
+    ring = uniform(exchange, Choice(Scheme("ring"), NONE), MIB)
+    assert ring.wire_bytes == pytest.approx(2 * 3 / 4 * whole) and ring.memory_bytes == ring.encode_seconds == 0
+    served = uniform(exchange, Choice(Scheme("ps"), compression_from("fp16")), MIB)
+    assert served.wire_bytes == whole / 2 and served.exposed_seconds > ring.exposed_seconds
+    assert uniform(exchange, Choice(Scheme("ps-sharded"), NONE), MIB).wire_bytes == pytest.approx(ring.wire_bytes)
+    kept = uniform(exchange, Choice(Scheme("ring"), compression_from("dgc")), MIB)
+    assert kept.memory_bytes == 2 * whole and kept.step_seconds >= kept.exposed_seconds
+
+
+def test_what_cannot_be_priced_gets_one_sentence():
+    _, graph = model(GPT)
+    cluster = load_cluster("dgx-h100")
+    with pytest.raises(ValueError, match="not exchanged in buckets"):
+        step_work(graph, ParallelPlan(global_batch=8, dp=2, data_parallel="fsdp"), cluster)
+    plan = ParallelPlan(global_batch=8, dp=2)
+    with pytest.raises(ValueError, match="lossy"):
+        advise(graph, plan, cluster, SCHEMES, [compression_from("sign")])
+    with pytest.raises(ValueError, match="go together"):
+        advise(graph, plan, cluster, [Scheme("ps")], [compression_from("powersgd2")], lossy=True)
+    with pytest.raises(ValueError, match="bucket"):
+        advise(graph, plan, cluster, buckets=())
