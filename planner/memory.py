@@ -8,28 +8,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from costmodels.workspace import reserve_bytes, workspace_bytes
-from opgraph.graph import DTYPE_BYTES, Op, OpGraph
+from opgraph.graph import Op
 from planner.memory_ledger import Category, Event, Ledger
-from planner.memory_sizes import (
-    buffer_bytes,
-    gradient_owners,
-    local_bytes,
-    message_bytes,
-    outputs,
-    path_of,
-    received,
-    share_bytes,
-    state_bytes,
-)
+from planner.memory_lifetimes import Lifetimes, Region, lifetimes, optimizer_storages
+from planner.memory_sizes import buffer_bytes, message_bytes, path_of, received, share_bytes, state_bytes
 from planner.orders import stage_order
 from planner.plan import ParallelPlan
-from planner.runtime import recomputed_ops
 from planner.runtime_data import Unit, zero1_owners
 from planner.runtime_fsdp import unit_of
 from planner.runtime_stage import Stage
-from planner.script import tensor_shape
-from planner.stages import LOSS, within
+from planner.stages import LOSS
 
 GENERATOR_STATE = 5056  # bytes of a CPU random generator, which a checkpoint keeps to draw the same numbers again
 
@@ -59,8 +47,7 @@ def memory(stages: tuple[Stage, ...], plan: ParallelPlan, backend: str = "gloo")
     for rank in range(plan.world_size):
         role = _role(plan, rank)
         if role not in by_role:
-            replay = _Replay(stages[role[0]], role[1], backend)
-            replay.run()
+            replay = _replay(stages[role[0]], role[1], backend, Ledger())
             by_role[role] = RankMemory(replay.ledger.peak, replay.ledger.at_peak, replay.resting)
         found.append(by_role[role])
     return tuple(found)
@@ -71,8 +58,7 @@ def memory_events(
 ) -> tuple[Event, ...]:
     """Every block that a rank makes and frees in one steady step, what rests between steps first."""
     stage, dp_index = _role(plan, rank)
-    replay = _Replay(stages[stage], dp_index, backend, Ledger(recording=True))
-    replay.run()
+    replay = _replay(stages[stage], dp_index, backend, Ledger(recording=True))
     return tuple(replay.ledger.events)
 
 
@@ -82,28 +68,24 @@ def _role(plan: ParallelPlan, rank: int) -> tuple[int, int]:
     return at["pp"], at["dp"] if plan.data_parallel in ("zero1", "fsdp") else 0
 
 
+def _replay(stage: Stage, dp_index: int, backend: str, ledger: Ledger) -> _Replay:
+    replay = _Replay(stage, dp_index, backend, lifetimes(stage, backend), ledger)
+    replay.run()
+    return replay
+
+
 @dataclass(slots=True)
 class _Replay:
     stage: Stage
     dp_index: int
     backend: str
-    ledger: Ledger = field(default_factory=Ledger)
+    times: Lifetimes
+    ledger: Ledger
     resting: int = 0
-    sizes: dict[int, int] = field(default_factory=dict)  # storage -> bytes
-    born: dict[int, list[int]] = field(default_factory=dict)  # op -> storages that it makes
-    dies: dict[int, list[int]] = field(default_factory=dict)  # op -> storages that nobody needs after it
-    gradients: dict[int, str] = field(default_factory=dict)  # storage -> parameter
-    by_parameter: dict[str, list[int]] = field(default_factory=dict)
-    inside: dict[int, int] = field(default_factory=dict)  # op -> bytes that it takes inside itself
-    again: dict[int, list[tuple[str, list[Op]]]] = field(default_factory=dict)  # backward op -> regions made again
-    ends: dict[int, str] = field(default_factory=dict)  # last backward op of a region -> the region
-    unneeded: dict[str, list[int]] = field(default_factory=dict)  # region -> storages made again that backward ignores
-    forgotten: dict[int, tuple[str, set[int]]] = field(default_factory=dict)  # last op of a region -> it, storages
     alive: dict[int, dict[int, None]] = field(default_factory=dict)  # micro-batch -> storages, in order
 
     def run(self) -> None:
         stage, plan = self.stage, self.stage.plan
-        self._measure()
         self._rest()
         for action in stage_order(plan.schedule, stage.ops.index, plan.pp, plan.micro_batches):
             if action.kind == "F":
@@ -115,79 +97,7 @@ class _Replay:
             self.ledger.drop(("whole", unit.path))
         self._optimizer()
 
-    # -- what there is --------------------------------------------------------------------------------------
-    def _measure(self) -> None:
-        """Local sizes, births and deaths of the storages that this stage makes."""
-        stage = self.stage
-        graph, layout = stage.graph, stage.layout
-        mine = {op.id: i for i, op in enumerate((*stage.ops.forward, *stage.ops.backward))}
-        uses: dict[int, int] = {}
-        placed: dict[int, int] = {}
-        for op in (*stage.ops.forward, *stage.ops.backward):
-            for t in (*op.inputs, *op.outputs):
-                s = graph.tensors[t].storage
-                uses[s] = op.id
-                if t in op.outputs:
-                    placed.setdefault(s, t)
-        elsewhere = {graph.tensors[t].storage for t in received(stage)}
-        owner = gradient_owners(stage)
-        end = stage.ops.backward[-1].id if stage.ops.backward else stage.ops.forward[-1].id
-        kept = {graph.tensors[t].storage for t in (*stage.ops.sends, *outputs(stage))}
-        for storage in graph.storages:
-            s = storage.id
-            if storage.birth not in mine or s in elsewhere:
-                continue
-            self.sizes[s] = local_bytes(layout, storage.bytes, placed.get(s))
-            self.born.setdefault(storage.birth, []).append(s)
-            if s in owner:
-                self.gradients[s] = owner[s]
-                continue
-            death = storage.death if storage.death in mine else uses.get(s, storage.birth)
-            self.dies.setdefault(end if s in kept else death, []).append(s)
-        if self.backend == "gloo":
-            self._look_inside()
-        for path in stage.plan.recompute:
-            self._measure_region(path)
-
-    def _look_inside(self) -> None:
-        """Scratch memory of ops on a CPU, and outputs whose size fake tensors do not know."""
-        stage = self.stage
-        graph, layout = stage.graph, stage.layout
-        for op in (*stage.ops.forward, *stage.ops.backward):
-            if op.is_view:
-                continue
-            ins, outs = (tuple(tensor_shape(graph, layout, t) for t in ts) for ts in (op.inputs, op.outputs))
-            itemsize = DTYPE_BYTES[graph.tensors[op.inputs[0]].dtype] if op.inputs else 4
-            if size := workspace_bytes(op.name, ins, outs, op.args, itemsize):
-                self.inside[op.id] = size
-            for i, t in enumerate(op.outputs):
-                if size := reserve_bytes(op.name, i, ins, itemsize):
-                    self.sizes[graph.tensors[t].storage] = size
-
-    def _measure_region(self, path: str) -> None:
-        """Where a checkpointed region ends in forward, what it forgets there, and where backward makes it again."""
-        stage = self.stage
-        ops = [op for op in stage.ops.forward if within(op.module, path)]
-        backward = [op for op in stage.ops.backward if within(op.module, path) and op.module != LOSS]
-        if not ops or not backward:
-            return
-        first = backward[0]
-        self.ends[backward[-1].id] = path
-        again = recomputed_ops(stage, path)
-        self.again.setdefault(first.id, []).append((path, again))
-        made = {s for op in again for s in self.born.get(op.id, ())}
-        self.forgotten[ops[-1].id] = (path, made - self._leaving(path))
-        done = {op.id for op in (*stage.ops.forward, *stage.ops.backward) if op.id < first.id} - {op.id for op in again}
-        self.unneeded[path] = [s for op, storages in self.dies.items() if op in done for s in storages if s in made]
-
-    def _leaving(self, path: str) -> set[int]:
-        graph = self.stage.graph
-        return {
-            graph.tensors[t].storage
-            for op in (*self.stage.ops.forward,) if not within(op.module, path)
-            for t in op.inputs
-        } | {graph.tensors[t].storage for t in self.stage.ops.sends}  # fmt: skip
-
+    # -- between steps ---------------------------------------------------------------------------------------
     def _rest(self) -> None:
         """What is there between steps."""
         stage, plan, ledger = self.stage, self.stage.plan, self.ledger
@@ -228,12 +138,11 @@ class _Replay:
                     self._gather(unit, "forward")
                 current = unit
             self._run_op(op, micro, "forward")
-            if op.id in self.forgotten:
-                path, storages = self.forgotten[op.id]
-                for s in storages:
+            if (region := self.times.forgotten.get(op.id)) is not None:
+                for s in region.forgotten:
                     self._free(s, micro)
                 if self.backend == "gloo":
-                    ledger.hold(("generator", path, micro), GENERATOR_STATE, "activations")
+                    ledger.hold(("generator", region.path, micro), GENERATOR_STATE, "activations")
         if current is not None:
             ledger.drop(("whole", current.path))
         ledger.drop("last gather")
@@ -241,13 +150,13 @@ class _Replay:
     def _run_op(self, op: Op, micro: int, phase: str) -> None:
         ledger = self.ledger
         ledger.place = (phase, micro, op.name, op.module)
-        for s in self.born.get(op.id, ()):
+        for s in self.times.born.get(op.id, ()):
             self._allocate(s, micro)
-        ledger.pulse(self.inside.get(op.id, 0), "workspace")
+        ledger.pulse(self.times.inside.get(op.id, 0), "workspace")
         for reduction in self.stage.reductions.get(op.id, ()) if phase != "recompute" else ():
             # the functional all-reduce returns a new tensor; the partial one dies after it
-            ledger.pulse(self.sizes.get(self.stage.graph.tensors[reduction.tensor].storage, 0), "communication")
-        for s in self.dies.get(op.id, ()):
+            ledger.pulse(self.times.sizes.get(self.stage.graph.tensors[reduction.tensor].storage, 0), "communication")
+        for s in self.times.dies.get(op.id, ()):
             self._free(s, micro)
 
     def _backward(self, micro: int) -> None:
@@ -266,10 +175,11 @@ class _Replay:
                 entered.add(unit.path)
                 self._gather(unit, "backward")
                 self._prefetch(stage.units.index(unit))
-            for path, ops in self.again.get(op.id, ()):
-                self._run_again(path, ops, micro)
+            for region in self.times.again.get(op.id, ()):
+                self._run_again(region, micro)
             self._run_op(op, micro, "backward")
-            self.ledger.drop(("generator", self.ends.get(op.id, ""), micro))
+            if (ended := self.times.ends.get(op.id)) is not None:
+                self.ledger.drop(("generator", ended.path, micro))
             if op.id in ready and micro > 0:
                 for s in self._gradients_of(ready[op.id]):
                     self._free(s, micro)
@@ -277,7 +187,7 @@ class _Replay:
                 self.ledger.drop(("whole", unit.path))
                 if micro == plan.micro_batches - 1:
                     self._scatter(unit)
-        for s in [s for s in self.alive.get(micro, ()) if s not in self.gradients]:
+        for s in [s for s in self.alive.get(micro, ()) if s not in self.times.gradients]:
             self._free(s, micro)
         sent = sum(stage.graph.tensors[t].bytes for t in received(stage)) if plan.schedule == "1f1b" else 0
         self._warm_up_send(micro)
@@ -288,13 +198,13 @@ class _Replay:
             if micro == plan.micro_batches - 1:
                 self._scatter(stage.units[0])
 
-    def _run_again(self, path: str, ops: list[Op], micro: int) -> None:
+    def _run_again(self, region: Region, micro: int) -> None:
         """A checkpointed region's forward, with the generator's present state put aside."""
         if self.backend == "gloo":
             self.ledger.hold("generator", GENERATOR_STATE, "activations")
-        for op in ops:
+        for op in region.again:
             self._run_op(op, micro, "recompute")
-        for s in self.unneeded[path]:  # forward ends early, and what left the region was kept
+        for s in region.unneeded:  # forward ends early, and what left the region was kept
             self._free(s, micro)
         self.ledger.drop("generator")
 
@@ -302,8 +212,8 @@ class _Replay:
         alive = self.alive.setdefault(micro, {})
         if storage not in alive:
             alive[storage] = None
-            category: Category = "gradients" if storage in self.gradients else "activations"
-            self.ledger.hold((storage, micro), self.sizes[storage], category)
+            category: Category = "gradients" if storage in self.times.gradients else "activations"
+            self.ledger.hold((storage, micro), self.times.sizes[storage], category)
 
     def _free(self, storage: int, micro: int) -> None:
         self.alive.get(micro, {}).pop(storage, None)
@@ -319,14 +229,11 @@ class _Replay:
         if micro == plan.micro_batches - warm:
             self.ledger.drop("first send")
         elif micro == warm - 2:
-            sizes = {s: self.sizes.get(s, 0) for s in (stage.graph.tensors[t].storage for t in stage.ops.sends)}
+            sizes = {s: self.times.sizes.get(s, 0) for s in (stage.graph.tensors[t].storage for t in stage.ops.sends)}
             self.ledger.hold("first send", sum(sizes.values()), "communication")
 
     def _gradients_of(self, parameter: str) -> list[int]:
-        if not self.by_parameter:
-            for s, name in self.gradients.items():
-                self.by_parameter.setdefault(name, []).append(s)
-        return self.by_parameter.get(parameter, [])
+        return self.times.by_parameter.get(parameter, [])
 
     # -- FSDP -----------------------------------------------------------------------------------------------
     def _start(self, unit: Unit) -> None:
@@ -383,18 +290,9 @@ class _Replay:
         ledger.place = ("optimizer", 0, "", "")
         whole = sum(t.bytes for t in graph.parameters.values())
         share = sum(p.bytes for p in self.stage.parameters.values()) / max(1, whole)
-        for at, birth, s in _optimizer_storages(graph):
+        for at, birth, s in optimizer_storages(graph):
             if birth:
                 ledger.place = ("optimizer", 0, graph.ops[int(at)].name, "")
                 ledger.hold(("temporary", s), int(graph.storages[s].bytes * share), "workspace")
             else:
                 ledger.drop(("temporary", s))
-
-
-def _optimizer_storages(graph: OpGraph) -> list[tuple[float, bool, int]]:
-    """(when, made or freed, storage) of what optimizer ops make and free again, in order."""
-    events = []
-    for s in graph.storages:
-        if s.birth >= 0 and graph.ops[s.birth].phase == "optimizer" and s.death < len(graph.ops):
-            events += [(float(s.birth), True, s.id), (s.death + 0.5, False, s.id)]
-    return sorted(events, key=lambda e: e[0])
