@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from costmodels.device import Device
 from costmodels.families import base_name, family
-from costmodels.relatives import find
+from costmodels.relatives import Found, find
 
 if TYPE_CHECKING:
     from costmodels.ops import OpShape, Price
@@ -85,9 +85,22 @@ def attention_prices(device: Device, shapes: Sequence[OpShape]) -> list[Price | 
             constants = device.kernels["attention"].get(f"{dtype}{BACKWARD}", constants)
         calls = calls_of([shapes[i] for i in members])
         seconds = kernel_seconds(constants, device, dtype, kernel, calls)
-        for i, value in zip(members, seconds.tolist()):
+        share = _held(device, found, dtype)
+        for i, value in zip(members, (seconds / share).tolist()):
             prices[i] = found.price(value)
     return prices
+
+
+def _held(device: Device, found: Found, dtype: str) -> float:
+    """The share of the lender's rate that a device holds under a lower power limit, as for products: both run on the
+    tensor cores (`costmodels.gemm.sustained`)."""
+    if found.whose != "relative":
+        return 1.0
+    from costmodels.gemm import sustained
+    from costmodels.kernel_sections import section_for
+
+    section = section_for(device, "gemm", dtype if dtype != "float32" else "bfloat16")
+    return min(sustained(device, section, dtype), 1.0) if section is not None and section.device else 1.0
 
 
 def attention_price(device: Device, shape: OpShape) -> Price | None:

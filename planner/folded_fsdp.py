@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from costmodels.ops import OpShape, price
 from planner.folded_kernels import SLOWED
 from planner.folded_pieces import Where
 from planner.folded_step import SIXTEEN, Context, Lane, optimizer
 
+# FSDP2 copies on the compute stream (torch distributed/fsdp/_fully_shard/_fsdp_collectives.py): `all_gather_copy_out`
+# reads the gathered buffer and writes each parameter; `foreach_reduce_scatter_copy_in` reads the gradients and writes
+# the buffer that is scattered, in the dtype of the reduction.
 AHEAD = 2  # blocks whose whole parameters exist at once: the one that computes, and the next
 
 
@@ -25,28 +29,46 @@ def fsdp_step(c: Context, lane: Lane) -> None:
     scatter = {w: c.message("reduce_scatter", n * reduced, "dp") for w, n in elements.items() if n}
     whole = (c.message("all_gather", root * own, "dp"), c.message("reduce_scatter", root * reduced, "dp"))
     c.tally.seconds = before
+    out = {w: _copied(c, n * own, n * own) for w, n in elements.items()}
+    into = {w: _copied(c, n * own, n * reduced) for w, n in elements.items()}
     first, last = c.parts.by_where["first"], c.parts.by_where["last"]
     reduces: list[int] = []
     for _ in range(plan.micro_batches):
         ready = lane.message("gather root", "all_gather", whole[0], [lane.free])
-        lane.run("F first", "forward", first.forward.run, [ready])
-        ends = _passes(c, lane, blocks, gather, False)
+        lane.busy("copy out root", "copy", out["first"] + out["last"], [ready])
+        lane.run("F first", "forward", first.forward.run)
+        ends = _passes(c, lane, blocks, gather, out, {}, False)
         lane.run("F last", "forward", last.forward.run)
         lane.run("B last", "backward", last.backward.run)
-        ends = _passes(c, lane, blocks[::-1], gather, True)
+        ends = _passes(c, lane, blocks[::-1], gather, out, into, True)
         for end, where in zip(ends, blocks[::-1]):
             reduces.append(lane.message("scatter", "reduce_scatter", scatter[where], [end]))
             lane.busy("slowed", "backward", SLOWED * scatter[where])
         lane.run("B first", "backward", first.backward.run)
+        lane.busy("copy in root", "copy", into["first"] + into["last"])
         reduces.append(lane.message("scatter root", "reduce_scatter", whole[1], [lane.free]))
     for where in blocks:
         c.tally.add("dp all_gather", 2 * gather[where] * plan.micro_batches, "roofline", 0.0)
         c.tally.add("dp reduce_scatter", scatter[where] * plan.micro_batches, "roofline", 0.0)
+        c.tally.add("fsdp copies", (2 * out[where] + into[where]) * plan.micro_batches, "roofline", 0.0)
     optimizer(c, lane, sum(sum(c.elements(chunk)) for chunk in c.chunks), reduces[-len(blocks) - 1 :])
 
 
-def _passes(c: Context, lane: Lane, blocks: list[Where], gather: dict[Where, float], backward: bool) -> list[int]:
-    """One pass; block i + 1 is gathered while block i computes. Returns the task that ends each block."""
+def _copied(c: Context, read: int, written: int) -> float:
+    """Seconds of one copy between parameters and buffer; 0 where they are views of each other."""
+    if not c.software.fsdp_copies or not read:
+        return 0.0
+    flat = ((read // 2,),)
+    shape = OpShape("aten.copy_.default", "forward", flat, flat, "bfloat16", 0, read, written)
+    return price(c.cluster.device, shape).seconds
+
+
+def _passes(
+    c: Context, lane: Lane, blocks: list[Where], gather: dict[Where, float], out: dict[Where, float],
+    into: dict[Where, float], backward: bool,
+) -> list[int]:  # fmt: skip
+    """One pass; block i + 1 is gathered while block i computes. out, into: seconds of copies before and after a block.
+    Returns the task that ends each block."""
     ends: list[int] = []
     for i, where in enumerate(blocks):
         part = c.parts.by_where[where]
@@ -54,5 +76,7 @@ def _passes(c: Context, lane: Lane, blocks: list[Where], gather: dict[Where, flo
         ready = lane.message("gather", "all_gather", gather[where], [after if i else lane.free])
         lane.busy("slowed", "wait", SLOWED * gather[where])
         run = (part.backward if backward else part.forward).run
-        ends.append(lane.run("B" if backward else "F", "backward" if backward else "forward", run, [ready]))
+        lane.busy("copy out", "copy", out[where], [ready])
+        end = lane.run("B" if backward else "F", "backward" if backward else "forward", run)
+        ends.append(lane.busy("copy in", "copy", into[where]) if into.get(where) else end)
     return ends

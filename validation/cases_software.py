@@ -25,11 +25,15 @@ MEGATRON_2022 = replace(
 MEGATRON_CORE = Software("Megatron-Core", HOST["torch"], "module", fused_loss=False, attention="cudnn")
 TORCHTITAN = Software(
     "torchtitan", HOST["torch"], "none", main_grads=0, fused_accumulation=False, vocab_parallel=False,
-    recompute_matmuls=0.5,
+    fsdp_copies=True,
 )  # fmt: skip
+# Its per-operator policy keeps the results of every second product, counted in order within a block: key, output and
+# gate of seven run again (torchtitan models/llama/parallelize_llama.py). Full recomputation keeps none; by layers it
+# is every second one (the default of `selective_ac_option`).
+PER_OP_MATMULS, LAYERS_AGAIN = 0.5, 0.5
 # llm-foundry of 2023: FlashAttention of the first generation (or its Triton version), 25-40 % of the peak where the
 # second, which devices' tables hold, reaches 50-73 % (Dao 2023, shared/facts/compute.md B3): 32.5 / 61.5.
-COMPOSER = replace(TORCHTITAN, name="Composer", recompute_matmuls=1.0, attention_speed=0.53)
+COMPOSER = replace(TORCHTITAN, name="Composer", fsdp_copies=False, attention_speed=0.53)
 HUGGING_FACE = Software(
     "Hugging Face eager", HOST["torch"], "none", main_grads=0, dp_overlap=True, fused_accumulation=False,
     vocab_parallel=False, norm_clip=False, optimizer="none", tp_async=False, p2p_overlap=False, reduce_bytes=4,
@@ -47,6 +51,10 @@ def software_of(case: Case) -> Software:
     """The trainer of a row; one that is not known is taken as Megatron-Core where it is tensor-parallel, else torch."""
     name, notes = case.text("software").lower(), case.text("notes").lower()
     found = _named(case, name)
+    if "per-op" in notes:
+        found = replace(found, recompute_matmuls=PER_OP_MATMULS)
+    if found.fsdp_copies and "whole layers, frequency not restated" in notes:
+        found = replace(found, recompute_share=LAYERS_AGAIN)
     if "compile" in notes:
         found = replace(found, fusion="chain", fused_loss=True, host=HOST["static graph"])
     if "fused cross entropy" in notes:

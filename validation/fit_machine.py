@@ -55,8 +55,8 @@ def main(arguments: list[str] | None = None) -> int:
     content: dict[str, Any] = {"gemm": sections}
     if "sdp_fwd" in config["accelerator"]["op"]:
         content["attention"], errors = attention(config, load_device(args.device))
-        for name, error in errors.items():
-            print(f"attention {name}: held out {error:.1%}")
+        for name, off in errors.items():
+            print(f"attention {name}: held out {off:.1%}")
     if "networks" in config:
         content["collectives"] = collectives(config)
     tomlfile.write_toml(MACHINES / f"{args.name}.toml", content)

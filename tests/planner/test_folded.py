@@ -217,3 +217,17 @@ def test_messages_beside_compute_slow_it() -> None:
     one, eight = step(global_batch=16, micro_batches=4), step(global_batch=128, micro_batches=4, dp=8)
     hidden = eight.device["dp all_reduce"]
     assert eight.step_seconds >= one.step_seconds + 0.99 * SLOWED * hidden
+
+
+def test_fsdp2_copies_parameters_and_gradients_between_its_kernels() -> None:
+    own = plan(dp=8, data_parallel="fsdp")
+    views, copies = (
+        predict_folded(model(), own, cluster(), replace(FAST_HOST, fsdp_copies=c)).step_seconds for c in (False, True)
+    )
+    elements = sum(t.numel for n, t in traced().parameters.items() if not n.startswith(("blocks.0", "blocks.2")))
+    blocks = sum(t.numel for n, t in traced().parameters.items() if n.startswith("blocks.1"))
+    root = elements - blocks
+    # out: 2 + 2 bytes, into: 2 + 4 bytes an element; a block is copied out twice, the root once. At most the bandwidth.
+    moved = own.micro_batches * (LAYERS * blocks * (4 + 4 + 6) + root * (4 + 6))
+    assert copies - views > moved / cluster().device.memory_bandwidth
+    assert copies - views < 20 * moved / cluster().device.memory_bandwidth

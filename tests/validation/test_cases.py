@@ -166,3 +166,13 @@ def test_replicas_of_a_picture_model_cost_messages() -> None:
     assert one.predicted_seconds and four.predicted_seconds and served.predicted_seconds
     assert one.predicted_seconds < four.predicted_seconds < served.predicted_seconds
     assert "dp all_reduce" in four.parts and "dp server" in served.parts
+
+
+def test_recomputation_by_layers_and_by_operators_of_torchtitan() -> None:
+    base = {"software": "torchtitan", "zero_fsdp": "zero3", "tp": "1", "dp": "8", "pp": "1"}
+    whole = software_of(row(**base, recompute="full"))
+    assert (whole.recompute_matmuls, whole.recompute_share, whole.fsdp_copies) == (1.0, 1.0, True)
+    by_op = software_of(row(**base, recompute="selective", notes="FSDP2; selective (per-op list)"))
+    assert (by_op.recompute_matmuls, by_op.recompute_share) == (0.5, 1.0)
+    layers = "FSDP2; selective (whole layers, frequency not restated)"
+    assert software_of(row(**base, recompute="selective", notes=layers)).recompute_share == 0.5
