@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from costmodels.conv_shapes import Convs, convs_of, stacked
 from costmodels.device import Device
-from costmodels.relatives import Found, find
+from costmodels.relatives import Found, find, nearest
 
 if TYPE_CHECKING:
     from costmodels.ops import OpShape, Price
@@ -59,7 +59,8 @@ def conv_prices(device: Device, shapes: Sequence[OpShape]) -> list[Price | None]
         if found is None:
             continue
         lists = [convs_of(shapes[i]) for i in members]
-        times = seconds_by_algorithm(found.constants, device, dtype, stacked([c for cs in lists for c in cs]))
+        constants = _reached(device, found)
+        times = seconds_by_algorithm(constants, device, dtype, stacked([c for cs in lists for c in cs]))
         each = times[chosen(times), np.arange(times.shape[1])]
         ends = np.cumsum([len(cs) for cs in lists])
         for i, part in zip(members, np.split(each, ends[:-1])):
@@ -70,6 +71,20 @@ def conv_prices(device: Device, shapes: Sequence[OpShape]) -> list[Price | None]
 def conv_price(device: Device, shape: OpShape) -> Price | None:
     """The price of one convolution, or of one backward pass: the sum of the gradients that it returns."""
     return conv_prices(device, [shape])[0]
+
+
+def _reached(device: Device, found: Found) -> Mapping[str, Any]:
+    """Constants for a device; a relative's rates are scaled where this device's products are known to reach another
+    share of its peak (`Device.best_flops`): a Kepler SMX issues 128 of its 192 lanes a clock unless instructions pair
+    up, so that products reach 0.65 of the peak where the lender's reach `compute`."""
+    best = device.best_flops.get("float32", 0.0)
+    lender = nearest(device, "conv", "implicit_rate") if found.whose == "relative" and best else None
+    product = lender.kernels.get("gemm", {}).get("float32") if lender else None
+    if product is None:
+        return found.constants
+    share = min(best / device.peak_flops["float32"] / float(product["compute"]), 1.0)
+    rates = ("implicit_rate", "product_rate", "fused_rate")
+    return {k: v * share if k in rates else v for k, v in found.constants.items()}
 
 
 def _priced(found: Found, device: Device, dtype: str, seconds: float) -> Price:
@@ -85,7 +100,7 @@ def algorithm_of(device: Device, shape: OpShape) -> Algorithm | None:
     found = find(device, "conv", "float32", "implicit_rate")
     if found is None or not convs_of(shape):
         return None
-    times = seconds_by_algorithm(found.constants, device, shape.dtype, stacked(convs_of(shape)[:1]))
+    times = seconds_by_algorithm(_reached(device, found), device, shape.dtype, stacked(convs_of(shape)[:1]))
     return ALGORITHMS[int(chosen(times)[0])]
 
 

@@ -306,14 +306,22 @@ class _StageRunner:
 
 def optimizer(c: Context, lane: Lane, elements: int, waits: Sequence[int]) -> None:
     """The gradient norm, and one kernel that updates a rank's share. Bytes per element of Adam with 16-bit
-    parameters: reads gradient, master copy and two moments (4 each), writes all but the gradient, and the parameter."""
+    parameters: reads gradient, master copy and two moments (4 each), writes all but the gradient, and the parameter.
+    Around it: clipping scales the share of the gradients (torch's `clip_grad_norm_` always does, Megatron's where the
+    norm exceeds the limit, as in the first steps that benchmarks time), and a buffer of main gradients is set to zero
+    for the next step (Megatron-LM core/distributed/param_and_grad_buffer.py, `reset`)."""
     plan, software = c.plan, c.software
     if software.optimizer == "none":
         return
     shared = plan.data_parallel in ("zero1", "zero2", "fsdp")
     share = elements / (plan.dp * plan.cp if shared else 1)
     sixteen = plan.precision in SIXTEEN and plan.data_parallel != "fsdp"
-    seconds = c.kernel("aten.norm.default", 4 * share, 0, share) if software.norm_clip else 0.0
+    seconds = 0.0
+    if software.norm_clip:
+        seconds += c.kernel("aten.norm.default", 4 * share, 0, share)
+        seconds += c.kernel("aten.mul_.Tensor", 4 * share, 4 * share, share)
+    if software.main_grads and plan.data_parallel != "fsdp":
+        seconds += c.kernel("aten.zero_.default", 0, software.main_grads * elements, elements)
     moments = 2 if software.optimizer == "adam" else 1
     read, written = 4 * (2 + moments), 4 * (1 + moments) + (2 if sixteen else 0)
     name = "aten._fused_adam_.default" if software.optimizer == "adam" else "aten._fused_sgd_.default"

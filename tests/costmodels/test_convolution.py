@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from math import prod
 
 import pytest
@@ -19,6 +20,7 @@ from costmodels.convolution import (
 )
 from costmodels.device import Device, load_device
 from costmodels.ops import OpShape, price
+from costmodels.relatives import nearest
 
 V100, A100, T4 = (load_device(n) for n in ("v100-pcie-32gb", "a100-pcie-80gb", "t4"))
 
@@ -148,3 +150,20 @@ def test_many_prices_are_the_single_ones() -> None:
     missing = OpShape("aten.convolution.default", "forward", ((8, 8),), (), "float32", 0, 0, 0)
     assert conv_prices(A100, [*shapes, missing]) == [*(conv_price(A100, s) for s in shapes), None]
     assert price(A100, shapes[0]) == conv_price(A100, shapes[0])
+
+
+def test_a_borrowed_rate_is_scaled_by_what_products_reach() -> None:
+    """The rates of a relative hold for a device whose best products reach as much of its peak as the lender's."""
+    device = load_device("k80")
+    relative = nearest(device, "conv", "implicit_rate")
+    assert relative is not None
+    free = replace(device, best_flops={}, cache={})
+    same = replace(device, best_flops={"float32": 0.9999 * device.peak_flops["float32"]}, cache={})
+    x, w = (64, 256, 14, 14), (256, 256, 3, 3)
+    out = (64, 256, 14, 14)
+    shape = OpShape("aten.convolution.default", "forward", (x, w), (out,), "float32", 2 * 64 * 256 * 196 * 2304, 0, 0)
+    slow, plain, equal = (price(d, shape).seconds for d in (device, free, same))
+    share = device.best_flops["float32"] / device.peak_flops["float32"]
+    lender = relative.kernels["gemm"]["float32"]["compute"]
+    assert plain < slow <= plain / min(share / lender, 1.0) * 1.001
+    assert equal == pytest.approx(plain, rel=0.01)

@@ -231,3 +231,17 @@ def test_fsdp2_copies_parameters_and_gradients_between_its_kernels() -> None:
     moved = own.micro_batches * (LAYERS * blocks * (4 + 4 + 6) + root * (4 + 6))
     assert copies - views > moved / cluster().device.memory_bandwidth
     assert copies - views < 20 * moved / cluster().device.memory_bandwidth
+
+
+def test_main_gradients_are_cleared_and_clipped() -> None:
+    """Both pass over the gradients once a step: what is written, and what is read and written again."""
+    plain, cleared, clipped = (
+        predict_folded(model(), plan(), cluster(), replace(FAST_HOST, fused_accumulation=True, **changes))
+        for changes in (
+            {"norm_clip": False, "main_grads": 0}, {"norm_clip": False, "main_grads": 4}, {"main_grads": 0},
+        )
+    )  # fmt: skip
+    bandwidth = cluster().device.memory_bandwidth
+    elements = plain.memory.parameters // 2
+    assert cleared.device["optimizer"] - plain.device["optimizer"] > 4 * elements / bandwidth
+    assert clipped.device["optimizer"] - plain.device["optimizer"] > 12 * elements / bandwidth
