@@ -13,12 +13,13 @@ from dataclasses import dataclass, field
 from costmodels.allocator import CachingAllocator, replay
 from costmodels.families import base_name
 from opgraph.graph import DTYPE_BYTES, Op
+from planner.folded_fsdp import AHEAD
 from planner.folded_local import Local
-from planner.folded_memory import Memory
+from planner.folded_memory import Memory, cached, leaves
 from planner.folded_orders import order
 from planner.folded_parts import recomputed
 from planner.folded_pieces import WHERES, Where
-from planner.folded_step import Context
+from planner.folded_step import SIXTEEN, Context
 from planner.fusion import RANDOM
 
 STEPS = 2  # steps that are replayed: the second finds the cache of the first
@@ -37,7 +38,18 @@ def replayed(c: Context, stage: int, memory: Memory) -> tuple[int, int]:
     """Peak bytes allocated and reserved on a stage."""
     events = list(_events(c, stage, memory))
     found = replay([key for key, _ in events], [size for _, size in events], CachingAllocator())
-    return found.peak_allocated, found.peak_reserved
+    return found.peak_allocated, found.peak_reserved + _gathering(c)
+
+
+def _gathering(c: Context) -> int:
+    """Bytes that the stream of FSDP2's all-gathers reserves: it allocates the gathered buffers, and the allocator never
+    lends a block of one stream to another (torch distributed/fsdp/_fully_shard/_fsdp_collectives.py, c10
+    CUDACachingAllocator). The root's is the largest; those of blocks are cut from it."""
+    if c.plan.data_parallel != "fsdp" or not c.software.fsdp_copies:
+        return 0
+    elements = {w: part.elements for w, part in c.parts.by_where.items()}
+    largest = max(elements["first"] + elements["last"], AHEAD * max(elements["block0"], elements["block"]))
+    return largest * (2 if c.plan.precision in SIXTEEN else 4)
 
 
 def _events(c: Context, stage: int, memory: Memory) -> Iterator[tuple[int, int]]:
@@ -49,8 +61,7 @@ def _events(c: Context, stage: int, memory: Memory) -> Iterator[tuple[int, int]]
     def key(*what: int) -> int:
         return ids.setdefault(what, len(ids))
 
-    gathered = memory.workspace if plan.data_parallel == "fsdp" else 0  # whole parameters while they compute
-    for i, size in enumerate((memory.parameters, memory.gradients, memory.optimizer, gathered)):
+    for i, size in enumerate((memory.parameters, memory.gradients, memory.optimizer, memory.gathered)):
         if size:
             yield key(-1, i), size
     micro = min(plan.micro_batches, 2 * plan.pp * plan.vpp + 2) if plan.vpp == 1 else plan.micro_batches
@@ -83,21 +94,22 @@ def _part(c: Context, where: Where) -> _PartEvents:
     local, pieces = c.parts.local, c.parts.pieces
     graph, hidden = local.graph, c.parts.kernels.fused.hidden
     forward, backward = pieces.forward[where], pieces.backward[where]
-    again, _ = recomputed(local.plan, where, list(forward))
+    again, regions = recomputed(local.plan, where, list(forward))
     inside = {op.id for op in again} if c.software.recompute_share >= 1 else set()
     here = {op.id for op in (*forward, *backward)}
     end = max((op.id for op in graph.ops if op.phase == "forward"), default=0)
     gradients = {op for _, op in graph.gradient_ops}
     masks = {graph.tensors[t].storage for op in forward if base_name(op.name) in RANDOM for t in op.mutates}
     found = _PartEvents()
+    held = cached(c, forward)
     sizes: dict[int, int] = {}
     remade: list[tuple[int, int]] = []
     for op in forward:
         births = _births(local, op, sizes, hidden, masks)
-        found.forward.append((births, _deaths(local, op, here)))
+        found.forward.append((births, [s for s in _deaths(local, op, here) if s not in held]))
         for s, size in births:
-            if graph.storages[s].death > end:
-                if op.id in inside:
+            if graph.storages[s].death > end or s in held:
+                if op.id in inside and not leaves(local, s, regions):
                     remade.append((s, size))
                 else:
                     found.kept.add(s)

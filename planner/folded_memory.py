@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from costmodels.families import base_name
+from costmodels.families import base_name, family
 from opgraph.graph import DTYPE_BYTES, Op
 from planner.folded_local import Local
 from planner.folded_model import Chunk
@@ -22,13 +22,15 @@ from planner.stages import within
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """Bytes of the fullest stage by category; allocated is their sum."""
+    """Bytes of the fullest stage by category; allocated is their sum. gathered: of the workspace, whole parameters of
+    FSDP while they compute."""
 
     parameters: int
     gradients: int
     optimizer: int
     activations: int
     workspace: int
+    gathered: int = 0
 
     @property
     def allocated(self) -> int:
@@ -53,17 +55,18 @@ def memory_of(c: Context, stage: int) -> Memory:
     master = 4 if sixteen and not fsdp and software.optimizer != "none" else 0
     saved = {w: _saved(c, w) for w in WHERES}
     activations, last = _in_flight(c, own, stage, saved)
-    workspace = last
+    gathered = 0
     if fsdp:  # two blocks, and the root, are whole while they compute
         blocks = [c.parts.by_where[w].elements for chunk in own for w, _ in chunk.parts if w.startswith("block")]
         root = sum(c.parts.by_where[w].elements for chunk in own for w, _ in chunk.parts if not w.startswith("block"))
-        workspace += (2 * max(blocks) + root) * (2 if sixteen else 4)
+        gathered = (2 * max(blocks) + root) * (2 if sixteen else 4)
     return Memory(
         int((shard if fsdp else whole) * parameter),
         int((shard if fsdp or plan.data_parallel == "zero2" else whole) * gradient),
         int(shard * (moments + master)),
         int(activations),
-        int(workspace),
+        int(last + gathered),
+        int(gathered),
     )
 
 
@@ -90,6 +93,7 @@ def _saved(c: Context, where: Where) -> tuple[int, int]:
     inside = {op.id for op in again}
     kept = again_bytes = 0
     hidden = c.parts.kernels.fused.hidden
+    held = cached(c, forward)
     seen: set[int] = set()
     masks = {
         graph.tensors[t].storage for op in forward if base_name(op.name) in RANDOM for t in (*op.outputs, *op.mutates)
@@ -97,13 +101,13 @@ def _saved(c: Context, where: Where) -> tuple[int, int]:
     for op in forward:
         for t in (*op.outputs, *op.mutates):
             s = graph.storages[graph.tensors[t].storage]
-            if s.id in seen or s.death <= end or s.id in hidden or s.role == "parameter":
+            if s.id in seen or (s.death <= end and s.id not in held) or s.id in hidden or s.role == "parameter":
                 continue
             seen.add(s.id)
             size = local.storage_bytes(t, op)
             if s.id in masks:
                 size //= DTYPE_BYTES[graph.tensors[t].dtype]  # a byte per element on a device
-            if op.id in inside and not _leaves(local, s.id, regions):
+            if op.id in inside and not leaves(local, s.id, regions):
                 again_bytes += size
             else:
                 kept += size
@@ -115,7 +119,17 @@ def _saved(c: Context, where: Where) -> tuple[int, int]:
     return kept, again_bytes + passing
 
 
-def _leaves(local: Local, storage: int, regions: tuple[str, ...]) -> bool:
+def cached(c: Context, forward: tuple[Op, ...]) -> set[int]:
+    """Storages that a policy which keeps the results of every second product keeps though nothing reads them again:
+    that of a block's last product (torch.utils.checkpoint stores what the policy names, needed or not). Of the others
+    it keeps as many bytes as the traced lifetimes do: query and value for those that attention reads, and the gate."""
+    if not 0 < c.software.recompute_matmuls < 1:
+        return set()
+    last = [op for op in forward if family(op.name) == "gemm" and op.module.startswith("blocks.")][-1:]
+    return {c.parts.local.graph.tensors[t].storage for op in last for t in op.outputs}
+
+
+def leaves(local: Local, storage: int, regions: tuple[str, ...]) -> bool:
     """Whether something outside the recomputed regions reads a storage."""
     readers = local.readers.get(storage, ())
     return any(not any(within(op.module, r) for r in regions) for op in readers if op.phase == "backward")

@@ -245,3 +245,22 @@ def test_main_gradients_are_cleared_and_clipped() -> None:
     elements = plain.memory.parameters // 2
     assert cleared.device["optimizer"] - plain.device["optimizer"] > 4 * elements / bandwidth
     assert clipped.device["optimizer"] - plain.device["optimizer"] > 12 * elements / bandwidth
+
+
+def test_replayed_fsdp_holds_what_leaves_recomputed_regions_and_the_gathering_streams_pool() -> None:
+    """Results of recomputed ops that others read are kept; whole parameters are counted once, and again in the pool of
+    the stream that gathers them (FSDP2)."""
+    regions = tuple(f"blocks.{i}.{name}" for i in range(3) for name in ("norm1", "attn.qkv", "norm2", "mlp.up"))
+    own = plan(dp=8, data_parallel="fsdp", recompute=regions)
+    views, copies, policy = (
+        predict_folded(model(), own, cluster(), replace(FAST_HOST, **changes), replay=True)
+        for changes in ({}, {"fsdp_copies": True}, {"recompute_matmuls": 0.5})
+    )
+    elements = {n: t.numel for n, t in traced().parameters.items()}
+    block = sum(n for name, n in elements.items() if name.startswith("blocks.1."))
+    root = sum(n for name, n in elements.items() if not name.startswith("blocks."))
+    assert copies.reserved_bytes - views.reserved_bytes == 2 * max(root, 2 * block)
+    assert views.memory.gathered == 2 * (root + 2 * block)
+    assert views.allocated_bytes == pytest.approx(views.memory.allocated, rel=0.1)
+    # A policy that names products keeps the last one's result in every block: 4 sequences of 256 tokens.
+    assert policy.memory.activations - views.memory.activations == LAYERS * 2 * 4 * SEQ * HIDDEN
