@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from planner.plan import ParallelPlan
 
 WORDS: dict[str, dict[str, Any]] = {
-    "ddp": {"data_parallel": "ddp"}, "zero1": {"data_parallel": "zero1"}, "fsdp": {"data_parallel": "fsdp"},
+    "ddp": {"data_parallel": "ddp"}, "zero1": {"data_parallel": "zero1"}, "zero2": {"data_parallel": "zero2"},
+    "fsdp": {"data_parallel": "fsdp"}, "zero3": {"data_parallel": "fsdp"},
     "gpipe": {"schedule": "gpipe"}, "1f1b": {"schedule": "1f1b"}, "bf16": {"precision": "bf16"},
     "recompute": {"recompute": True}, "single": {}, "x": {},
 }  # fmt: skip
@@ -57,7 +58,7 @@ def parse(text: str) -> dict[str, Any]:
         else:
             raise ValueError(
                 f"'{word}' in plan '{text}' is no degree, and there is no such file; write for example dp2,tp2,mb4 "
-                "with any of dpN tpN ppN mbN ddp zero1 fsdp gpipe 1f1b recompute bf16, or give a plan file"
+                "with any of dpN tpN ppN mbN ddp zero1 zero2 fsdp gpipe 1f1b recompute bf16, or give a plan file"
             )
     return fields
 
@@ -74,16 +75,18 @@ def _check_batch(wanted: dict[str, Any], text: str, global_batch: int) -> None:
 def complete(
     wanted: dict[str, Any], text: str, workload: Workload, graph: OpGraph, cluster: Cluster, global_batch: int
 ) -> ParallelPlan:
-    """The plan of these degrees in the space that the search looks through, with its shardings, cuts and units."""
+    """The plan of these degrees in the space that the search looks through, with its shardings, cuts and units; what
+    the search does not look through (zero2) is the plan next to it, changed."""
     from planner.space import enumerate_plans
 
     world = wanted["dp"] * wanted["tp"] * wanted["pp"]
     space = enumerate_plans(workload, graph, cluster, global_batch, world, wanted["precision"])
     keys = ["dp", "tp", "pp", "micro_batches"]
     keys += ["data_parallel"] * (wanted["dp"] > 1) + ["schedule"] * (wanted["pp"] > 1)
+    near = {**wanted, "data_parallel": "fsdp" if wanted["data_parallel"] == "zero2" else wanted["data_parallel"]}
     for plan in space.plans:
-        if all(getattr(plan, k) == wanted[k] for k in keys) and bool(plan.recompute) == wanted["recompute"]:
-            return plan
+        if all(getattr(plan, k) == near[k] for k in keys) and bool(plan.recompute) == wanted["recompute"]:
+            return replace(plan, data_parallel=wanted["data_parallel"]) if plan.dp > 1 else plan
     mesh = {f"{axis}{wanted[axis]}" for axis in ("pp", "dp", "tp") if wanted[axis] > 1}
     reasons = [r.reason for r in space.rejected if set(re.split(r"[ ,]+", r.label)) & mesh]
     reason = "; ".join(dict.fromkeys(reasons)) or "it is not in the space that the search knows"

@@ -105,8 +105,11 @@ class Step:
     def _synchronising(self, last: bool) -> Any:
         if self.plan.micro_batches == 1 or self.plan.dp == 1:
             return nullcontext()
-        if self.plan.data_parallel == "fsdp":
-            self.model.set_requires_gradient_sync(last)  # type: ignore[operator]
+        if self.plan.fully_sharded:
+            model: Any = self.model
+            model.set_requires_gradient_sync(last)
+            if self.plan.data_parallel == "zero2":
+                model.set_reshard_after_backward(last)
             return nullcontext()
         return nullcontext() if last else self.wrapped.no_sync()  # type: ignore[operator]
 
@@ -145,7 +148,7 @@ def apply(
     placements: dict[str, Any] = {}
     if plan.tp > 1:
         shard_tensor_parallel(model, plan, along(mesh, "tp"))
-        if plan.dp == 1 or plan.data_parallel != "fsdp":
+        if not plan.fully_sharded:
             placements = local_module(model, along(mesh, "tp"))
     recompute(model, plan.recompute)
     wrapped, optimizer = data_parallel(plan, workload, model, mesh)

@@ -23,12 +23,13 @@ def data_parallel(
     """The module that runs forward, and the optimizer."""
     if plan.dp == 1:
         return model, workload.optimizer(model.parameters())
-    if plan.data_parallel == "fsdp":
+    if plan.fully_sharded:
         from torch.distributed.fsdp import fully_shard
 
+        frees = plan.data_parallel == "fsdp"
         for path in present(model, plan.fsdp_units):
-            fully_shard(model.get_submodule(path), mesh=along(mesh, "dp"))
-        fully_shard(model, mesh=along(mesh, "dp"))
+            fully_shard(model.get_submodule(path), mesh=along(mesh, "dp"), reshard_after_forward=frees)
+        fully_shard(model, mesh=along(mesh, "dp"), reshard_after_forward=False)  # torch's default for a root
         return model, workload.optimizer(_by_mesh(model))
     group = along(mesh, "dp").get_group()
     with warnings.catch_warnings():

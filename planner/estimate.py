@@ -85,8 +85,8 @@ def _table(costs: StepCosts, plans: Sequence[ParallelPlan]) -> dict[str, Any]:
 
 def _row(costs: StepCosts, plan: ParallelPlan, stages: StageCosts, kind: str) -> dict[str, Floats]:
     """The columns of one plan."""
-    parts = plan.dp if kind in ("zero1", "fsdp") else 1
-    shards = plan.dp if kind == "fsdp" else 1
+    parts = plan.dp if kind != "ddp" else 1
+    shards = plan.dp if plan.fully_sharded else 1
     if plan.pp == 1:
         inflight = np.ones(1)
     elif plan.schedule == "gpipe":
@@ -94,13 +94,14 @@ def _row(costs: StepCosts, plan: ParallelPlan, stages: StageCosts, kind: str) ->
     else:
         inflight = np.minimum(plan.micro_batches, plan.pp - np.arange(plan.pp)).astype(float)
     units = max(len(plan.fsdp_units) / plan.pp, 1) + 1  # FSDP holds two of them whole, and the gradient of one
-    copied = {"ddp": 1.0, "zero1": 1.0, "fsdp": 3 / units}[kind] if plan.dp > 1 else 0.0  # DDP: its buckets
+    whole = {"ddp": 1.0, "zero1": 1.0, "zero2": 1 + 1 / units, "fsdp": 3 / units}  # DDP: its buckets
+    copied = whole[kind] if plan.dp > 1 else 0.0
     shared = ("send", "saved", "transient", "held", "sums", "messages", "message_work")
     row = {name: getattr(stages, name) for name in shared} | _data_messages(costs, plan, stages.params)
     row |= {
         "forward": stages.forward, "backward": stages.backward,
         "copies": np.zeros(plan.pp), "least_copies": np.zeros(plan.pp),
-        "overlaps": np.full(plan.pp, float(kind != "fsdp" or plan.pp == 1)),  # FSDP in a pipeline: at the end
+        "overlaps": np.full(plan.pp, float(not plan.fully_sharded or plan.pp == 1)),  # FSDP in a pipeline: at the end
         "optimizer": optimizer_seconds(costs, stages.params / parts),
         "params": stages.params / shards, "grads": stages.params / shards,
         "state": costs.state_ratio * stages.params / parts, "inflight": inflight,
@@ -122,7 +123,7 @@ def _add_runtime(costs: StepCosts, plan: ParallelPlan, stages: StageCosts, kind:
     )
     if plan.dp == 1:
         return
-    if kind != "fsdp":
+    if not plan.fully_sharded:
         buckets = np.maximum(np.floor(stages.params / plan.bucket_bytes), 1)
         row["forward"] = row["forward"] + cost("ddp_step")
         row["copies"] = stages.copies + cost("ddp_param") * n + cost("ddp_bucket") * buckets
@@ -132,10 +133,13 @@ def _add_runtime(costs: StepCosts, plan: ParallelPlan, stages: StageCosts, kind:
     copy = np.array([_copy_seconds(costs, v / u) * u for v, u in zip(stages.params.tolist(), units)])
     row["optimizer"] = row["optimizer"] + cost("fsdp_optimizer_param") * n
     row["gather"] = row["gather"] + cost("fsdp_unit_forward") * units + cost("fsdp_param_forward") * n + copy
-    row["regather"] = row["regather"] + cost("fsdp_unit_backward") * units + cost("fsdp_param_backward") * n + copy
+    if kind == "fsdp":
+        row["regather"] = row["regather"] + cost("fsdp_unit_backward") * units + cost("fsdp_param_backward") * n + copy
     row["gather_least"] = row["gather_least"] + cost("fsdp_unit_forward") + cost("fsdp_param_forward") * n
     row["copies"] = cost("fsdp_param_backward") * n + copy
     row["least_copies"] = cost("fsdp_param_backward") * n
+    if kind == "zero2":  # gathered in the first micro-batch only
+        row["gather"] = row["gather"] / plan.micro_batches
 
 
 def _copy_seconds(costs: StepCosts, nbytes: float) -> float:
@@ -171,9 +175,11 @@ def _data_messages(costs: StepCosts, plan: ParallelPlan, volume: Floats) -> dict
         seconds, work = _least(costs, what, ranks)
         return seconds * volume, work * volume
 
-    if plan.data_parallel == "fsdp":
+    if plan.fully_sharded:
         units = np.full(plan.pp, len(plan.fsdp_units) / plan.pp + 1)
-        found["gather"] = found["regather"] = sent("all_gather", units)
+        found["gather"] = sent("all_gather", units)
+        if plan.data_parallel == "fsdp":
+            found["regather"] = found["gather"]
         found["reduce"] = sent("reduce_scatter", units)
         found["tail"] = (found["gather"] + found["reduce"]) / units
         found["gather_least"], first = least("all_gather")

@@ -65,7 +65,7 @@ def memory_events(
 def _role(plan: ParallelPlan, rank: int) -> tuple[int, int]:
     """Ranks of one role hold the same."""
     at = plan.coordinates(rank)
-    return at["pp"], at["dp"] if plan.data_parallel in ("zero1", "fsdp") else 0
+    return at["pp"], at["dp"] if plan.data_parallel != "ddp" else 0
 
 
 def _replay(stage: Stage, dp_index: int, backend: str, ledger: Ledger) -> _Replay:
@@ -93,8 +93,8 @@ class _Replay:
             elif action.kind == "B":
                 self._backward(action.micro)
         for unit in stage.units if plan.pp > 1 else ():
-            self._scatter(unit)
             self.ledger.drop(("whole", unit.path))
+            self._scatter(unit)
         self._optimizer()
 
     # -- between steps ---------------------------------------------------------------------------------------
@@ -116,7 +116,7 @@ class _Replay:
             ledger.hold(("buffer", i), size, "inputs")
         for s in {t.storage for t in graph.tensors if t.role == "input"}:
             ledger.hold(("input", s), plan.micro_batches * graph.storages[s].bytes, "inputs")
-        if plan.dp > 1 and plan.data_parallel != "fsdp":
+        if plan.dp > 1 and not plan.fully_sharded:
             ledger.hold("buckets", sum(p.bytes for p in stage.parameters.values()), "communication")
         for i, size in enumerate(message_bytes(stage) * plan.micro_batches):
             ledger.hold(("message", i), size, "communication")
@@ -132,19 +132,19 @@ class _Replay:
         for op in stage.ops.forward:
             unit = unit_of(stage, op)
             if unit is not current:
-                if current is not None:
-                    ledger.drop(("whole", current.path))
+                self._leave(current)
                 if unit is not None:
                     self._gather(unit, "forward")
                 current = unit
+            if op.module == LOSS:  # the root's forward is over
+                ledger.drop("last gather")
             self._run_op(op, micro, "forward")
             if (region := self.times.forgotten.get(op.id)) is not None:
                 for s in region.forgotten:
                     self._free(s, micro)
                 if self.backend == "gloo":
                     ledger.hold(("generator", region.path, micro), GENERATOR_STATE, "activations")
-        if current is not None:
-            ledger.drop(("whole", current.path))
+        self._leave(current)
         ledger.drop("last gather")
 
     def _run_op(self, op: Op, micro: int, phase: str) -> None:
@@ -184,7 +184,8 @@ class _Replay:
                 for s in self._gradients_of(ready[op.id]):
                     self._free(s, micro)
             if unit is not None and last_of[unit.path] == i and plan.pp == 1:
-                self.ledger.drop(("whole", unit.path))
+                if micro == plan.micro_batches - 1 or plan.data_parallel == "fsdp":
+                    self.ledger.drop(("whole", unit.path))
                 if micro == plan.micro_batches - 1:
                     self._scatter(unit)
         for s in [s for s in self.alive.get(micro, ()) if s not in self.times.gradients]:
@@ -194,7 +195,8 @@ class _Replay:
         if sent:  # the schedule keeps the list of its last send, and with it the gradients that the stage before got
             self.ledger.hold("sent", sent, "communication")
         if stage.units and plan.pp == 1:
-            self.ledger.drop(("whole", ""))
+            if micro == plan.micro_batches - 1 or plan.data_parallel == "fsdp":
+                self.ledger.drop(("whole", ""))
             if micro == plan.micro_batches - 1:
                 self._scatter(stage.units[0])
 
@@ -245,6 +247,11 @@ class _Replay:
             if self.backend == "gloo":  # gloo gathers into a buffer of its own and copies it out
                 self.ledger.pulse(size, "communication")
 
+    def _leave(self, unit: Unit | None) -> None:
+        """After a unit's forward."""
+        if unit is not None and self.stage.plan.data_parallel == "fsdp":
+            self.ledger.drop(("whole", unit.path))
+
     def _at(self, message: str, unit: Unit) -> None:
         phase, micro, _, _ = self.ledger.place
         self.ledger.place = (phase, micro, f"fsdp.{message}", unit.path)
@@ -273,13 +280,17 @@ class _Replay:
         whole = unit.gathered_bytes(plan.dp)
         self._at("reduce_scatter", unit)
         ledger.hold("last scatter", whole, "communication")
-        for p in unit.parameters:
-            for s in self._gradients_of(p.name):
-                self._free(s, 0)
-                self._free(s, plan.micro_batches - 1)
+        for p in unit.parameters[:-1]:
+            self._free_gradient(p.name)
         ledger.hold(("shard", unit.path), whole // plan.dp, "gradients")
         if self.backend == "gloo":  # gloo all-reduces a copy of the whole buffer
             ledger.pulse(whole, "communication")
+        self._free_gradient(unit.parameters[-1].name)  # a loop variable of torch's `foreach_reduce` keeps it until here
+
+    def _free_gradient(self, parameter: str) -> None:
+        for s in self._gradients_of(parameter):
+            self._free(s, 0)
+            self._free(s, self.stage.plan.micro_batches - 1)
 
     # -- optimizer ------------------------------------------------------------------------------------------
     def _optimizer(self) -> None:

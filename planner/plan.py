@@ -26,8 +26,8 @@ class ParallelPlan:
 
     global_batch: samples per optimizer step, over all data-parallel ranks.
     micro_batches: micro-batches per step and data-parallel rank.
-    data_parallel: how dp ranks keep the model; without effect where dp == 1. "zero2" keeps whole parameters, and
-        shards of gradients and optimizer state.
+    data_parallel: how dp ranks keep the model; without effect where dp == 1. "fsdp" is `fully_shard`, ZeRO-3; "zero2"
+        the same with parameters that stay whole from their forward to the end of the step's last backward.
     schedule: order of micro-batches; without effect where pp == 1.
     cuts: module paths at which pipeline stage 1, 2, ... begins (pp * vpp - 1 of them, in execution order).
     shardings: (module path, style) of the tensor-parallel Linear modules: "colwise" splits the output
@@ -41,7 +41,7 @@ class ParallelPlan:
         as torch does it.
     vpp: model chunks per pipeline stage (interleaved 1F1B). sequence_parallel: what tensor parallelism leaves whole
         is split along the sequence (Korthikanti 2022). cp: ranks that share the sequence of a sample. ep: ranks,
-        within dp, that share the experts. These, zero2 and 16-bit training without autocast are predicted by
+        within dp, that share the experts. These and 16-bit training without autocast are predicted by
         `planner.folded`, not executed yet.
     """
 
@@ -93,6 +93,11 @@ class ParallelPlan:
     def micro_batch(self) -> int:
         """Samples per micro-batch on one data-parallel rank."""
         return self.global_batch // (self.dp * self.micro_batches)
+
+    @property
+    def fully_sharded(self) -> bool:
+        """Whether dp ranks hold shards of the parameters between steps (`fully_shard`)."""
+        return self.dp > 1 and self.data_parallel in ("fsdp", "zero2")
 
     @property
     def style(self) -> dict[str, Sharding]:
@@ -162,7 +167,6 @@ def check_executable(plan: ParallelPlan) -> None:
         "sequence_parallel": plan.sequence_parallel,
         f"cp = {plan.cp}": plan.cp > 1,
         f"ep = {plan.ep}": plan.ep > 1,
-        "data_parallel = zero2": plan.data_parallel == "zero2",
         f"precision = {plan.precision}": plan.precision not in ("fp32", "bf16"),
     }
     if found := [name for name, there in beyond.items() if there]:

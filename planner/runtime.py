@@ -64,7 +64,7 @@ def _forward(stage: Stage) -> Iterator[Item]:
     plan = stage.plan
     if plan.pp > 1:
         yield Host("pp_action", 1, "forward")
-    if plan.dp > 1 and plan.data_parallel != "fsdp":
+    if plan.dp > 1 and not plan.fully_sharded:
         yield Host("ddp_step", 1, "forward")
     yield from gather_root(stage, "forward")
     current: Unit | None = None
@@ -83,7 +83,7 @@ def _forward(stage: Stage) -> Iterator[Item]:
 
 
 def _leave(stage: Stage, unit: Unit | None) -> Iterator[Item]:
-    if unit is not None:
+    if unit is not None and stage.plan.data_parallel == "fsdp":
         stage.gathered.discard(unit.path)  # reshard_after_forward frees the whole parameters
     yield from ()
 
@@ -121,7 +121,7 @@ def _backward(stage: Stage, first: bool, last: bool) -> Iterator[Item]:
     plan = stage.plan
     if plan.pp > 1:
         yield Host("pp_action", 1, "backward")
-    ddp = plan.dp > 1 and plan.data_parallel != "fsdp"
+    ddp = plan.dp > 1 and not plan.fully_sharded
     buckets = _Buckets(stage) if ddp and last else None
     ready = {op: name for name, op in stage.ready.items()}
     recomputed: set[str] = set()

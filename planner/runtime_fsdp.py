@@ -110,16 +110,20 @@ class FsdpBackward:
         unit = self.end.get(i)
         if unit is None or self.stage.plan.pp > 1 or unit.path in self.unhooked:
             return
-        self.stage.gathered.discard(unit.path)
+        self._reshard(unit)
         if self.last:
             yield from scatter(self.stage, unit)
+
+    def _reshard(self, unit: Unit) -> None:
+        if self.last or self.stage.plan.data_parallel == "fsdp":
+            self.stage.gathered.discard(unit.path)
 
     def finish(self) -> Iterator[Item]:
         if self.stage.plan.pp > 1:
             return
         for unit in self.stage.units:
             if unit.path == "" or unit.path in self.unhooked:
-                self.stage.gathered.discard(unit.path)
+                self._reshard(unit)
                 if self.last:
                     yield from scatter(self.stage, unit)
 

@@ -42,11 +42,10 @@ class Stage:
 def prepare(graph: OpGraph, plan: ParallelPlan, layout: Layout, stages: tuple[StageOps, ...], index: int) -> Stage:
     ops = stages[index]
     parameters = local_parameters(graph, layout, ops.parameters)
-    sharded = plan.dp > 1 and plan.data_parallel == "fsdp"
     reductions: dict[int, list[Reduction]] = {}
     for reduction in layout.reductions:
         reductions.setdefault(reduction.after, []).append(reduction)
     return Stage(
         graph, plan, layout, ops, stages, parameters, gradient_order(graph, ops),
-        fsdp_units(plan, ops, parameters) if sharded else [], reductions,
+        fsdp_units(plan, ops, parameters) if plan.fully_sharded else [], reductions,
     )  # fmt: skip

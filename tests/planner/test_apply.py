@@ -41,6 +41,9 @@ PLANS = [
     *(plan(dp=2, data_parallel=d, **PP, schedule="gpipe", micro_batches=4) for d in KINDS),
     *(plan(dp=2, data_parallel=d, **PP, schedule="1f1b", micro_batches=2) for d in KINDS),
     plan(dp=4, data_parallel="fsdp"),
+    plan(dp=2, data_parallel="zero2", micro_batches=2, **TP, recompute=BLOCKS),
+    plan(dp=2, data_parallel="zero2", **PP, schedule="1f1b", micro_batches=2),
+    plan(dp=2, data_parallel="fsdp", **TP, **PP, schedule="1f1b", micro_batches=2),
     ParallelPlan(global_batch=8, dp=2),
 ]
 

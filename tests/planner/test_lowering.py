@@ -18,6 +18,9 @@ KINDS = {
     "zero1": {"dp": 2, "data_parallel": "zero1"},
     "fsdp": {"dp": 2, "data_parallel": "fsdp"},
     "fsdp mb": {"dp": 2, "data_parallel": "fsdp", "micro_batches": 2},
+    "zero2": {"dp": 2, "data_parallel": "zero2"},
+    "zero2 mb": {"dp": 2, "data_parallel": "zero2", "micro_batches": 2},
+    "zero2 x tp": {"dp": 2, "tp": 2, "data_parallel": "zero2", "recompute": True},
     "tp": {"tp": 2},
     "gpipe": {"pp": 2, "micro_batches": 4, "schedule": "gpipe"},
     "1f1b": {"pp": 2, "micro_batches": 4},
@@ -26,7 +29,10 @@ KINDS = {
     "pp x ddp": {"pp": 2, "dp": 2, "micro_batches": 2},
     "pp x zero1": {"pp": 2, "dp": 2, "micro_batches": 2, "data_parallel": "zero1"},
     "pp x fsdp": {"pp": 2, "dp": 2, "micro_batches": 2, "data_parallel": "fsdp"},
+    "pp x zero2": {"pp": 2, "dp": 2, "micro_batches": 4, "data_parallel": "zero2"},
     "pp x tp": {"pp": 2, "tp": 2, "micro_batches": 2},
+    "pp x ddp x tp": {"pp": 2, "dp": 2, "tp": 2, "micro_batches": 2},
+    "pp x fsdp x tp": {"pp": 2, "dp": 2, "tp": 2, "micro_batches": 2, "data_parallel": "fsdp"},
     "recompute": {"recompute": True, "dp": 2},
     "recompute fsdp": {"recompute": True, "dp": 2, "data_parallel": "fsdp"},
     "recompute tp": {"recompute": True, "tp": 2},
@@ -42,7 +48,7 @@ def plan_of(spec, kind):
         options["cuts"] = (workload.blocks[len(workload.blocks) // 2],)
     if options.get("tp", 1) > 1:
         options["shardings"] = tp_shardings(graph, 2)
-    if options.get("data_parallel") == "fsdp":
+    if options.get("data_parallel") in ("fsdp", "zero2"):
         options["fsdp_units"] = workload.blocks
     if options.pop("recompute", False):
         options["recompute"] = workload.blocks
@@ -58,7 +64,8 @@ def test_messages_ops_and_peak_equal_the_dry_run(spec, kind, uncalibrated):
         run = dry_run(plan, workload, rank)
         mismatch = compare(graph, plan, rank, run.records)
         assert not mismatch, mismatch
-        assert peaks[rank] == pytest.approx(run.peak_bytes, rel=0.05)
+        exact = 0.01 if spec == GPT else 0.05  # fake tensors know no scratch memory of convolutions
+        assert peaks[rank] == pytest.approx(run.peak_bytes, rel=exact)
 
 
 def test_a_wrong_lowering_is_noticed():
