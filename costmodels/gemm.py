@@ -1,7 +1,7 @@
 """Prices of matrix products (mm, bmm, addmm, linear, grouped) by the tile law and its correction.
 
 The time is the kernel's alone; launching it from Python is the host's, and priced there. Products of a device without a
-table of its own borrow constants (`costmodels.kernel_sections`) and are called extrapolated.
+table of its own borrow constants (`costmodels.relatives`) and are called extrapolated.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from costmodels.gemm_law import (
     law_seconds,
     menu,
 )
-from costmodels.kernel_sections import SAME, Section, measured, same_generation, section_for, vendor
 from costmodels.ops import OpShape, Price
+from costmodels.relatives import SAME, Section, measured, same_generation, section_for, vendor
 
 WIDTH = {"float64": 8, "float32": 4, "tf32": 4, "float16": 2, "bfloat16": 2, "int8": 1}
 REGIONS = (64, 512, 1024)  # upper ends of m of the regions whose errors a section lists; the last has none

@@ -25,7 +25,7 @@ from costmodels.device import CATALOGUE, load_device
 from costmodels.gemm import borrowed_pricing
 from costmodels.gemm_correction import factors
 from costmodels.gemm_law import law_seconds
-from costmodels.kernel_sections import measured, relatives
+from costmodels.relatives import measured, relatives
 from validation.fit_gemm_law import Array, Fit, Mask, calibration_half, fit, predictions, section_values
 from validation.tables_gemm import Table, download, eager_tables, kernel_tables, library_rows
 

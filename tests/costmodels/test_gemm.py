@@ -13,9 +13,9 @@ from costmodels.device import Device, list_devices, load_device
 from costmodels.gemm import BORROWED_ERROR, gemm_price, gemm_prices, pricing_of, product_dims
 from costmodels.gemm_correction import STEP, Correction, correction_from, factors, section_of
 from costmodels.gemm_law import Constants, Hardware, law_seconds, menu
-from costmodels.kernel_sections import distance, measured, relatives, section_for
 from costmodels.kernels import kernel_price
 from costmodels.ops import OpShape, price, price_many
+from costmodels.relatives import distance, find, measured, relatives, section_for
 
 PLAIN = Constants(
     compute=0.9, area=0.1, prologue=100, smooth=0.0, stream=0.8, in_flight=60, reread=0.2, overlap=4, floor=3e-6,
@@ -135,6 +135,33 @@ def test_prices_say_where_they_come_from() -> None:
     )
 
 
+def test_one_rule_says_whose_constants_every_law_borrows() -> None:
+    """The nearest device that has the section lends it, to products as to other kernels; a device's own comes first."""
+    for name in ("h800", "a40", "rtx-3090", "titan-v", "b100", "mi300x"):
+        device = load_device(name)
+        section = section_for(device, "gemm", "bfloat16")
+        lender = next(d for d in relatives(device) if {"bfloat16", "float16"} & set(d.kernels.get("gemm", {})))
+        assert section is not None and section.device == lender.name and not section.own
+        lender = next(d for d in relatives(device) if "attention" in d.kernels)
+        found = find(device, "attention", "bfloat16")
+        assert found is not None and found.whose == "relative"
+        assert found.constants in lender.kernels["attention"].values()
+    h200 = load_device("h200")
+    for dtype, whose in (("bfloat16", "own"), ("float16", "own"), ("float32", "dtype")):  # 16-bit floats share kernels
+        found = find(h200, "attention", dtype)
+        assert found is not None and found.whose == whose
+    assert find(h200, "gemm", "bfloat16", needs="nothing has this") is None
+
+
+def test_the_distance_is_symmetric_and_a_board_held_back_by_its_power_is_far() -> None:
+    for one in measured():
+        for other in measured():
+            assert distance(one, other) == pytest.approx(distance(other, one))
+            assert (distance(one, other) == 0) == (one is other)
+    h100 = load_device("h100-sxm")
+    assert distance(h100, replace(h100, tdp=h100.tdp / 2, cache={})) == pytest.approx(np.log(2))
+
+
 def test_relatives_are_of_the_same_maker_and_generation() -> None:
     def nearest(name: str) -> str:
         return next(iter(relatives(load_device(name)))).name
@@ -200,7 +227,7 @@ def test_experts_that_share_the_rows_cost_more_than_one_product_of_all_rows() ->
 def test_a_board_with_less_power_sustains_a_lower_rate() -> None:
     """H100 with 500 W instead of 700: (5 / 7) ** 0.4 of the rate that its relative reaches on large products."""
     from costmodels.gemm import POWER, sustained
-    from costmodels.kernel_sections import Section
+    from costmodels.relatives import Section
 
     weak, strong = load_device("h100-sxm-96gb"), load_device("h100-sxm")
     lent = Section({}, strong.name, "bfloat16", False)
