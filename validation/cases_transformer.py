@@ -67,7 +67,7 @@ def model_of(case: Case, software: Software, traces: Traces) -> FoldedModel:
         layers=TRACED_BLOCKS, hidden=case.whole("hidden"), heads=case.whole("heads"),
         kv_heads=case.whole("kv_heads", case.whole("heads")), ffn=case.whole("ffn"), seq=seq // cp, vocab=padded,
         norm="rms" if llama else "layer",
-        mlp="swiglu" if case.whole("gated_mlp", 0) else "relu2" if family == "gpt_gqa_relu2" else "gelu",
+        mlp=_activation(case),
         positions="rope" if llama or family == "gpt_gqa_relu2" else "learned",
         attention="sdpa" if fused else "math", causal=family != "bert",
         bias=family in ("gpt", "mpt", "bert"), post_norm=family == "bert", tied=family in ("gpt", "mpt", "bert"),
@@ -79,6 +79,18 @@ def model_of(case: Case, software: Software, traces: Traces) -> FoldedModel:
     name = f"{family}{' tied' if shape.tied else ''}"
     graph = traces.graph(name, shape, case.whole("micro_batch"))
     return FoldedModel(graph, case.whole("layers"), seq // cp, padded, first_differs=experts is not None)
+
+
+def _activation(case: Case) -> Any:
+    """What stands between the products of an MLP. Hugging Face's GPT-2 spells GELU out ("gelu_new", the default of its
+    configuration and the value in NeuSight's); its OPT has one kernel (ReLU), and Megatron's layers have their own."""
+    name, family = case.text("software").lower(), case.text("family")
+    if case.whole("gated_mlp", 0):
+        return "swiglu"
+    if family == "gpt_gqa_relu2":
+        return "relu2"
+    spelled = family == "gpt" and "hugging face" in name and "megatron" not in name
+    return "gelu_new" if spelled and case.text("model").lower().startswith("gpt") else "gelu"
 
 
 def _predicted(case: Case) -> int:

@@ -8,7 +8,7 @@ children is what such software runs as one kernel or one matrix product.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import ceil, prod
+from math import ceil, pi, prod, sqrt
 from typing import Literal
 
 import torch
@@ -55,7 +55,7 @@ class Shape:
     seq: int
     vocab: int
     norm: Literal["layer", "rms"] = "layer"
-    mlp: Literal["gelu", "swiglu", "relu2"] = "gelu"
+    mlp: Literal["gelu", "gelu_new", "swiglu", "relu2"] = "gelu"
     positions: Literal["learned", "rope", "alibi"] = "learned"
     attention: Literal["sdpa", "math"] = "sdpa"
     causal: bool = True
@@ -192,6 +192,8 @@ class Activation(nn.Module):
     def forward(self, x: torch.Tensor, gate: torch.Tensor | None = None) -> torch.Tensor:
         if self.kind == "gelu":
             return F.gelu(x, approximate="tanh")
+        if self.kind == "gelu_new":  # spelled out, as Hugging Face's GPT-2 has it: eight kernels without a compiler
+            return 0.5 * x * (1.0 + torch.tanh(sqrt(2.0 / pi) * (x + 0.044715 * torch.pow(x, 3.0))))
         if self.kind == "relu2":
             return F.relu(x).square()
         if gate is None:

@@ -15,7 +15,7 @@ from validation.cases_report import write_report
 from validation.cases_run import Outcome, run_cases
 from validation.cases_score import score, summary
 from validation.cases_software import software_of
-from validation.cases_transformer import plan_of
+from validation.cases_transformer import _activation, plan_of
 
 ROW = {
     "case_id": "a", "set": "s", "model": "GPT", "family": "gpt", "layers": "8", "hidden": "512", "heads": "8",
@@ -176,3 +176,17 @@ def test_recomputation_by_layers_and_by_operators_of_torchtitan() -> None:
     assert (by_op.recompute_matmuls, by_op.recompute_share) == (0.5, 1.0)
     layers = "FSDP2; selective (whole layers, frequency not restated)"
     assert software_of(row(**base, recompute="selective", notes=layers)).recompute_share == 0.5
+
+
+def test_gelu_of_hugging_faces_gpt2_is_spelled_out() -> None:
+    import torch
+
+    from opgraph.zoo.transformer import Activation
+
+    x = torch.linspace(-4, 4, 101)
+    spelled = Activation("gelu_new", True)(x)
+    assert torch.allclose(spelled, torch.nn.functional.gelu(x, approximate="tanh"), atol=1e-6)
+    eager = {"software": "PyTorch 2.1, Hugging Face eager", "family": "gpt"}
+    assert _activation(row(**eager, model="gpt2_large")) == "gelu_new"
+    assert _activation(row(**eager, model="opt_13")) == "gelu"
+    assert _activation(row(**{**eager, "software": "Hugging Face eager, Megatron via accelerate"})) == "gelu"
