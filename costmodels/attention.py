@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from costmodels.device import Device
 from costmodels.families import base_name, family
-from costmodels.relatives import Found, find
+from costmodels.relatives import Found, find, section_for
 
 if TYPE_CHECKING:
     from costmodels.ops import OpShape, Price
@@ -97,7 +97,6 @@ def _held(device: Device, found: Found, dtype: str) -> float:
     if found.whose != "relative":
         return 1.0
     from costmodels.gemm import sustained
-    from costmodels.kernel_sections import section_for
 
     section = section_for(device, "gemm", dtype if dtype != "float32" else "bfloat16")
     return min(sustained(device, section, dtype), 1.0) if section is not None and section.device else 1.0

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from costmodels.conv_shapes import Convs, convs_of, stacked
 from costmodels.device import Device
-from costmodels.relatives import Found, find, nearest
+from costmodels.relatives import Found, find, relatives
 
 if TYPE_CHECKING:
     from costmodels.ops import OpShape, Price
@@ -78,7 +78,9 @@ def _reached(device: Device, found: Found) -> Mapping[str, Any]:
     share of its peak (`Device.best_flops`): a Kepler SMX issues 128 of its 192 lanes a clock unless instructions pair
     up, so that products reach 0.65 of the peak where the lender's reach `compute`."""
     best = device.best_flops.get("float32", 0.0)
-    lender = nearest(device, "conv", "implicit_rate") if found.whose == "relative" and best else None
+    if found.whose != "relative" or not best:
+        return found.constants
+    lender = next((d for d in relatives(device) if "float32" in d.kernels.get("conv", {})), None)
     product = lender.kernels.get("gemm", {}).get("float32") if lender else None
     if product is None:
         return found.constants
