@@ -63,9 +63,8 @@ def test_codes_of_equal_ranks_decode_to_what_was_encoded(alone, name, n):
         return
     assert torch.allclose(sent + state.errors[0], gradient, atol=1e-6) and kept_bytes(state) == 4 * n
     if name == "sign":
-        assert torch.equal(sent > 0, gradient >= 0) and float(sent.abs().max()) == pytest.approx(
-            gradient.abs().mean(), rel=1e-5
-        )
+        mean = float(gradient.abs().mean())
+        assert torch.equal(sent > 0, gradient >= 0) and float(sent.abs().max()) == pytest.approx(mean, rel=1e-5)
     else:
         chosen = sent.nonzero().view(-1)
         assert len(chosen) == max(-(-n // 20), 1) and torch.equal(sent[chosen], gradient[chosen])
