@@ -2,7 +2,8 @@
 
 A bucket is the shapes of the gradients that travel together, n elements of 4 bytes in all; P ranks share it. What a
 kind does is what torch's DDP hooks do (fp16, bf16, PowerSGD: torch/distributed/algorithms/ddp_comm_hooks, torch 2.13)
-or what the hooks of `validation.compression_hooks` do (the others), op by op; tests run them and compare.
+or what the hooks of `validation.compression_hooks` do (int8, sign, topk), op by op; tests run them and compare bytes
+and memory. dgc is counted from its paper and executed nowhere.
 
 kind       payload of one rank, bytes             exchange     source
 fp16/bf16  2 n                                    all_reduce   torch fp16_compress_hook, bf16_compress_hook

@@ -76,7 +76,7 @@ def execute(spec: str, plan: ParallelPlan, names: Sequence[str], timed: bool) ->
                              stdout=subprocess.PIPE, text=True, env=environment, start_new_session=True)
             for r in range(plan.dp)
         ]  # fmt: skip
-        watchdog = threading.Timer(LIMIT, lambda: [process.kill() for process in ranks])
+        watchdog = threading.Timer(LIMIT, _stop, (ranks,))
         watchdog.start()
         try:
             for process in ranks:
@@ -93,6 +93,11 @@ def execute(spec: str, plan: ParallelPlan, names: Sequence[str], timed: bool) ->
     if any(len(r) < len(names) for r in replies):
         raise RuntimeError(f"a rank of {spec} failed after {min(map(len, replies))} of {len(names)} compressions")
     return replies
+
+
+def _stop(ranks: list[subprocess.Popen[str]]) -> None:
+    for process in ranks:
+        process.kill()
 
 
 def compared(
