@@ -190,12 +190,12 @@ def _one_way(cluster: Cluster, algorithm: str, nbytes: float, added: float, rank
     if algorithm == "ps-sharded":
         if cluster.backend == "nccl":  # the law of all-to-alls has been fitted to measurements
             return collective_price(cluster, "all_to_all", nbytes, ranks).seconds
-        alpha, rate = _port(cluster, nodes > 1)
-        return sharded(nbytes, len(ranks), alpha, 1 / rate)
-    alpha, rate = _port(cluster, True)
-    node_rate = rate * (cluster.inter.ports or cluster.devices_per_node)
-    if cluster.inter.flow_cap:  # a worker's flow is capped, the server's port is filled by many
-        node_rate = min(node_rate, len(ranks) * cluster.inter.flow_cap)
+        alpha, rate, flow = _port(cluster, nodes > 1)
+        return sharded(nbytes, len(ranks), alpha, 1 / min(rate, (len(ranks) - 1) * flow))
+    alpha, rate, flow = _port(cluster, True)
+    senders = nodes if algorithm == "ps-hierarchical" else len(ranks)
+    # one flow may be capped below a port's rate; the server's ports are filled by many
+    node_rate = min(rate * (cluster.inter.ports or cluster.devices_per_node), senders * flow)
     if algorithm == "ps":
         each = len(ranks) / nodes * nbytes / node_rate  # the fullest node sends no faster than its own ports
         return max(central(nbytes, len(ranks), alpha, 1 / node_rate), each, len(ranks) * added / SERVER_MEMORY)
@@ -206,10 +206,10 @@ def _one_way(cluster: Cluster, algorithm: str, nbytes: float, added: float, rank
     return (inside if per_node > 1 else 0.0) + outside
 
 
-def _port(cluster: Cluster, network: bool) -> tuple[float, float]:
-    """Latency and bytes/s of one port: of the network, or inside the node."""
+def _port(cluster: Cluster, network: bool) -> tuple[float, float, float]:
+    """Latency, bytes/s of one port, and bytes/s of one flow: of the network, or inside the node."""
     link = cluster.inter if network else cluster.intra
     if cluster.backend == "gloo":
-        return link.latency, link.flow_rate()
-    share = SOCKET_SHARE if network_of(link) == "ethernet" else NETWORK_SHARE
-    return link.latency + NETWORK_LATENCY, min(link.bandwidth, link.flow_cap or inf) * link.ecmp * share
+        return link.latency, link.bandwidth, link.flow_rate()
+    share = link.ecmp * (SOCKET_SHARE if network_of(link) == "ethernet" else NETWORK_SHARE)
+    return link.latency + NETWORK_LATENCY, link.bandwidth * share, (link.flow_cap or inf) * share

@@ -76,6 +76,15 @@ def test_a_central_server_costs_n_s_over_b_and_shards_what_a_ring_costs(ranks):
     assert ring.seconds == pytest.approx(moved)
 
 
+def test_capped_flows_fill_a_servers_port_together():
+    cluster = ethernet(8)
+    capped = replace(cluster, inter=replace(cluster.inter, flow_cap=1.25e9 / 4), cache={})
+    free, eight = (scheme_price(c, Scheme("ps"), NONE, GRADIENT, range(8)).push for c in (cluster, capped))
+    assert eight == free
+    two = scheme_price(capped, Scheme("ps"), NONE, GRADIENT, range(2)).push - 1e-4 - NETWORK_LATENCY
+    assert two == pytest.approx(SIZE / (SOCKET_SHARE * 1.25e9 / 4))  # each flow at its cap
+
+
 def test_levels_send_one_sum_a_node():
     cluster, ranks = ethernet(4, 8), range(32)
     flat, levels = (scheme_price(cluster, Scheme(a), NONE, GRADIENT, ranks) for a in ("ps", "ps-hierarchical"))
