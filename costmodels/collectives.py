@@ -7,7 +7,7 @@ the others.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import exp, log
 from typing import Any
 
@@ -18,6 +18,7 @@ from costmodels.cluster import Cluster
 from costmodels.nccl_fabric import group_of
 from costmodels.nccl_law import Laws, error_of, shipped
 from costmodels.ops import Source
+from costmodels.sharing import Firsts, shared_group, slowed_by_likes
 
 KINDS = ("all_reduce", "all_gather", "reduce_scatter", "broadcast", "reduce", "send", "all_to_all", "barrier")
 FORMULA_ERROR = 0.25  # gloo formulas with an assumed loopback: ASSUMPTION
@@ -38,23 +39,31 @@ class CollectivePrice:
 
 
 def collective_price(
-    cluster: Cluster, kind: str, bytes: float, ranks: Sequence[int], algorithm: str = "", laws: Laws | None = None
+    cluster: Cluster,
+    kind: str,
+    bytes: float,
+    ranks: Sequence[int],
+    algorithm: str = "",
+    laws: Laws | None = None,
+    firsts: Firsts = (),
 ) -> CollectivePrice:
     """The time of one collective among `ranks` when nothing else uses their links; cached on the cluster.
 
     algorithm: only this one, as NCCL_ALGO sets it ("ring", "tree", "nvls", ...), or a textbook one of
     `costmodels.hockney`; by default the backend's own choice. laws: constants of NCCL, by default the catalogue's.
+    firsts: first ranks of all groups of this form that do the same at the same time, this one among them: they share
+    what lies between nodes (`costmodels.sharing`).
     """
-    place = ("collectives", ranks if isinstance(ranks, tuple | range) else tuple(ranks))
+    place = ("collectives", ranks if isinstance(ranks, tuple | range) else tuple(ranks), firsts)
     known = cluster.cache.get(place)  # long tuples of ranks are hashed once a call
     if known is None:
         known = cluster.cache[place] = {}
     if laws is not None:
-        return _price(cluster, kind, float(bytes), ranks, algorithm, laws, known)
+        return _price(cluster, kind, float(bytes), ranks, algorithm, laws, known, firsts)
     key = (kind, bytes, algorithm)
     price: CollectivePrice | None = known.get(key)
     if price is None:
-        price = known[key] = _price(cluster, kind, float(bytes), ranks, algorithm, None, known)
+        price = known[key] = _price(cluster, kind, float(bytes), ranks, algorithm, None, known, firsts)
     return price
 
 
@@ -66,6 +75,7 @@ def _price(
     algorithm: str,
     laws: Laws | None,
     known: dict[Any, Any],
+    firsts: Firsts = (),
 ) -> CollectivePrice:
     if kind not in KINDS:
         raise ValueError(f"'{kind}' is no known collective; use one of {', '.join(KINDS)}")
@@ -77,14 +87,18 @@ def _price(
     if measured is not None:
         return measured
     if cluster.backend == "nccl" or algorithm:
-        group = known.get("group")
+        name = "scattered group" if kind == "all_to_all" else "group"
+        group = known.get(name)
         if group is None:
-            group = known["group"] = group_of(cluster, ranks)
+            group = known[name] = shared_group(cluster, group_of(cluster, ranks), kind, ranks, firsts)
         seconds, way, protocol = nccl.price(cluster, kind, nbytes, group, laws, algorithm)
         source: Source = "roofline" if way in hockney.ALGORITHMS else "interpolated"
         return CollectivePrice(seconds, 0.0, source, error_of(laws or shipped(), group, nbytes), way, protocol)
     one_node = len({cluster.node_of(r) for r in ranks}) == 1
-    by_formula = gloo.seconds(kind, nbytes, len(set(ranks)), cluster.intra if one_node else cluster.inter)
+    link = cluster.intra if one_node else cluster.inter
+    if not one_node and (slower := slowed_by_likes(cluster, kind, ranks, firsts)) > 1:
+        link = replace(link, bandwidth=link.bandwidth / slower)
+    by_formula = gloo.seconds(kind, nbytes, len(set(ranks)), link)
     return CollectivePrice(by_formula, 1.0 if one_node else 0.3, "roofline", FORMULA_ERROR, _gloo_way(kind), "tcp")
 
 

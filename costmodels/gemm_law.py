@@ -15,7 +15,7 @@ Sources: tiles and waves: NVIDIA, "Matrix multiplication background user's guide
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -117,7 +117,24 @@ def law_seconds(c: Constants, hw: Hardware, candidates: Menu, dims: Array) -> Ar
     return np.concatenate(parts) if parts else np.zeros(0)
 
 
+def slowdown(c: Constants, hw: Hardware, fewer: Hardware, cand: Menu, dims: Array) -> Array:
+    """How many times longer products take on `fewer` units or bandwidth, in the tiles that are fastest on all of `hw`,
+    as a library chooses them without knowing what else runs. Waves are whole: `smooth` describes products whose tile
+    was chosen for the units at hand, which is not so here."""
+    chosen = _every_tile(c, hw, cand, dims).argmin(axis=1)[:, None]
+    whole = replace(c, smooth=0.0)
+    free, busy = _every_tile(whole, hw, cand, dims), _every_tile(whole, fewer, cand, dims)
+    ratio: Array = (np.take_along_axis(busy, chosen, 1) + c.floor) / (np.take_along_axis(free, chosen, 1) + c.floor)
+    return ratio[:, 0]
+
+
 def _fastest(c: Constants, hw: Hardware, cand: Menu, dims: Array) -> Array:
+    fastest: Array = _every_tile(c, hw, cand, dims).min(axis=1) + c.floor
+    return fastest
+
+
+def _every_tile(c: Constants, hw: Hardware, cand: Menu, dims: Array) -> Array:
+    """Seconds of every product with every tile and split of the menu, without the floor."""
     b, m, n, k = (dims[:, i : i + 1] for i in range(4))
     down, across = np.ceil(m / cand.rows), np.ceil(n / cand.columns)
     blocks = b * down * across * cand.parts
@@ -135,8 +152,8 @@ def _fastest(c: Constants, hw: Hardware, cand: Menu, dims: Array) -> Array:
     extra = np.where(cand.parts > 1, c.split_floor + c.split_bytes * partial, 0.0)
     larger, smaller = np.maximum(compute, memory), np.minimum(compute, memory)
     joined = larger * (1.0 + (smaller / larger) ** c.overlap) ** (1.0 / c.overlap)
-    fastest: Array = (joined + extra).min(axis=1) + c.floor
-    return fastest
+    seconds: Array = joined + extra
+    return seconds
 
 
 def _compute(c: Constants, hw: Hardware, cand: Menu, fill: Array, dims: Array) -> Array:

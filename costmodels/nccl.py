@@ -6,7 +6,7 @@ never lies below what the wires of the data sheet allow.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import exp, floor, log2
 from typing import TYPE_CHECKING
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from costmodels import hockney
-from costmodels.nccl_fabric import Group
+from costmodels.nccl_fabric import Group, across_of
 from costmodels.nccl_law import Laws, combine, curve, factors, shipped, terms
 from costmodels.nccl_tuner import RING_SHARE, Candidate, candidates
 
@@ -93,6 +93,10 @@ def _wire(way: Candidate) -> np.ndarray:
 
 
 def _sockets(cluster: Cluster, kind: str, nbytes: float, group: Group) -> float:
+    """TCP between hosts, with what the group gets of the ports beside its likes (`costmodels.sharing`)."""
     from costmodels import gloo
 
-    return gloo.nccl_sockets(kind, nbytes, group.hosts, group.ranks, cluster.inter)
+    link, alone = cluster.inter, across_of(cluster, group.per_host, 1)
+    if group.across < alone:
+        link = replace(link, bandwidth=link.bandwidth * group.across / alone)
+    return gloo.nccl_sockets(kind, nbytes, group.hosts, group.ranks, link)

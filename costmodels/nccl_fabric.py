@@ -129,7 +129,7 @@ def group_of(cluster: Cluster, ranks: Sequence[int]) -> Group:
         generation=family.generation if family else 1,
         nvls_from=family.nvls_from if family and wires == "nvlink" else 0,
         port=_port(cluster, members),
-        across=_across(cluster, int(counts.min()), len(used) // domains) if domains > 1 else 0.0,
+        across=across_of(cluster, int(counts.min()), len(used) // domains) if domains > 1 else 0.0,
         network=network,
         hop=max(cluster.intra.latency - REFERENCE_HOP[wires], 0.0) if per_host > 1 else 0.0,
         crossing=crossing + _tier_latency(cluster, used),
@@ -187,7 +187,7 @@ def _trays(family: Family, cluster: Cluster, size: int, used: np.ndarray, most: 
     return hosts, per_host, max(spread, 1)
 
 
-def _across(cluster: Cluster, least: int, nodes_per_domain: int) -> float:
+def across_of(cluster: Cluster, least: int, nodes_per_domain: int) -> float:
     """bytes/s of the NICs that a domain's ranks of the group can use: those of `least` devices a node, one at least."""
     link, devices = cluster.inter, cluster.devices_per_node
     ports = link.ports or devices

@@ -78,8 +78,8 @@ def _all_to_all(cluster: Cluster, nbytes: float, ranks: np.ndarray, node: np.nda
     latency = cluster.intra.latency
     if together < size:
         ports = [("ports", node, 1.0)] + [(t.name, node // t.nodes, 0.0) for t in cluster.tiers]
-        capacity = _capacities(cluster)
-        rail = _rail(cluster, ranks)
+        capacity = capacities(cluster)
+        rail = rail_of(cluster, ranks)
         rails = nics_per_node(cluster)
         for (name, block, _), (top, by_rail) in zip(ports, capacity):
             inside = _members(block)
@@ -102,9 +102,9 @@ def _network(
 ) -> dict[str, float]:
     """Seconds of the ports and of every tier's uplinks, from (node, next node, bytes) of every rank."""
     result: dict[str, float] = {}
-    rail, rails = _rail(cluster, ranks), nics_per_node(cluster)
+    rail, rails = rail_of(cluster, ranks), nics_per_node(cluster)
     widths = [("ports", 1), *((t.name, t.nodes) for t in cluster.tiers)]
-    for (name, width), (top, by_rail) in zip(widths, _capacities(cluster)):
+    for (name, width), (top, by_rail) in zip(widths, capacities(cluster)):
         worst = 0.0
         for node, after, load in flows:
             out, into = node // width, after // width
@@ -116,12 +116,12 @@ def _network(
     return result
 
 
-def _rail(cluster: Cluster, ranks: np.ndarray) -> np.ndarray:
+def rail_of(cluster: Cluster, ranks: np.ndarray) -> np.ndarray:
     """The port of every rank on its node."""
     return ranks % cluster.devices_per_node * nics_per_node(cluster) // cluster.devices_per_node
 
 
-def _capacities(cluster: Cluster) -> list[tuple[float, bool]]:
+def capacities(cluster: Cluster) -> list[tuple[float, bool]]:
     """bytes/s of a port, and of one switch's uplinks in every tier, each with whether it belongs to one rail."""
     ports = nics_per_node(cluster)
     each = cluster.inter.bandwidth * cluster.inter.ecmp

@@ -14,6 +14,8 @@ from costmodels.cluster import Cluster
 from costmodels.collectives import collective_price
 from costmodels.families import is_known
 from costmodels.ops import price_many
+from costmodels.overlap import Beside, beside, contended, slowdowns
+from costmodels.sharing import Layer, fullest
 from opgraph.graph import OpGraph
 from planner.layout import Layout, propagate
 from planner.plan import ParallelPlan, check_executable
@@ -45,10 +47,12 @@ class Lowered:
 
 @dataclass(frozen=True, slots=True)
 class _Block:
-    """Seconds of work of one phase between two messages."""
+    """Seconds of work of one phase between two messages; `slowed`: the same while gradients or parameters move
+    beside it all along."""
 
     seconds: float
     phase: str
+    slowed: float
 
 
 _Entry = _Block | Message | Transfer | Wait
@@ -81,7 +85,9 @@ def lower(graph: OpGraph, plan: ParallelPlan, cluster: Cluster) -> Lowered:
     tally = _Tally()
     for stage in prepared:
         own = range(plan.dp) if plan.data_parallel == "zero1" else (0,)
-        builder.stage(stage.ops.index, [_price_script(stage_segments(stage, dp), cluster, tally) for dp in own])
+        scripts = [list(stage_segments(stage, dp)) for dp in own]
+        other = _beside(scripts[0], stage.ops.index, plan, cluster)
+        builder.stage(stage.ops.index, [_price_script(script, cluster, tally, other) for script in scripts])
     program = builder.tasks.build()
     ranks_per_script = plan.tp * (1 if plan.data_parallel == "zero1" else plan.dp)
     by_source: dict[str, float] = defaultdict(float)
@@ -116,30 +122,44 @@ def prepared_graph(graph: OpGraph, plan: ParallelPlan) -> tuple[OpGraph, Layout,
     return step, layouts[plan.tp, plan.shardings], stages[plan.cuts]
 
 
-def _price_script(segments: Iterable[tuple[Item, ...]], cluster: Cluster, tally: _Tally) -> list[_Entry]:
+def _beside(segments: Iterable[tuple[Item, ...]], stage: int, plan: ParallelPlan, cluster: Cluster) -> Beside:
+    """What a stage's largest message that is not waited for at once takes from the ops beside it."""
+    ranks, likes = plan.group(stage * plan.dp * plan.tp, "dp"), plan.likes(stage * plan.dp * plan.tp, "dp")
+    found = [i for s in segments for i in s if isinstance(i, Message) and i.key and i.axis == "dp"]
+    if not found or cluster.cores:
+        return Beside(0, 0.0)
+    largest = max(found, key=lambda message: message.bytes)
+    seconds = collective_price(cluster, largest.kind, largest.bytes, ranks, firsts=likes).seconds
+    return beside(cluster, largest.kind, largest.bytes, ranks, seconds)
+
+
+def _price_script(segments: Iterable[tuple[Item, ...]], cluster: Cluster, tally: _Tally, other: Beside) -> list[_Entry]:
     """Prices a script; segments that come again are priced once."""
     known: dict[int, tuple[list[_Entry], _Tally]] = {}
     merged: list[_Entry] = []
     for segment in segments:
         if id(segment) not in known:
             own = _Tally()
-            known[id(segment)] = (_merge(segment, cluster, own), own)
+            known[id(segment)] = (_merge(segment, cluster, own, other), own)
         entries, own = known[id(segment)]
         tally.add(own)
         merged += entries
     return merged
 
 
-def _merge(script: tuple[Item, ...], cluster: Cluster, tally: _Tally) -> list[_Entry]:
+def _merge(script: tuple[Item, ...], cluster: Cluster, tally: _Tally, other: Beside) -> list[_Entry]:
     """Prices the work and joins what runs without a message in between."""
-    prices = iter(price_many(cluster.device, [i.shape for i in script if isinstance(i, Work)]))
+    shapes = [i.shape for i in script if isinstance(i, Work)]
+    known = price_many(cluster.device, shapes)
+    prices = iter(zip(known, slowdowns(cluster.device, shapes, [p.seconds for p in known], other)))
     host = cluster.device.host
     merged: list[_Entry] = []
     for item in script:
         if isinstance(item, Work):
-            found = next(prices)
+            found, slowdown = next(prices)
             per_op = host.get("op_backward" if item.phase == "backward" else "op_forward", 0.0)
             seconds = found.seconds + (per_op if item.phase != "optimizer" else 0.0)
+            slowed = seconds + found.seconds * (slowdown - 1)
             tally.by_source[found.source] += found.seconds
             tally.by_source["measured"] += seconds - found.seconds
             tally.by_law[item.shape.name] += found.seconds * found.error
@@ -147,16 +167,27 @@ def _merge(script: tuple[Item, ...], cluster: Cluster, tally: _Tally) -> list[_E
             if found.seconds > 0 and (not is_known(item.shape.name) or found.source == "roofline"):
                 tally.unpriced.add(item.shape.name)
         elif isinstance(item, Host):
-            seconds = host.get(item.kind, 0.0) * item.count
+            seconds = slowed = host.get(item.kind, 0.0) * item.count
             tally.by_source["measured"] += seconds
         else:
             merged.append(item)
             continue
         if merged and isinstance(last := merged[-1], _Block) and last.phase == item.phase:
-            merged[-1] = _Block(last.seconds + seconds, last.phase)
+            merged[-1] = _Block(last.seconds + seconds, last.phase, last.slowed + slowed)
         elif seconds > 0:
-            merged.append(_Block(seconds, item.phase))
+            merged.append(_Block(seconds, item.phase, slowed))
     return merged
+
+
+def _shared_layer(plan: ParallelPlan, cluster: Cluster) -> Layer | None:
+    """The ports or uplinks on which messages of different axes of the plan can meet; None where none do."""
+    if cluster.backend != "nccl" or plan.world_size > cluster.size:
+        return None
+    traffic: list[tuple[tuple[int, ...], range]] = [(plan.group(0, axis), plan.likes(0, axis)) for axis in ("dp", "tp")]
+    stride = plan.dp * plan.tp
+    if plan.pp > 1:
+        traffic.append(((0, stride), range(stride)))
+    return fullest(cluster, traffic)
 
 
 class _Builder:
@@ -169,13 +200,26 @@ class _Builder:
         self.by_law: dict[str, float] = defaultdict(float)
         nodes = sorted({cluster.node_of(r) for r in range(plan.world_size)})
         pools = {n: self.tasks.pool(f"node {n} cores", float(cluster.cores)) if cluster.cores else -1 for n in nodes}
-        self.compute, self.comm = [], []
+        # NCCL moves the messages of every axis on a stream of its own; gloo's threads take turns.
+        self.streams = ("pp", "dp", "tp") if cluster.backend == "nccl" and not cluster.cores else ("",)
+        self.layer = None if cluster.cores else _shared_layer(plan, cluster)
+        wires: dict[tuple[int, int], int] = {}
+        self.compute: list[int] = []
+        self.comm: dict[tuple[int, str], int] = {}
         for r in range(plan.world_size):
             pool = pools[cluster.node_of(r)]
             self.compute.append(self.tasks.resource(f"rank {r} compute", pool=pool, rank=r))
-            self.comm.append(self.tasks.resource(f"rank {r} communication", pool=pool, rank=r, kind="communication"))
+            if self.layer is not None:
+                place = self.layer.pool_of(cluster, r)
+                if place not in wires:
+                    wires[place] = self.tasks.pool(f"{self.layer.name} {place[0]}.{place[1]}", 1.0)
+                pool = wires[place]
+            for axis in self.streams:
+                name = f"rank {r} {axis} communication".replace("  ", " ")
+                self.comm[r, axis] = self.tasks.resource(name, pool=pool, rank=r, kind="communication")
         self.last: list[int] = [-1] * plan.world_size
-        self.last_message: list[int] = [-1] * plan.world_size
+        self.last_message: dict[tuple[int, str], int] = {}
+        self.queued: list[list[list[Any]]] = [[] for _ in range(plan.world_size)]  # [key, seconds] under way
         self.done: dict[tuple[str, int], int] = {}  # (key, rank) -> the task that a Wait waits for
         self.joins: dict[str, int] = {}  # transfers and tied reductions whose other end is another stage
 
@@ -197,8 +241,9 @@ class _Builder:
 
     def _work(self, rank: int, items: list[_Entry], at: int) -> int:
         while at < len(items) and isinstance(block := items[at], _Block):
+            seconds = contended(block.seconds, block.slowed, self.queued[rank])
             self.last[rank] = self.tasks.task(
-                block.phase, block.phase, block.seconds, self.compute[rank], self._after(self.last[rank])
+                block.phase, block.phase, seconds, self.compute[rank], self._after(self.last[rank])
             )
             at += 1
         return at
@@ -227,19 +272,23 @@ class _Builder:
             if ranks not in joins:
                 joins[ranks] = self.tasks.task(f"{item.kind} {item.axis} enter", item.kind, 0.0)
             join = joins[ranks]
-        for before in (self.last[rank], self.last_message[rank]):
+        stream = self._stream(item.axis)
+        for before in (self.last[rank], self.last_message.get((rank, stream), -1)):
             if before >= 0:
                 self.tasks.edge(before, join)
-        cost = collective_price(self.cluster, item.kind, item.bytes, ranks)
+        likes = range(ranks[0], ranks[0] + 1) if tied else self.plan.likes(rank, item.axis)
+        cost = collective_price(self.cluster, item.kind, item.bytes, ranks, firsts=likes)
         seconds = cost.seconds + self._crowded(ranks)
         self._count(seconds, cost.source, cost.error, item.kind)
         label, demand = f"{item.kind} {item.axis} {item.bytes} B", cost.demand * cost.seconds / max(seconds, 1e-12)
-        task = self.tasks.task(label, item.kind, seconds, self.comm[rank], (join,), demand)
-        self.last_message[rank] = task
+        demand = self._wire_share(item.kind, item.bytes, ranks, rank, seconds) or demand
+        task = self.tasks.task(label, item.kind, seconds, self.comm[rank, stream], (join,), demand)
+        self.last_message[rank, stream] = task
         # with gloo FSDP's collectives block the thread that calls them; DDP's buckets do not
         blocks = self.cluster.backend == "gloo" and item.kind in ("all_gather", "reduce_scatter")
         if item.key and not blocks:
             self.done[item.key, rank] = task
+            self.queued[rank].append([item.key, seconds])
         else:
             self.last[rank] = task
             self.done.pop((item.key, rank), None)
@@ -255,15 +304,39 @@ class _Builder:
         ends = (item.source * stride + rank % stride, item.target * stride + rank % stride)
         seconds = demand = 0.0
         for size in item.bytes:
-            cost = collective_price(self.cluster, "send", size, ends)
+            base = item.source * stride
+            cost = collective_price(self.cluster, "send", size, ends, firsts=range(base, base + stride))
             self._count(cost.seconds, cost.source, cost.error, "send")
             seconds, demand = seconds + cost.seconds, max(demand, cost.demand)
         crowded = self._crowded(ends)
         seconds, demand = seconds + crowded, demand * seconds / max(seconds + crowded, 1e-12)
         kind = "send" if ends[0] == rank else "recv"
-        self.done[transfer_key(item), rank] = self.tasks.task(
-            f"{kind} {transfer_key(item)}", kind, seconds, self.comm[rank], (join,), demand
-        )
+        demand = self._wire_share("send", sum(item.bytes), ends, rank, seconds) or demand
+        stream = self.comm[rank, self._stream("pp")]
+        task = self.tasks.task(f"{kind} {transfer_key(item)}", kind, seconds, stream, (join,), demand)
+        self.done[transfer_key(item), rank] = task
+        if self.layer is not None:  # what arrives has left: the receiver waits for the sender's port
+            if kind == "send":
+                self.tasks.edge(task, self._arrival(name))
+            else:
+                self.tasks.edge(task, self._arrival(name))
+                self.done[transfer_key(item), rank] = self._arrival(name)
+
+    def _arrival(self, name: str) -> int:
+        """The task that ends when both ends of a transfer have."""
+        key = f"{name} arrived"
+        if key not in self.joins:
+            self.joins[key] = self.tasks.task(key, "recv", 0.0)
+        return self.joins[key]
+
+    def _stream(self, axis: str) -> str:
+        return axis if len(self.streams) > 1 else ""
+
+    def _wire_share(self, kind: str, size: float, ranks: tuple[int, ...], rank: int, seconds: float) -> float:
+        """Which share of its pool of wires a message keeps busy, at most all of it; 0 where wires are no pool."""
+        if self.layer is None or seconds <= 0:
+            return 0.0
+        return min(self.layer.busy(self.cluster, kind, size, ranks, rank) / seconds, 1.0)
 
     def _crowded(self, ranks: tuple[int, ...]) -> float:
         """Where more ranks than cores run, the ranks of a smaller group wait for their turns on the cores. Tables of
@@ -286,6 +359,9 @@ class _Builder:
         self.by_law[f"message {kind}"] += seconds * error * share
 
     def _wait(self, rank: int, key: str) -> None:
+        queue = self.queued[rank]
+        at = next((i for i, (name, _) in enumerate(queue) if name == key), -1)
+        del queue[: at + 1]
         task = self.done.pop((key, rank), -1)
         if task < 0 or task == self.last[rank]:
             return

@@ -114,6 +114,13 @@ class ParallelPlan:
         first = rank - self.coordinates(rank)[axis] * stride
         return tuple(first + i * stride for i in range(getattr(self, axis)))
 
+    def likes(self, rank: int, axis: str) -> range:
+        """First ranks of all groups along `axis` ("dp" or "tp") in the pipeline stage of `rank`: they run the same
+        script, and so communicate at the same time."""
+        stride = self.dp * self.tp
+        base = rank // stride * stride
+        return range(base, base + self.tp) if axis == "dp" else range(base, base + stride, self.tp)
+
     @property
     def label(self) -> str:
         """A short name, as tables print it: `dp2 fsdp x tp2`, `pp2 1f1b mb4`."""

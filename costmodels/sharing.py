@@ -1,0 +1,132 @@
+"""What groups that communicate at once leave each other of the ports and switches between nodes.
+
+Two forms. Groups of one kind that start together (all data-parallel rings of a stage): `shared_group` narrows what one
+of them gets by the loads of all (`topology_groups.group_bound`), and NCCL's law prices it with that. Traffic of
+different kinds that meets at any moment (pipeline sends beside gradients): `Layer` says which share of a port or
+uplink one message keeps busy, for the processor-sharing pools of the simulator. Both are held to exact flows by
+`tests/costmodels/test_sharing.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from costmodels.cluster import Cluster
+from costmodels.nccl_fabric import Group
+from costmodels.topology_groups import ROUNDS, capacities, group_bound, rail_of
+
+Firsts = range | tuple[int, ...]
+
+
+def alike(ranks: Sequence[int], firsts: Firsts) -> np.ndarray:
+    """Rows of ranks: the group moved so that it begins at each of `firsts`."""
+    own = np.asarray(ranks, np.int64)
+    return own[None, :] - own[0] + np.asarray(firsts, np.int64)[:, None]
+
+
+def known(cluster: Cluster) -> bool:
+    """Whether loads of this cluster's network can be counted: equal nodes, several of them, under switches."""
+    return cluster.nodes > 1 and not cluster.groups and cluster.fabric != "torus"
+
+
+def shared_group(cluster: Cluster, group: Group, kind: str, ranks: Sequence[int], firsts: Firsts) -> Group:
+    """`group` (of `ranks`) with what it gets of NICs and uplinks while its likes, which begin at `firsts`, do the same.
+
+    The same object where nothing is shared: one group, one node, or a cluster whose loads are not counted (`known`).
+    """
+    if group.domains < 2 or group.domains != group.hosts or not _counted(cluster, ranks, firsts):
+        return group
+    everywhere = kind == "all_to_all"
+    layers = _layers(cluster, everywhere, ranks, firsts)
+    n, within = group.ranks, group.per_domain
+    left = within * (n - within) / n if everywhere else (n - 1) / n
+    across = left / layers["ports"] if layers.get("ports") else group.across
+    uplinks = []
+    for (below, rate), tier in zip(group.uplinks, cluster.tiers):
+        passed = below * max(n - below, 0) / n if everywhere else (n - 1) / n
+        load = layers.get(tier.name, 0.0)
+        uplinks.append((below, min(rate, passed / load) if load else rate))
+    return replace(group, across=min(group.across, across), uplinks=tuple(uplinks))
+
+
+def slowed_by_likes(cluster: Cluster, kind: str, ranks: Sequence[int], firsts: Firsts) -> float:
+    """How many times less bandwidth between nodes a group gets beside its likes than alone; 1 where it shares none."""
+    if not _counted(cluster, ranks, firsts) or len({cluster.node_of(r) for r in ranks}) < 2:
+        return 1.0
+    everywhere = kind == "all_to_all"
+    alone = _layers(cluster, everywhere, ranks, (ranks[0],))
+    together = _layers(cluster, everywhere, ranks, firsts)
+    outside = [name for name in together if name != "devices"]
+    own = max(alone[name] for name in outside)
+    return max(max(together[name] for name in outside) / own, 1.0) if own > 0 else 1.0
+
+
+def _counted(cluster: Cluster, ranks: Sequence[int], firsts: Firsts) -> bool:
+    """Whether there are likes, all on devices of their own (ranks beyond the last device share its node)."""
+    return len(firsts) > 1 and known(cluster) and max(firsts) + max(ranks) - ranks[0] < cluster.size
+
+
+def _layers(cluster: Cluster, everywhere: bool, ranks: Sequence[int], firsts: Firsts) -> dict[str, float]:
+    """Seconds per byte of every layer while all groups of this form communicate."""
+    return group_bound(cluster, "all_to_all" if everywhere else "all_gather", 1.0, alike(ranks, firsts)).layers
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """One layer of ports or uplinks as pools. width: nodes below one switch (1: ports of nodes). rate: bytes/s of one
+    pool. by_rail: whether each rail of a node or switch has its own."""
+
+    name: str
+    width: int
+    rate: float
+    by_rail: bool
+
+    def pool_of(self, cluster: Cluster, rank: int) -> tuple[int, int]:
+        """The pool that the messages of a rank leave through."""
+        rail = int(rail_of(cluster, np.array([rank]))[0]) if self.by_rail else 0
+        return cluster.node_of(rank) // self.width, rail
+
+    def busy(self, cluster: Cluster, kind: str, nbytes: float, ranks: Sequence[int], rank: int) -> float:
+        """Seconds for which a whole pool is busy with what `rank` sends through it in one collective of `ranks`.
+
+        Rings leave a node by as many ports as they have ranks there; a send leaves from its first rank; what ROUNDS
+        does not count (broadcast, reduce) passes a ring once.
+        """
+        blocks = [cluster.node_of(r) // self.width for r in ranks]
+        own = cluster.node_of(rank) // self.width
+        if len(set(blocks)) < 2 or (kind == "send" and rank != ranks[0]):
+            return 0.0
+        size, together = len(ranks), blocks.count(own)
+        if kind == "send":
+            return nbytes / self.rate
+        if kind == "all_to_all":
+            return (size - together) / size * nbytes / self.rate
+        nodes = [cluster.node_of(r) for r in ranks]
+        here = nodes.count(cluster.node_of(rank))
+        turn = nodes[(ranks.index(rank) + here) % size]  # the same place on the group's next node
+        if turn // self.width == own:
+            return 0.0
+        sent = ROUNDS.get(kind, 1) * (size - 1) / size * nbytes
+        return sent / here / self.rate
+
+
+def layers_of(cluster: Cluster) -> list[Layer]:
+    """Ports and the uplinks of every tier; empty where loads of the network are not counted."""
+    if not known(cluster):
+        return []
+    widths = [("ports", 1), *((t.name, t.nodes) for t in cluster.tiers)]
+    return [Layer(name, width, rate, rail) for (name, width), (rate, rail) in zip(widths, capacities(cluster))]
+
+
+def fullest(cluster: Cluster, traffic: Sequence[tuple[Sequence[int], Firsts]]) -> Layer | None:
+    """The layer that all kinds of traffic together (a group and where its likes begin) load most; None where fewer
+    than two kinds leave their nodes, so that nothing can meet."""
+    found = layers_of(cluster)
+    loads = [_layers(cluster, False, ranks, firsts) for ranks, firsts in traffic if len(ranks) > 1] if found else []
+    crossing = [x for x in loads if x.get("ports", 0.0) > 0]
+    if len(crossing) < 2:
+        return None
+    return max(found, key=lambda layer: sum(x.get(layer.name, 0.0) for x in crossing))
