@@ -87,8 +87,8 @@ class NodeGroup:
 
 @dataclass(frozen=True, slots=True)
 class CollectiveTable:
-    """Measured seconds of one kind of collective among `ranks` ranks of one node, by bytes (as nccl-tests counts);
-    `demand` is the host cores that each rank kept busy meanwhile."""
+    """Measured seconds of one kind of collective among `ranks` ranks of one node, or spread evenly over `nodes`, by
+    bytes (as nccl-tests counts); `demand` is the host cores that each rank kept busy meanwhile."""
 
     kind: str
     ranks: int
@@ -96,6 +96,7 @@ class CollectiveTable:
     seconds: tuple[float, ...]
     demand: tuple[float, ...]
     error: float = 0.1
+    nodes: int = 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -158,11 +159,11 @@ class Cluster:
         return (0, *accumulate(counts))
 
     @cached_property
-    def curves(self) -> dict[tuple[str, int], tuple[np.ndarray, np.ndarray, np.ndarray]]:
-        """log(bytes), log(seconds), and demand of every table. A small message that took longer than a larger one was
-        disturbed: it takes the larger one's time, so that prices never fall."""
+    def curves(self) -> dict[tuple[str, int, int], tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """By kind, ranks and nodes: log(bytes), log(seconds), and demand of every table. A small message that took
+        longer than a larger one was disturbed: it takes the larger one's time, so that prices never fall."""
         return {
-            (t.kind, t.ranks): (
+            (t.kind, t.ranks, t.nodes): (
                 np.log(t.bytes),
                 np.minimum.accumulate(np.log(t.seconds)[::-1])[::-1],
                 np.array(t.demand),
@@ -324,7 +325,8 @@ def tables_from(data: dict[str, Any], where: str) -> tuple[CollectiveTable, ...]
             raise ValueError(f"{place}: 'bytes' must rise from entry to entry, and all 'bytes' and 'seconds' exceed 0")
         kind, ranks = toml.text(row, "kind", place), toml.whole(row, "ranks", place, least=2)
         error = toml.number(row, "error", place, 0.1)
-        result.append(CollectiveTable(kind, ranks, sizes, seconds, demand, error))
+        nodes = toml.whole(row, "nodes", place, 1, least=1)
+        result.append(CollectiveTable(kind, ranks, sizes, seconds, demand, error, nodes))
     return tuple(result)
 
 

@@ -109,15 +109,17 @@ def _gloo_way(kind: str) -> str:
 
 
 def _measured(cluster: Cluster, kind: str, nbytes: float, ranks: Sequence[int]) -> CollectivePrice | None:
-    """The price by the tables of groups inside one node; None where there is none."""
+    """The price by the tables; None where there is none of groups inside one node, or of groups just like this one
+    over several."""
     members = set(ranks)
     size = len(members)
-    sizes = [n for k, n in cluster.curves if k == kind]
-    if not sizes or len({cluster.node_of(r) for r in members}) > 1:
+    nodes = len({cluster.node_of(r) for r in members})
+    sizes = [n for k, n, m in cluster.curves if k == kind and m == nodes and (m == 1 or n == size)]
+    if not sizes:
         return None
     nearest = min(sizes, key=lambda n: (abs(log(n / size)), -n))
-    seconds, demand, inside = _interpolated(cluster, kind, nearest, nbytes)
-    error = next(t.error for t in cluster.tables if (t.kind, t.ranks) == (kind, nearest))
+    seconds, demand, inside = _interpolated(cluster, (kind, nearest, nodes), nbytes)
+    error = next(t.error for t in cluster.tables if (t.kind, t.ranks, t.nodes) == (kind, nearest, nodes))
     if nearest != size:
         # Scaled at the table's sizes only, so that the steps of the formula cannot make the price fall.
         seconds *= _size_ratio(kind, size, nearest)
@@ -126,9 +128,9 @@ def _measured(cluster: Cluster, kind: str, nbytes: float, ranks: Sequence[int]) 
     return CollectivePrice(seconds, demand, source, error * (1 if inside else 2), "measured")
 
 
-def _interpolated(cluster: Cluster, kind: str, size: int, nbytes: float) -> tuple[float, float, bool]:
+def _interpolated(cluster: Cluster, table: tuple[str, int, int], nbytes: float) -> tuple[float, float, bool]:
     """Log-log between the table's points; below the first its time, above the last its bandwidth."""
-    x, y, demand = cluster.curves[kind, size]
+    x, y, demand = cluster.curves[table]
     at = log(max(nbytes, 1.0))
     seconds = exp(float(np.interp(at, x, y))) * exp(max(at - float(x[-1]), 0.0))
     return seconds, float(np.interp(at, x, demand)), float(x[0]) <= at <= float(x[-1])

@@ -155,7 +155,8 @@ def _pat(group: Group, kind: str) -> list[Candidate]:
     depth = ceil(log2(group.hosts))
     net = (depth * CROSSING["ring"][2] / 3.5 + 2.8 * group.ranks) * US
     factor = (group.ranks - 1) / group.ranks
-    return [Candidate("pat", "Simple", PAT_BASE * US, 0.0, net, depth, 0.0, factor * _net(group) / 0.75)]
+    across = max(_net(group), _uplink(group, 1.0)) * factor / 0.75
+    return [Candidate("pat", "Simple", PAT_BASE * US, 0.0, net, depth, 0.0, across)]
 
 
 def _all_to_all(group: Group) -> Candidate:

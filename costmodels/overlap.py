@@ -28,8 +28,8 @@ from costmodels.nccl_tuner import ring_rate
 from costmodels.ops import ASSUMED_EFFICIENCY, OpShape
 from costmodels.topology_groups import ROUNDS
 
-# bytes/s of one ring by generation (Volta, Ampere, Hopper, Blackwell): of the speeds that NCCL's graph search tries, the
-# first that divides the links evenly (communication.md A1); twelve rings on eight A100, H100 or B200. NCCL then
+# bytes/s of one ring by generation (Volta, Ampere, Hopper, Blackwell): of the speeds that NCCL's graph search tries,
+# the first that divides the links evenly (communication.md A1); twelve rings on eight A100, H100 or B200. NCCL then
 # doubles the rings into channels: 12 on V100, 24 from A100 on, which is the 24 of the published example (A5).
 RING_SPEED = (20e9, 20e9, 30e9, 60e9)
 CHANNEL_BYTES = 512 * 64  # a channel less where each would carry less than threads x threshold of Simple: A1

@@ -36,14 +36,20 @@ def shared_group(cluster: Cluster, group: Group, kind: str, ranks: Sequence[int]
     """`group` (of `ranks`) with what it gets of NICs and uplinks while its likes, which begin at `firsts`, do the same.
 
     The same object where nothing is shared: one group, one node, or a cluster whose loads are not counted (`known`).
+    Where switches are rails' own, a group alone too has only the uplinks of the rails that it lies on.
     """
+    alone = len(firsts) < 2
+    if alone and any(t.rails for t in cluster.tiers):
+        firsts = (ranks[0],)
+    elif alone:
+        return group
     if group.domains < 2 or group.domains != group.hosts or not _counted(cluster, ranks, firsts):
         return group
     everywhere = kind == "all_to_all"
     layers = _layers(cluster, everywhere, ranks, firsts)
     n, within = group.ranks, group.per_domain
     left = within * (n - within) / n if everywhere else (n - 1) / n
-    across = left / layers["ports"] if layers.get("ports") else group.across
+    across = left / layers["ports"] if layers.get("ports") and not alone else group.across
     uplinks = []
     for (below, rate), tier in zip(group.uplinks, cluster.tiers):
         passed = below * max(n - below, 0) / n if everywhere else (n - 1) / n
@@ -54,7 +60,7 @@ def shared_group(cluster: Cluster, group: Group, kind: str, ranks: Sequence[int]
 
 def slowed_by_likes(cluster: Cluster, kind: str, ranks: Sequence[int], firsts: Firsts) -> float:
     """How many times less bandwidth between nodes a group gets beside its likes than alone; 1 where it shares none."""
-    if not _counted(cluster, ranks, firsts) or len({cluster.node_of(r) for r in ranks}) < 2:
+    if len(firsts) < 2 or not _counted(cluster, ranks, firsts) or len({cluster.node_of(r) for r in ranks}) < 2:
         return 1.0
     everywhere = kind == "all_to_all"
     alone = _layers(cluster, everywhere, ranks, (ranks[0],))
@@ -65,8 +71,9 @@ def slowed_by_likes(cluster: Cluster, kind: str, ranks: Sequence[int], firsts: F
 
 
 def _counted(cluster: Cluster, ranks: Sequence[int], firsts: Firsts) -> bool:
-    """Whether there are likes, all on devices of their own (ranks beyond the last device share its node)."""
-    return len(firsts) > 1 and known(cluster) and max(firsts) + max(ranks) - ranks[0] < cluster.size
+    """Whether the loads of these groups can be counted: all lie on devices of their own (ranks beyond the last device
+    share its node)."""
+    return known(cluster) and max(firsts) + max(ranks) - ranks[0] < cluster.size
 
 
 def _layers(cluster: Cluster, everywhere: bool, ranks: Sequence[int], firsts: Firsts) -> dict[str, float]:
@@ -121,12 +128,16 @@ def layers_of(cluster: Cluster) -> list[Layer]:
     return [Layer(name, width, rate, rail) for (name, width), (rate, rail) in zip(widths, capacities(cluster))]
 
 
-def fullest(cluster: Cluster, traffic: Sequence[tuple[Sequence[int], Firsts]]) -> Layer | None:
-    """The layer that all kinds of traffic together (a group and where its likes begin) load most; None where fewer
-    than two kinds leave their nodes, so that nothing can meet."""
+def fullest(cluster: Cluster, traffic: Sequence[Sequence[tuple[Sequence[int], Firsts]]]) -> Layer | None:
+    """The layer that all kinds of traffic together load most; None where fewer than two kinds leave their nodes, so
+    that nothing can meet. traffic: of each kind its forms (a group and where its likes begin), of which the heaviest
+    counts."""
     found = layers_of(cluster)
-    loads = [_layers(cluster, False, ranks, firsts) for ranks, firsts in traffic if len(ranks) > 1] if found else []
-    crossing = [x for x in loads if x.get("ports", 0.0) > 0]
+    if not found:
+        return None
+    kinds = [[_layers(cluster, False, ranks, firsts) for ranks, firsts in forms if len(ranks) > 1] for forms in traffic]
+    heaviest = [max(loads, key=lambda x: x.get("ports", 0.0)) for loads in kinds if loads]
+    crossing = [x for x in heaviest if x.get("ports", 0.0) > 0]
     if len(crossing) < 2:
         return None
     return max(found, key=lambda layer: sum(x.get(layer.name, 0.0) for x in crossing))

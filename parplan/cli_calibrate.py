@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,16 +17,26 @@ def calibrate(
         Path | None, typer.Option("--out", help="Device file; by default in this user's cache.", show_default=False)
     ] = None,
     budget: Annotated[float, typer.Option(help="Seconds to spend.")] = 90.0,
+    cluster: Annotated[
+        str | None,
+        typer.Option(help="Under torchrun: measure its collectives instead, into a cluster file.", show_default=False),
+    ] = None,
+    backend: Annotated[str, typer.Option(help="With --cluster: nccl, or gloo.")] = "nccl",
     json: Json = False,
 ) -> None:
     """Measure this machine's ops, host overheads and collectives into a device file.
 
     Example: parplan calibrate --budget 90
+
+    Example: torchrun --nproc-per-node 8 -m parplan calibrate --cluster dgx-h100 --out mine.toml
     """
     if out is not None and out.suffix != ".toml":
         raise ValueError(f"{out} is no TOML file; give a path that ends in .toml")
     if budget <= 0:
         raise ValueError(f"--budget is {budget:g}; give the seconds to spend, 90 is usual")
+    if cluster is not None:
+        _collectives(cluster, out, backend, json)
+        return
     with working() as progress:
         progress("starting one process per core", 0.0)
         from validation.calibrate import calibrate as measure
@@ -42,6 +53,26 @@ def calibrate(
         "seconds": found.seconds,
     }
     emit(data) if json else _print(data)
+
+
+def _collectives(cluster: str, out: Path | None, backend: str, json: bool) -> None:
+    """The groups of a cluster, on every rank that torchrun started; rank 0 writes and prints."""
+    if out is None:
+        raise ValueError("--cluster needs --out: the cluster file to write")
+    if backend not in ("nccl", "gloo"):
+        raise ValueError(f"--backend is '{backend}'; use nccl or gloo")
+    from validation.calibrate_nccl import main as measure
+
+    tables = measure(cluster, out, backend)
+    if os.environ["RANK"] != "0":
+        return
+    data = [{"kind": t.kind, "ranks": t.ranks, "nodes": t.nodes, "error": t.error} for t in tables]
+    if json:
+        emit({"path": str(out), "tables": data})
+        return
+    rows = [(t.kind, str(t.ranks), str(t.nodes), str(len(t.bytes)), percent(t.error)) for t in tables]
+    show(table("Measured collectives", ("kind", "ranks", "nodes", "sizes", "spread"), rows))
+    show(f"written to {out}")
 
 
 def _print(data: dict[str, Any]) -> None:

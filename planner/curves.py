@@ -42,7 +42,8 @@ class Curves:
 
 def curves(costs: StepCosts, plan: ParallelPlan) -> Curves:
     """Curves of the plan's micro-batch and shardings; the same object for plans that share them."""
-    key = ("curves", plan.micro_batch, plan.tp, plan.shardings)
+    inside = costs.cluster.devices_per_node % plan.tp == 0  # then groups of one stage share nothing
+    key = ("curves", plan.micro_batch, 1 if inside else plan.dp, plan.tp, plan.shardings)
     if key not in costs.cache:
         costs.cache[key] = _curves(costs, plan)
     found: Curves = costs.cache[key]
@@ -56,10 +57,10 @@ def _curves(costs: StepCosts, plan: ParallelPlan) -> Curves:
     after = np.array([op.phase not in ("forward", "optimizer") for op in graph.ops])
     before = np.arange(len(graph.ops)) < n
     messages, demand = np.zeros((2, n)), 1.0
-    step, ranks = plan.micro_batch - graph.batch, plan.group(0, "tp")
+    step, ranks, likes = plan.micro_batch - graph.batch, plan.group(0, "tp"), plan.likes(0, "tp")
     for reduction in layout.reductions:
         nbytes = float(_at(graph.tensors[reduction.tensor], step).bytes)
-        price = collective_price(costs.cluster, "all_reduce", nbytes, ranks)
+        price = collective_price(costs.cluster, "all_reduce", nbytes, ranks, firsts=likes)
         messages[int(reduction.after >= n), place[reduction.after]] += price.seconds
         demand = min(demand, price.demand)
     whole = {graph.tensors[i].storage for i, p in enumerate(layout.placements) if p >= 0}

@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 
 from costmodels.cluster import Cluster
 from costmodels.collectives import collective_price
-from costmodels.ops import price_many
+from costmodels.ops import price_many, shape_of
+from costmodels.overlap import beside, slowdowns
 from opgraph.graph import OpGraph
 from planner.op_costs import optimizer_seconds
 from planner.plan import ParallelPlan
@@ -160,15 +161,18 @@ def _data_messages(costs: StepCosts, plan: ParallelPlan, volume: Floats) -> dict
         "reduce_least",
         "after_least",
         "data_work",
+        "slowed",
     )
     found = {name: np.zeros(plan.pp) for name in names}
     if plan.dp == 1:
         return found
-    cluster, ranks = costs.cluster, plan.group(0, "dp")
+    found["slowed"] = np.full(plan.pp, _slowed(costs, plan, float(volume.max())))
+    cluster, ranks, likes = costs.cluster, plan.group(0, "dp"), plan.likes(0, "dp")
 
     def sent(what: str, pieces: Floats) -> Floats:
         pieces = np.maximum(np.round(pieces), 1)
-        prices = [collective_price(cluster, what, n, ranks).seconds for n in (volume / pieces).tolist()]
+        sizes = (volume / pieces).tolist()
+        prices = [collective_price(cluster, what, n, ranks, firsts=likes).seconds for n in sizes]
         return np.where(volume > 0, pieces * np.array(prices), 0.0)
 
     def least(what: str) -> tuple[Floats, Floats]:
@@ -194,6 +198,24 @@ def _data_messages(costs: StepCosts, plan: ParallelPlan, volume: Floats) -> dict
         found["after"] = sent("broadcast", np.full(plan.pp, float(plan.dp)))
         found["after_least"], work = least("broadcast")
         found["data_work"] = found["data_work"] + work
+    return found
+
+
+def _slowed(costs: StepCosts, plan: ParallelPlan, volume: float) -> float:
+    """Seconds that backward takes longer for every second of a gradient message beside it: 1 - 1 / slowdown, of all its
+    ops at the traced batch together."""
+    cluster, ranks = costs.cluster, plan.group(0, "dp")
+    kind, most = ("reduce_scatter", volume) if plan.data_parallel == "fsdp" else ("all_reduce", plan.bucket_bytes)
+    size = min(volume, most)
+    price = collective_price(cluster, kind, size, ranks, firsts=plan.likes(0, "dp"))
+    other = beside(cluster, kind, size, ranks, price.seconds)
+    key = ("slowed", other.units, round(other.bandwidth / 1e9))
+    if key not in costs.cache:
+        shapes = [shape_of(costs.graph, op) for op in costs.graph.ops if op.phase == "backward" and not op.is_view]
+        seconds = [p.seconds for p in price_many(cluster.device, shapes)]
+        longer = sum(s * x for s, x in zip(seconds, slowdowns(cluster.device, shapes, seconds, other)))
+        costs.cache[key] = 1 - sum(seconds) / longer if longer else 0.0
+    found: float = costs.cache[key]
     return found
 
 
@@ -228,8 +250,10 @@ def _chain(costs: StepCosts, t: dict[str, Any], least: bool) -> Floats:
         repeats = np.where(t["pp"][:, None] > 1, 1.0, m)
         hides = t["overlaps"] * (0.0 if costs.cluster.cores else OVERLAP)
         hidden = hides * backward
-        exposed = np.maximum(t["reduce"] + t["regather"] * repeats - hidden * repeats, t["tail"])
-        gather, end = gather * m, end + exposed
+        moved = t["reduce"] + t["regather"] * repeats
+        exposed = np.maximum(moved - hidden * repeats, t["tail"])
+        slowed = t["slowed"] * np.minimum(moved, hidden * repeats)
+        gather, end = gather * m, end + exposed + slowed
         back = m * backward + copies + end + np.where(m > 1, m * t["send"], 0.0)
     last = np.where(np.arange(down.shape[1]) > 0, copied[:, :1], copies) + end[:, :1]
     own = up + gather + m * forward + np.maximum(back, m * backward + down + last)

@@ -183,10 +183,10 @@ def _shared_layer(plan: ParallelPlan, cluster: Cluster) -> Layer | None:
     """The ports or uplinks on which messages of different axes of the plan can meet; None where none do."""
     if cluster.backend != "nccl" or plan.world_size > cluster.size:
         return None
-    traffic: list[tuple[tuple[int, ...], range]] = [(plan.group(0, axis), plan.likes(0, axis)) for axis in ("dp", "tp")]
     stride = plan.dp * plan.tp
-    if plan.pp > 1:
-        traffic.append(((0, stride), range(stride)))
+    firsts = range(0, plan.world_size, stride)
+    traffic = [[(plan.group(r, axis), plan.likes(r, axis)) for r in firsts] for axis in ("dp", "tp")]
+    traffic.append([((r, r + stride), range(r, r + stride)) for r in firsts[:-1]])
     return fullest(cluster, traffic)
 
 

@@ -73,7 +73,8 @@ def _stage_costs(costs: StepCosts, plan: ParallelPlan) -> StageCosts:
     for s, start in enumerate(starts[1:]):
         crossing = [i for i in crossings(costs, start) if i >= 0]
         ranks = (s * plan.dp * plan.tp, (s + 1) * plan.dp * plan.tp)
-        send[s] = collective_price(costs.cluster, "send", float(c.reads[crossing].sum()), ranks).seconds
+        size, likes = float(c.reads[crossing].sum()), range(ranks[0], ranks[1])
+        send[s] = collective_price(costs.cluster, "send", size, ranks, firsts=likes).seconds
     inputs = sum(s.bytes_per_batch * plan.micro_batch for s in graph.storages if s.role == "input")
     messages = per_stage(c.messages.sum(0) + np.where(again > 0, c.messages[0], 0.0))
     around = _runtime_host(costs, plan)

@@ -89,7 +89,7 @@ def calibrate(
                 "reference": 0.0 if main else results[ranks][0]["reference"],
             }  # fmt: skip
             low, high = (0.0, 0.75) if main else (0.75 + 0.2 * (i - 1) / len(sizes), 0.75 + 0.2 * i / len(sizes))
-            results[world] = _run(job, Path(folder), _between(progress, low, high))
+            results[world] = run_ranks(job, Path(folder), _between(progress, low, high))
     progress("fitting laws", 0.97)
     device, errors = _device(results, ranks, cores)
     tables = tuple(
@@ -122,8 +122,10 @@ def _kinds(world: int) -> list[str]:
     return [k for k in KINDS if k != "send" or world == 2]
 
 
-def _run(job: dict[str, Any], folder: Path, progress: Progress) -> list[dict[str, Any]]:
-    """Runs a job on all its ranks; whatever happens, no rank outlives this call."""
+def run_ranks(
+    job: dict[str, Any], folder: Path, progress: Progress, worker: str = "validation.calibrate_worker"
+) -> list[Any]:
+    """Runs a job on all its ranks, each `python -m WORKER`; whatever happens, no rank outlives this call."""
     path = folder / f"job-{job['ranks']}.json"
     path.write_text(json.dumps(job))
     environment = {**os.environ, **RANK_ENV, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path[1:]])}
@@ -135,7 +137,7 @@ def _run(job: dict[str, Any], folder: Path, progress: Progress) -> list[dict[str
             with (folder / f"log-{job['ranks']}-{rank}").open("w") as log:
                 processes.append(
                     subprocess.Popen(
-                        [sys.executable, "-m", "validation.calibrate_worker", str(path), str(rank)],
+                        [sys.executable, "-m", worker, str(path), str(rank)],
                         stdin=subprocess.PIPE, stdout=subprocess.PIPE if rank == 0 else log, stderr=log,
                         env=environment, start_new_session=True,
                     )
@@ -170,7 +172,8 @@ def _wait(processes: list[subprocess.Popen[bytes]], job: dict[str, Any], folder:
             time.sleep(0.05)
             continue
         break
-    failed = next((r for r, p in enumerate(processes) if p.poll() != 0), None)
+    died = next((r for r, p in enumerate(processes) if p.poll()), None)
+    failed = died if died is not None else next((r for r, p in enumerate(processes) if p.poll() != 0), None)
     if failed is not None:
         log = (folder / f"log-{job['ranks']}-{failed}").read_text().strip().splitlines()
         how = (

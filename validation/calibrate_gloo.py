@@ -85,7 +85,7 @@ class Round:
     busy: float
 
 
-def _rounds(call: Callable[[], Any], repeats: int) -> list[Round]:
+def rounds_of(call: Callable[[], Any], repeats: int) -> list[Round]:
     """Rounds of some work and a call. A collective call."""
     work, share = _work(), max(dist.get_world_size() / available_cores(), 1.0)
     rounds = []
@@ -100,14 +100,14 @@ def _rounds(call: Callable[[], Any], repeats: int) -> list[Round]:
 
 def _point(kind: str, size: int, seconds: float) -> list[Round]:
     """About `seconds` of rounds with one collective, as many on every rank."""
-    call = _call(kind, size)
+    call = call_of(kind, size)
     call()
     dist.barrier()
     start = time.perf_counter()
-    _rounds(call, 1)
+    rounds_of(call, 1)
     once = torch.tensor([time.perf_counter() - start], dtype=torch.float64)
     dist.all_reduce(once, op=dist.ReduceOp.MAX)
-    return _rounds(call, int(min(max(seconds / max(float(once), 1e-6), LEAST), MOST)))
+    return rounds_of(call, int(min(max(seconds / max(float(once), 1e-6), LEAST), MOST)))
 
 
 def _mean(rounds: list[Round]) -> tuple[float, float]:
@@ -142,7 +142,7 @@ def pair_seconds(size: int = 256 << 10, repeats: int = 30) -> float:
     mine = groups[rank // 2] if rank // 2 < len(groups) else None
     buffer = torch.zeros(size // 4)
     dist.barrier()
-    rounds = _rounds(lambda: dist.all_reduce(buffer, group=mine) if mine is not None else None, repeats)
+    rounds = rounds_of(lambda: dist.all_reduce(buffer, group=mine) if mine is not None else None, repeats)
     return _over_ranks([_mean(rounds)[0]])[0]
 
 
@@ -158,7 +158,7 @@ def _work() -> Callable[[], None]:
     return run
 
 
-def _call(kind: str, size: int) -> Callable[[], Any]:
+def call_of(kind: str, size: int) -> Callable[[], Any]:
     ranks, rank = dist.get_world_size(), dist.get_rank()
     count = max(size // 4 // ranks, 1) * ranks
     whole = torch.empty(count).fill_(0.0)
