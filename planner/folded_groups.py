@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 from planner.plan import ParallelPlan
 
@@ -19,17 +20,31 @@ class Groups:
 
     def ranks(self, axis: str) -> tuple[int, ...]:
         """Members of the group of the stage's first rank. "dp" spans dp and cp, whose ranks share gradients."""
-        plan, first = self.plan, self.first
-        sizes = {
+        stride, count = self._shape(axis)
+        return tuple(self.first + i * stride for i in range(count))
+
+    def likes(self, axis: str) -> tuple[int, ...]:
+        """First ranks of all groups along `axis` in this stage, which communicate at once; "pp": of all pairs of a rank
+        and its partner on another stage."""
+        stride, count = (1, 1) if axis == "pp" else self._shape(axis)
+        return _likes(self.first, self.plan.dp * self.plan.cp * self.plan.tp, stride, count)
+
+    def _shape(self, axis: str) -> tuple[int, int]:
+        """Distance between neighbours of a group, and its size."""
+        plan = self.plan
+        return {
             "tp": (1, plan.tp),
             "cp": (plan.tp, plan.cp),
             "dp": (plan.tp, plan.cp * plan.dp),
             "ep": (plan.tp * plan.cp, plan.ep),
             "edp": (plan.tp * plan.cp * plan.ep, plan.dp // plan.ep),
-        }
-        stride, count = sizes[axis]
-        return tuple(first + i * stride for i in range(count))
+        }[axis]
 
     def neighbours(self, other: int) -> tuple[int, int]:
         """This stage's first rank and its partner on stage `other`."""
         return self.first, Groups(self.plan, other).first
+
+
+@cache
+def _likes(first: int, width: int, stride: int, count: int) -> tuple[int, ...]:
+    return tuple(first + i for i in range(width) if i // stride % count == 0)

@@ -222,7 +222,7 @@ def priced(launches: Sequence[Launch], cluster: Cluster, groups: Groups) -> Pric
         if launch.message is not None:
             message = launch.message
             ranks = groups.ranks(message.axis)[: 2 if message.kind == "send" else None]
-            cost = collective_price(cluster, message.kind, message.bytes, ranks)
+            cost = collective_price(cluster, message.kind, message.bytes, ranks, firsts=groups.likes(message.axis))
             device[i] = _exposed(launches, i, device, cost.seconds * launch.share)
             count(f"{message.axis} {message.kind}", device[i], cost.source, cost.error)
     return Priced(run_of(np.array([x.host for x in launches]), device), seconds, sources, errors)

@@ -59,7 +59,8 @@ class Context:
     tally: Tally = field(default_factory=Tally)
 
     def message(self, kind: str, size: float, axis: str, stage: int = 0) -> float:
-        cost = collective_price(self.cluster, kind, size, Groups(self.plan, stage).ranks(axis))
+        groups = Groups(self.plan, stage)
+        cost = collective_price(self.cluster, kind, size, groups.ranks(axis), firsts=groups.likes(axis))
         self.tally.add(f"{axis} {kind}", cost.seconds, cost.source, cost.error)
         return cost.seconds
 
@@ -249,9 +250,14 @@ class _StageRunner:
         size = local.graph.batch * local.seq * weight.shape[0] * (weight.bytes // weight.numel)
         own, other = Groups(plan, self.lane.stage).neighbours((self.lane.stage + 1) % plan.pp)
         split = plan.tp if plan.sequence_parallel or self.c.software.p2p_split else 1
-        seconds = collective_price(self.c.cluster, "send", size / split, (own, other)).seconds
+        likes = Groups(plan, self.lane.stage).likes("pp")
+        seconds = collective_price(self.c.cluster, "send", size / split, (own, other), firsts=likes).seconds
         if split > 1 and not plan.sequence_parallel:
-            seconds += collective_price(self.c.cluster, "all_gather", size, Groups(plan).ranks("tp")).seconds
+            inside = Groups(plan)
+            gathered = collective_price(
+                self.c.cluster, "all_gather", size, inside.ranks("tp"), firsts=inside.likes("tp")
+            )
+            seconds += gathered.seconds
         return seconds
 
     def _last_backward(self, waits: list[int]) -> None:
@@ -294,7 +300,7 @@ class _StageRunner:
         if plan.pp > 1 and embeds and part.elements and self.c.parts.local.graph.name.endswith("tied"):
             ends = (Groups(plan).first, Groups(plan, plan.pp - 1).first)
             size = part.elements * (software.reduce_bytes if plan.precision in SIXTEEN else 4)
-            cost = collective_price(self.c.cluster, "all_reduce", size, ends)
+            cost = collective_price(self.c.cluster, "all_reduce", size, ends, firsts=Groups(plan).likes("pp"))
             self.reduces.append(self.lane.message("tied embedding", "all_reduce", cost.seconds, [self.lane.free]))
         optimizer(self.c, self.lane, sum(sum(self.c.elements(c)) for c in self.own), self.reduces)
         if self.replicas > 1 and not self.overlapped and plan.data_parallel in ("zero1", "zero2"):

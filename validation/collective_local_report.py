@@ -44,7 +44,8 @@ def summarise(rows: Sequence[Row]) -> list[Row]:
                     "how": how, "ranks": ranks, "kind": kind, "points": len(errors),
                     "mean": statistics.fmean(errors), "median": statistics.median(errors), "within": _share(errors),
                     "bias": statistics.fmean(r["error"] for r in own if wanted(r)),
-                    "calm_points": len(calm), "calm_mean": statistics.fmean(calm) if calm else None,
+                    "noise": statistics.fmean(noise(r) for r in own if wanted(r)), "calm_points": len(calm),
+                    "calm_mean": statistics.fmean(calm) if calm else None,
                     "calm_within": _share(calm) if calm else None,
                 })  # fmt: skip
     return found
@@ -53,6 +54,12 @@ def summarise(rows: Sequence[Row]) -> list[Row]:
 def spread(row: Row) -> float:
     """Half the distance from the 10th to the 90th percentile of a point's repetitions, over their mean."""
     return float((row["high"] - row["low"]) / 2 / row["seconds"])
+
+
+def noise(row: Row) -> float:
+    """Standard error of a point's mean, relative, from its 10 to 90 % range (2.56 standard deviations of a normal
+    distribution)."""
+    return float((row["high"] - row["low"]) / 2.56 / row["repeats"] ** 0.5 / row["seconds"])
 
 
 def _share(errors: Sequence[float]) -> float:
@@ -71,15 +78,17 @@ def _markdown(summary: Sequence[Row], rows: Sequence[Row], first: Row) -> str:
         "written before their sizes were measured. *in place*: what a call adds to a round of work, from the",
         "calibration file; *plain*: calls in a loop, from a table of the calibrated sizes measured just before. Times",
         f"are at the pace of the calibration (anchor {1e3 * first['reference']:.2f} ms); {first['cores']} cores, which",
-        "more ranks share. Calm: half the 10 to 90 % range of the repetitions is within 25 % of their mean.",
+        "more ranks share. Calm: half the 10 to 90 % range of the repetitions is within 25 % of their mean. Noise: the",
+        "standard error of a measured mean; that of a table's point comes on top.",
         "",
-        "| exam | ranks | kind | points | mean error | median | bias | within 10 % | calm | mean | within 10 % |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        "| exam | ranks | kind | points | mean error | median | bias | within 10 % | noise | calm | mean | within |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for s in summary:
         cells: tuple[Any, ...] = (
             s["how"], s["ranks"], s["kind"], s["points"], _percent(s["mean"]), _percent(s["median"]),
-            _percent(s["bias"]), _percent(s["within"]), s["calm_points"], _percent(s["calm_mean"]),
+            _percent(s["bias"]), _percent(s["within"]), _percent(s["noise"]), s["calm_points"],
+            _percent(s["calm_mean"]),
             _percent(s["calm_within"]),
         )  # fmt: skip
         lines.append("| " + " | ".join(str(c) for c in cells) + " |")
