@@ -205,7 +205,8 @@ def _slowed(costs: StepCosts, plan: ParallelPlan, volume: float) -> float:
     """Seconds that backward takes longer for every second of a gradient message beside it: 1 - 1 / slowdown, of all its
     ops at the traced batch together."""
     cluster, ranks = costs.cluster, plan.group(0, "dp")
-    kind, most = ("reduce_scatter", volume) if plan.data_parallel == "fsdp" else ("all_reduce", plan.bucket_bytes)
+    sharded = plan.data_parallel in ("zero2", "fsdp")
+    kind, most = ("reduce_scatter", volume) if sharded else ("all_reduce", plan.bucket_bytes)
     size = min(volume, most)
     price = collective_price(cluster, kind, size, ranks, firsts=plan.likes(0, "dp"))
     other = beside(cluster, kind, size, ranks, price.seconds)
