@@ -9,6 +9,7 @@ import pytest
 from costmodels.cluster import Cluster, load_cluster
 from opgraph.batch import trace_workload
 from planner.estimate import estimate
+from planner.folded_groups import Groups
 from planner.lower import lower
 from planner.plan import ParallelPlan
 from planner.predict import predict
@@ -87,3 +88,14 @@ def test_estimate_and_simulation_stay_together(graph) -> None:
         for plan, seconds, bound in zip(plans, estimates.seconds, estimates.bound_seconds):
             step = predict(graph, plan, where).step_seconds
             assert bound <= step * (1 + 1e-9) and 0.6 < seconds / step < 1.4, plan
+
+
+def test_groups_know_which_others_communicate_with_them() -> None:
+    plan = ParallelPlan(8, pp=2, dp=2, tp=2, shardings=SHARDINGS, cuts=("blocks.2",))
+    folded = Groups(plan, 1)
+    assert folded.likes("dp") == (4, 5) == tuple(plan.likes(6, "dp"))
+    assert folded.likes("tp") == (4, 6) == tuple(plan.likes(6, "tp"))
+    assert folded.likes("pp") == (4, 5, 6, 7)
+    for axis in ("dp", "tp"):
+        rows = sorted(r for first in folded.likes(axis) for r in plan.group(first, axis))
+        assert rows == [4, 5, 6, 7], "together they are the whole stage"
