@@ -25,6 +25,14 @@ from simulator import breakdown, overall, simulate
 
 STEP_ERROR = 0.05  # GPUs of one cluster differ by 5 %, releases of one recipe by 0.5 to 8 %: a floor of every interval
 
+# What sustained work on tensor cores loses to the power limit against tables of short measurements: between nothing and
+# 15 % (B200, 100 kernels in a row: 1450 to 1237 TFLOP/s, flashinfer pull request 2899; A100, products of random numbers
+# and of zeros: 257 and 295, thonking.ai "Strangely, matrix multiplications"; H100 with and without a warm-up: 794 and
+# 813, stas00/ml-engineering pull request 59). How the tables' sources warmed up is not known, so nothing is added to a
+# step; its interval reaches as much further up as a share that is spread evenly over that range deviates from 0 (rms).
+SUSTAINED = 0.15 / sqrt(3)
+TENSOR_CORES = ("gemm", "attention", "attention_backward")
+
 
 @dataclass(frozen=True, slots=True)
 class FoldedPrediction:
@@ -60,6 +68,7 @@ def predict_folded(
     tally = context.tally
     total = sum(tally.sources.values()) or 1.0
     spread = NINE_IN_TEN * hypot(sqrt(sum(e * e for e in tally.errors.values())) / total, STEP_ERROR)
+    slower = NINE_IN_TEN * SUSTAINED * _on_tensor_cores(tally.seconds, plan) / total
     memories = [memory_of(context, s) for s in range(plan.pp)]
     fullest = max(range(plan.pp), key=lambda s: memories[s].allocated)
     allocated, reserved = memories[fullest].allocated, 0
@@ -67,7 +76,7 @@ def predict_folded(
         allocated, reserved = replayed(context, fullest, memories[fullest])
     return FoldedPrediction(
         step_seconds=step,
-        interval=(step * max(0.0, 1 - spread), step * (1 + spread)),
+        interval=(step * max(0.0, 1 - spread), step * (1 + hypot(spread, slower))),
         memory=memories[fullest],
         breakdown=asdict(overall(breakdown(timeline))),
         device={k: v for k, v in sorted(tally.seconds.items(), key=lambda item: -item[1])},
@@ -76,3 +85,8 @@ def predict_folded(
         allocated_bytes=allocated,
         reserved_bytes=reserved,
     )
+
+
+def _on_tensor_cores(seconds: dict[str, float], plan: ParallelPlan) -> float:
+    """Seconds of products and attention that run on tensor cores."""
+    return 0.0 if plan.precision == "fp32" else sum(seconds.get(name, 0.0) for name in TENSOR_CORES)

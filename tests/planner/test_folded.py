@@ -264,3 +264,12 @@ def test_replayed_fsdp_holds_what_leaves_recomputed_regions_and_the_gathering_st
     assert views.allocated_bytes == pytest.approx(views.memory.allocated, rel=0.1)
     # A policy that names products keeps the last one's result in every block: 4 sequences of 256 tokens.
     assert policy.memory.activations - views.memory.activations == LAYERS * 2 * 4 * SEQ * HIDDEN
+
+
+def test_intervals_reach_further_up_where_tensor_cores_work() -> None:
+    found = step()
+    low, high = found.interval
+    below, above = 1 - low / found.step_seconds, high / found.step_seconds - 1
+    busy = sum(found.device[k] for k in ("gemm", "attention", "attention_backward") if k in found.device)
+    share = busy / sum(found.device.values())
+    assert above**2 - below**2 == pytest.approx((1.645 * 0.15 * share) ** 2 / 3, rel=1e-6)
