@@ -18,7 +18,8 @@ WORDS: dict[str, dict[str, Any]] = {
     "ddp": {"data_parallel": "ddp"}, "zero1": {"data_parallel": "zero1"}, "zero2": {"data_parallel": "zero2"},
     "fsdp": {"data_parallel": "fsdp"}, "zero3": {"data_parallel": "fsdp"},
     "gpipe": {"schedule": "gpipe"}, "1f1b": {"schedule": "1f1b"}, "bf16": {"precision": "bf16"},
-    "recompute": {"recompute": True}, "single": {}, "x": {},
+    "recompute": {"recompute": True}, "keep-products": {"recompute_keeps": ("products",)},
+    "keep-attention": {"recompute_keeps": ("attention",)}, "single": {}, "x": {},
 }  # fmt: skip
 NUMBERS = {"dp": "dp", "tp": "tp", "pp": "pp", "mb": "micro_batches"}
 Finish = Callable[["Workload", "OpGraph", "Cluster"], "ParallelPlan"]
@@ -47,18 +48,23 @@ def parse(text: str) -> dict[str, Any]:
     """What typed degrees mean: `dp2 fsdp x tp2 mb4` or `dp2,fsdp,tp2,mb4`."""
     fields: dict[str, Any] = {
         "dp": 1, "tp": 1, "pp": 1, "micro_batches": 1, "data_parallel": "ddp", "schedule": "1f1b", "precision": "fp32",
-        "recompute": False,
+        "recompute": False, "recompute_first": (), "recompute_keeps": (),
     }  # fmt: skip
     for word in re.split(r"[\s,]+", text.strip()):
         match = re.fullmatch(r"(dp|tp|pp|mb)([1-9]\d*)", word)
         if match:
             fields[NUMBERS[match[1]]] = int(match[2])
+        elif first := re.fullmatch(r"recompute(\d+(?:/\d+)*)", word):
+            fields |= {"recompute": True, "recompute_first": tuple(int(n) for n in first[1].split("/"))}
         elif word in WORDS:
+            kept = fields["recompute_keeps"]
             fields |= WORDS[word]
+            fields["recompute_keeps"] = tuple(dict.fromkeys((*kept, *fields["recompute_keeps"])))
         else:
             raise ValueError(
                 f"'{word}' in plan '{text}' is no degree, and there is no such file; write for example dp2,tp2,mb4 "
-                "with any of dpN tpN ppN mbN ddp zero1 zero2 fsdp gpipe 1f1b recompute bf16, or give a plan file"
+                "with any of dpN tpN ppN mbN ddp zero1 zero2 fsdp gpipe 1f1b recompute recomputeN keep-products "
+                "keep-attention bf16, or give a plan file"
             )
     return fields
 
@@ -76,7 +82,7 @@ def complete(
     wanted: dict[str, Any], text: str, workload: Workload, graph: OpGraph, cluster: Cluster, global_batch: int
 ) -> ParallelPlan:
     """The plan of these degrees in the space that the search looks through, with its shardings, cuts and units; what
-    the search does not look through (zero2) is the plan next to it, changed."""
+    the search does not look through (zero2, recomputation of a part) is the plan next to it, changed."""
     from planner.space import enumerate_plans
 
     world = wanted["dp"] * wanted["tp"] * wanted["pp"]
@@ -86,7 +92,9 @@ def complete(
     near = {**wanted, "data_parallel": "fsdp" if wanted["data_parallel"] == "zero2" else wanted["data_parallel"]}
     for plan in space.plans:
         if all(getattr(plan, k) == near[k] for k in keys) and bool(plan.recompute) == wanted["recompute"]:
-            return replace(plan, data_parallel=wanted["data_parallel"]) if plan.dp > 1 else plan
+            kind = wanted["data_parallel"] if plan.dp > 1 else plan.data_parallel
+            changed = {k: wanted[k] for k in ("recompute_first", "recompute_keeps")}
+            return replace(plan, data_parallel=kind, **changed)
     mesh = {f"{axis}{wanted[axis]}" for axis in ("pp", "dp", "tp") if wanted[axis] > 1}
     reasons = [r.reason for r in space.rejected if set(re.split(r"[ ,]+", r.label)) & mesh]
     reason = "; ".join(dict.fromkeys(reasons)) or "it is not in the space that the search knows"

@@ -150,7 +150,7 @@ def apply(
         shard_tensor_parallel(model, plan, along(mesh, "tp"))
         if not plan.fully_sharded:
             placements = local_module(model, along(mesh, "tp"))
-    recompute(model, plan.recompute)
+    recompute(model, plan, plan.coordinates(rank)["pp"])
     wrapped, optimizer = data_parallel(plan, workload, model, mesh)
     schedule = make_schedule(plan, workload, wrapped, whole, rank, device, mesh) if plan.pp > 1 else None
     tied = tied_parameters(plan, whole, model, rank, mesh) if whole is not None else ()

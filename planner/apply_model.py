@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,9 +12,10 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from planner.plan import ParallelPlan
+from planner.runtime import is_kept
 
 RECOMPUTING: list[str] = []
 """Paths of the recomputed modules whose forward is running now, innermost last (read by the dry run)."""
@@ -89,14 +91,21 @@ def _seeing_dtensors(module: nn.Module, tp: DeviceMesh, specs: dict[str, Any]) -
     return run
 
 
-def recompute(model: nn.Module, paths: tuple[str, ...]) -> None:
-    """Wraps the forward of the modules at `paths` in `checkpoint`; names of parameters stay."""
-    for path in present(model, paths):
+def recompute(model: nn.Module, plan: ParallelPlan, stage: int) -> None:
+    """Wraps the forward of the modules that the stage recomputes in `checkpoint`; names of parameters stay."""
+    contexts = partial(create_selective_checkpoint_contexts, partial(_policy, plan)) if plan.recompute_keeps else None
+    for path in plan.recomputed(stage, present(model, plan.recompute)):
         module = model.get_submodule(path)
-        module.forward = _checkpointed(module.forward, path)
+        module.forward = _checkpointed(module.forward, path, contexts)
 
 
-def _checkpointed(forward: Callable[..., Any], path: str) -> Callable[..., Any]:
+def _policy(plan: ParallelPlan, context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if is_kept(plan, str(op)) else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def _checkpointed(forward: Callable[..., Any], path: str, contexts: Any = None) -> Callable[..., Any]:
+    options = {"context_fn": contexts} if contexts else {}
+
     def inner(*args: Any, **kwargs: Any) -> Any:
         RECOMPUTING.append(path)
         try:
@@ -107,7 +116,7 @@ def _checkpointed(forward: Callable[..., Any], path: str) -> Callable[..., Any]:
     def run(*args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
             return forward(*args, **kwargs)
-        return checkpoint(inner, *args, use_reentrant=False, **kwargs)
+        return checkpoint(inner, *args, use_reentrant=False, **options, **kwargs)
 
     return run
 

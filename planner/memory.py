@@ -157,6 +157,8 @@ class _Replay:
             # the functional all-reduce returns a new tensor; the partial one dies after it
             ledger.pulse(self.times.sizes.get(self.stage.graph.tensors[reduction.tensor].storage, 0), "communication")
         for s in self.times.dies.get(op.id, ()):
+            if phase == "forward" and s in self.times.kept:
+                continue
             self._free(s, micro)
 
     def _backward(self, micro: int) -> None:
@@ -180,6 +182,8 @@ class _Replay:
             self._run_op(op, micro, "backward")
             if (ended := self.times.ends.get(op.id)) is not None:
                 self.ledger.drop(("generator", ended.path, micro))
+                for s in ended.kept:  # what was kept of ops behind the last one that had to run again
+                    self._free(s, micro)
             if op.id in ready and micro > 0:
                 for s in self._gradients_of(ready[op.id]):
                     self._free(s, micro)

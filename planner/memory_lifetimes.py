@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from costmodels.workspace import reserve_bytes, workspace_bytes
 from opgraph.graph import DTYPE_BYTES, Op, OpGraph
 from planner.memory_sizes import gradient_owners, local_bytes, outputs, received
-from planner.runtime import recomputed_ops
+from planner.runtime import is_kept, recomputed_ops
 from planner.runtime_stage import Stage
 from planner.script import tensor_shape
 from planner.stages import LOSS, within
@@ -18,7 +18,7 @@ from planner.stages import LOSS, within
 class Region:
     """A checkpointed region of one stage. first, last: the backward op before which its ops are run again, and the last
     one of its own. again: those ops. leaves: its last forward op, after which it forgets the storages `forgotten`.
-    unneeded: storages made again that backward ignores."""
+    unneeded: storages made again that backward ignores. kept: those whose ops are not run again."""
 
     path: str
     first: int
@@ -27,6 +27,7 @@ class Region:
     leaves: int
     forgotten: set[int]
     unneeded: list[int]
+    kept: set[int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +35,8 @@ class Lifetimes:
     """Storages that a stage makes in one micro-batch. sizes: bytes on a rank by storage. born, dies: by op, the
     storages that it makes and those that nobody needs after it. gradients: storage -> parameter, and by_parameter the
     other way; they die by no op. inside: bytes that an op takes inside itself. again: by backward op, the regions made
-    again before it. ends: last backward op of a region -> the region. forgotten: last forward op of a region -> it."""
+    again before it. ends: last backward op of a region -> the region. forgotten: last forward op of a region -> it.
+    kept: storages that live until their region is made again, or is over."""
 
     sizes: dict[int, int] = field(default_factory=dict)
     born: dict[int, list[int]] = field(default_factory=dict)
@@ -45,6 +47,7 @@ class Lifetimes:
     again: dict[int, list[Region]] = field(default_factory=dict)
     ends: dict[int, Region] = field(default_factory=dict)
     forgotten: dict[int, Region] = field(default_factory=dict)
+    kept: set[int] = field(default_factory=set)
 
 
 def lifetimes(stage: Stage, backend: str) -> Lifetimes:
@@ -79,11 +82,12 @@ def lifetimes(stage: Stage, backend: str) -> Lifetimes:
         found.dies.setdefault(end if s in kept else death, []).append(s)
     if backend == "gloo":
         _look_inside(stage, found)
-    for path in stage.plan.recompute:
+    for path in stage.recompute:
         if (region := _region(stage, path, found)) is not None:
             found.again.setdefault(region.first, []).append(region)
             found.ends[region.last] = region
             found.forgotten[region.leaves] = region
+            found.kept.update(region.kept)
     return found
 
 
@@ -114,7 +118,9 @@ def _region(stage: Stage, path: str, found: Lifetimes) -> Region | None:
     made = {s for op in again for s in found.born.get(op.id, ())}
     done = {op.id for op in (*stage.ops.forward, *stage.ops.backward) if op.id < first} - {op.id for op in again}
     unneeded = [s for op, storages in found.dies.items() if op in done for s in storages if s in made]
-    return Region(path, first, backward[-1].id, again, ops[-1].id, made - _leaving(stage, path), unneeded)
+    kept = {s for op in ops if is_kept(stage.plan, op.name) for s in found.born.get(op.id, ())}
+    forgotten = made - kept - _leaving(stage, path)
+    return Region(path, first, backward[-1].id, again, ops[-1].id, forgotten, unneeded, kept)
 
 
 def _leaving(stage: Stage, path: str) -> set[int]:

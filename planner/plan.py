@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from math import prod
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
-SCHEMA_VERSION = 2
-OLDER_SCHEMAS = (1,)  # read as plans without the fields that came later
+SCHEMA_VERSION = 3
+OLDER_SCHEMAS = (1, 2)  # read as plans without the fields that came later
 DataParallel = Literal["ddp", "zero1", "zero2", "fsdp"]
 Schedule = Literal["gpipe", "1f1b"]
 Precision = Literal["fp32", "tf32", "fp16", "bf16", "fp8"]
 Sharding = Literal["colwise", "rowwise"]
+Kept = Literal["products", "attention"]
 AXES = ("pp", "dp", "tp")
 
 
@@ -34,7 +36,11 @@ class ParallelPlan:
         features, "rowwise" the input features and all-reduces its output. A colwise output stays sharded,
         a rowwise input is expected sharded (Megatron pairs).
     fsdp_units: module paths wrapped by `fully_shard`, besides the root (or the stage's root).
-    recompute: module paths whose activations are recomputed in backward.
+    recompute: module paths whose activations are recomputed in backward, in execution order.
+    recompute_first: of these paths, how many each stage recomputes, its first ones; one number counts for every stage,
+        none stands for all of them.
+    recompute_keeps: kinds of ops in recomputed modules whose outputs are kept, not made again: "products" (matrix
+        products and convolutions), "attention" (fused kernels). torch calls it selective checkpointing.
     precision: "fp32", or "bf16" (autocast, fp32 parameters and gradients); "fp16", "tf32" and "fp8" (matrix products
         in 8 bits, the rest in bfloat16) for predictions.
     bucket_bytes: a DDP bucket closes once it holds this much; at the default 25 MiB the first one closes at 1 MiB,
@@ -62,6 +68,8 @@ class ParallelPlan:
     sequence_parallel: bool = False
     cp: int = 1
     ep: int = 1
+    recompute_first: tuple[int, ...] = ()
+    recompute_keeps: tuple[Kept, ...] = ()
 
     def __post_init__(self) -> None:
         for axis in (*AXES, "cp", "ep", "vpp"):
@@ -84,6 +92,18 @@ class ParallelPlan:
             )
         if self.tp > 1 and not self.shardings:
             raise ValueError(f"tp = {self.tp} needs shardings (module path and style), but none are given")
+        self._check_recompute()
+
+    def _check_recompute(self) -> None:
+        first, kinds = self.recompute_first, get_args(Kept)
+        if (first or self.recompute_keeps) and not self.recompute:
+            raise ValueError("recompute_first and recompute_keeps change what is recomputed, but recompute is empty")
+        if first and (len(first) not in (1, self.pp) or min(first) < 0):
+            raise ValueError(
+                f"recompute_first is {list(first)}; give one number of modules, or one for each of the {self.pp} stages"
+            )
+        if unknown := [kind for kind in self.recompute_keeps if kind not in kinds]:
+            raise ValueError(f"recompute_keeps names {unknown[0]!r}; it knows {' and '.join(kinds)}")
 
     @property
     def world_size(self) -> int:
@@ -98,6 +118,12 @@ class ParallelPlan:
     def fully_sharded(self) -> bool:
         """Whether dp ranks hold shards of the parameters between steps (`fully_shard`)."""
         return self.dp > 1 and self.data_parallel in ("fsdp", "zero2")
+
+    def recomputed(self, stage: int, there: Iterable[str]) -> tuple[str, ...]:
+        """What stage `stage` recomputes of `there`, those paths of `recompute` that it has, in order."""
+        if not self.recompute_first:
+            return tuple(there)
+        return tuple(there)[: self.recompute_first[stage if len(self.recompute_first) > 1 else 0]]
 
     @property
     def style(self) -> dict[str, Sharding]:
@@ -139,7 +165,8 @@ class ParallelPlan:
         if self.micro_batches > 1:
             name += f" mb{self.micro_batches}"
         if self.recompute:
-            name += " recompute"
+            name += " recompute" + "/".join(str(n) for n in self.recompute_first)
+            name += "".join(f" keep-{kind}" for kind in self.recompute_keeps)
         return name if self.precision == "fp32" else f"{name} {self.precision}"
 
     def to_dict(self) -> dict[str, Any]:
@@ -161,7 +188,7 @@ def plan_from_dict(data: dict[str, Any]) -> ParallelPlan:
         raise ValueError(f"unknown plan field(s) {', '.join(unknown)}; known fields are {', '.join(sorted(known))}")
     if "global_batch" not in data:
         raise ValueError("the plan has no global_batch; give the samples per optimizer step")
-    for name in ("cuts", "fsdp_units", "recompute"):
+    for name in ("cuts", "fsdp_units", "recompute", "recompute_first", "recompute_keeps"):
         data[name] = tuple(data.get(name, ()))
     data["shardings"] = tuple((str(path), style) for path, style in data.get("shardings", ()))
     return ParallelPlan(**data)

@@ -8,14 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from costmodels.families import family
 from opgraph.graph import Op, Phase
 from planner.orders import stage_order
+from planner.plan import Kept, ParallelPlan
 from planner.runtime_data import LocalParameter, Unit, ddp_buckets, padded, zero1_owners
 from planner.runtime_fsdp import FsdpBackward, gather, gather_root, scatter, unit_of
 from planner.runtime_optimizer import optimizer_work
 from planner.runtime_stage import Stage
 from planner.script import Host, Item, Message, Transfer, Wait, copies_nothing, copy_work, rephased, tensor_bytes
 from planner.stages import LOSS, shared_parameters, within
+
+KEPT: dict[Kept, tuple[str, ...]] = {"products": ("gemm", "conv"), "attention": ("attention",)}  # families of ops
 
 
 def stage_script(stage: Stage, dp_index: int = 0) -> list[Item]:
@@ -89,9 +93,8 @@ def _leave(stage: Stage, unit: Unit | None) -> Iterator[Item]:
 
 
 def _checkpoints(stage: Stage) -> Iterator[Item]:
-    regions = sum(any(within(op.module, path) for op in stage.ops.forward) for path in stage.plan.recompute)
-    if regions:
-        yield Host("checkpoint_forward", regions, "forward")
+    if stage.recompute:
+        yield Host("checkpoint_forward", len(stage.recompute), "forward")
 
 
 def _sharded_linears(stage: Stage) -> int:
@@ -146,15 +149,21 @@ def _backward(stage: Stage, first: bool, last: bool) -> Iterator[Item]:
 
 
 def _recompute(stage: Stage, op: Op, done: set[str]) -> Iterator[Item]:
-    for path in stage.plan.recompute:
+    for path in stage.recompute:
         if path in done or not within(op.module, path) or op.module == LOSS:
             continue
         done.add(path)
         yield Host("checkpoint_backward", 1, "recompute")
         items: list[Item] = []
         for again in recomputed_ops(stage, path):
-            items += _forward_op(stage, again, "recompute")
+            kept = is_kept(stage.plan, again.name)
+            items += _reduced(stage, again, "recompute") if kept else _forward_op(stage, again, "recompute")
         yield from rephased(items, "recompute")
+
+
+def is_kept(plan: ParallelPlan, op: str) -> bool:
+    """Whether a recomputed module keeps the outputs of this op (`recompute_keeps`)."""
+    return any(family(op) in KEPT[kind] for kind in plan.recompute_keeps)
 
 
 def recomputed_ops(stage: Stage, path: str) -> list[Op]:

@@ -10,7 +10,7 @@ from planner.layout import Layout, Reduction
 from planner.plan import ParallelPlan
 from planner.runtime_data import LocalParameter, Unit, fsdp_units, gradient_order, local_parameters
 from planner.script import Item, Work, local_work
-from planner.stages import StageOps
+from planner.stages import StageOps, within
 
 
 @dataclass(slots=True)
@@ -25,6 +25,7 @@ class Stage:
     parameters: dict[str, LocalParameter]
     ready: dict[str, int]
     units: list[Unit]
+    recompute: tuple[str, ...]
     reductions: dict[int, list[Reduction]]
     works: dict[tuple[int, Phase], Work] = field(default_factory=dict)
     gathered: set[str] = field(default_factory=set)
@@ -45,7 +46,8 @@ def prepare(graph: OpGraph, plan: ParallelPlan, layout: Layout, stages: tuple[St
     reductions: dict[int, list[Reduction]] = {}
     for reduction in layout.reductions:
         reductions.setdefault(reduction.after, []).append(reduction)
+    there = [path for path in plan.recompute if any(within(op.module, path) for op in ops.forward)]
     return Stage(
         graph, plan, layout, ops, stages, parameters, gradient_order(graph, ops),
-        fsdp_units(plan, ops, parameters) if plan.fully_sharded else [], reductions,
+        fsdp_units(plan, ops, parameters) if plan.fully_sharded else [], plan.recomputed(index, there), reductions,
     )  # fmt: skip

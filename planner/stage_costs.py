@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,6 +11,7 @@ from numpy.typing import NDArray
 from costmodels.collectives import collective_price
 from planner.curves import Curves, curves
 from planner.plan import ParallelPlan
+from planner.runtime import is_kept
 from planner.step_costs import StepCosts, crossings, uses_of
 
 Floats = NDArray[np.float64]
@@ -42,7 +44,8 @@ class StageCosts:
 
 def stage_costs(costs: StepCosts, plan: ParallelPlan) -> StageCosts:
     """Costs of every stage of the plan; the same object for plans that share them."""
-    key = (plan.pp, plan.dp * plan.tp, plan.tp, plan.micro_batch, plan.shardings, plan.recompute, plan.cuts)
+    again = (plan.recompute, plan.recompute_first, plan.recompute_keeps)
+    key = (plan.pp, plan.dp * plan.tp, plan.tp, plan.micro_batch, plan.shardings, again, plan.cuts)
     if key not in costs.cache:
         costs.cache[key] = _stage_costs(costs, plan)
     found: StageCosts = costs.cache[key]
@@ -93,7 +96,7 @@ def _runtime_host(costs: StepCosts, plan: ParallelPlan) -> Floats:
     starts = [0, *(cut_start(costs, cut) for cut in plan.cuts)] if plan.pp > 1 else []
     places = {
         "pp_action": starts,
-        "checkpoint": [costs.spans[path][0] for path in plan.recompute if path in costs.spans],
+        "checkpoint": [costs.spans[path][0] for path in _regions(costs, plan)],
         "dtensor_linear": [costs.spans[path][0] for path, _ in plan.shardings] if plan.tp > 1 else [],
     }
     for kind, where in places.items():
@@ -107,21 +110,34 @@ def _kept(costs: StepCosts, plan: ParallelPlan, c: Curves) -> tuple[Floats, Floa
     module brings back at a time."""
     again, saved = np.zeros(costs.forward_ops), np.zeros(costs.forward_ops)
     block = np.full(costs.forward_ops, -1)
-    for i, path in enumerate(plan.recompute):
+    regions = _regions(costs, plan)
+    for i, path in enumerate(regions):
         first, last = costs.spans.get(path, (0, -1))
         block[first : last + 1] = i
     born, used, stored = _activations(costs)
     home, size = block[born], c.bytes[stored]
-    ends = np.array([costs.spans.get(path, (0, -1))[1] for path in plan.recompute] or [0])
-    dropped = (home >= 0) & (used <= ends[home])
+    ends = np.array([costs.spans.get(path, (0, -1))[1] for path in regions] or [0])
+    stays = np.array([is_kept(plan, op.name) for op in costs.graph.ops[: costs.forward_ops]])
+    again_made = (home >= 0) & (used <= ends[home])
+    dropped = again_made & ~stays[born]
     np.add.at(saved, born[~dropped], size[~dropped])
     stops = np.full(len(ends), -1)  # torch stops recomputing as soon as everything that was saved is there
-    np.maximum.at(stops, home[dropped], born[dropped])
+    np.maximum.at(stops, home[again_made], born[again_made])
     repeated = (block >= 0) & (np.arange(costs.forward_ops) <= stops[block])
-    again[repeated] = c.forward[repeated]
+    again[repeated] = np.where(stays, c.messages[0], c.forward)[repeated]
     back = np.zeros(len(ends))
     np.add.at(back, home[dropped], size[dropped])
     return again, saved, float(back.max())
+
+
+def _regions(costs: StepCosts, plan: ParallelPlan) -> list[str]:
+    """The paths that the stages recompute."""
+    starts = [0, *(cut_start(costs, cut) for cut in plan.cuts), costs.forward_ops]
+    found: list[str] = []
+    for stage, (first, end) in enumerate(pairwise(starts)):
+        there = [path for path in plan.recompute if path in costs.spans and first <= costs.spans[path][0] < end]
+        found += plan.recomputed(stage, there)
+    return found
 
 
 def _activations(costs: StepCosts) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:

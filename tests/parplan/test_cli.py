@@ -212,6 +212,14 @@ def test_a_typed_label_is_the_plan_that_the_search_shows(parplan):
         assert typed["plan"] == entry["plan"] and typed["step_seconds"] == pytest.approx(entry["step_seconds"])
 
 
+def test_a_typed_plan_that_the_search_does_not_know(parplan):
+    for label in ("dp2 zero2 mb2", "pp2 1f1b mb2 recompute1/0 keep-products", "dp2 fsdp recompute1 keep-attention"):
+        small = "gpt2:layers=2,hidden=32,heads=2,seq=16,vocab=64"
+        found = parplan("simulate", small, "--plan", label, "--cluster", "dgx-h100", "-b", 8, "--json").data
+        assert found["label"] == label
+        assert found["step_seconds"] > 0
+
+
 def test_what_the_planner_refuses_is_one_sentence(parplan, tmp_path):
     ParallelPlan(global_batch=8, pp=2, cuts=("nowhere",), micro_batches=2).save(tmp_path / "cut.json")
     (tmp_path / "tiny.toml").write_text(

@@ -42,10 +42,13 @@ PLANS = [
     *(plan(dp=2, data_parallel=d, **PP, schedule="1f1b", micro_batches=2) for d in KINDS),
     plan(dp=4, data_parallel="fsdp"),
     plan(dp=2, data_parallel="zero2", micro_batches=2, **TP, recompute=BLOCKS),
+    plan(**TP, recompute=BLOCKS, recompute_keeps=("products",)),
+    plan(**PP, schedule="1f1b", micro_batches=4, recompute=BLOCKS, recompute_first=(2, 1),
+         recompute_keeps=("attention",)),
     plan(dp=2, data_parallel="zero2", **PP, schedule="1f1b", micro_batches=2),
     plan(dp=2, data_parallel="fsdp", **TP, **PP, schedule="1f1b", micro_batches=2),
     ParallelPlan(global_batch=8, dp=2),
-]
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -113,6 +116,20 @@ def test_single_device_needs_no_process_group():
     assert all(p.grad is None for p in step.model.parameters())
     step.backward_only(inputs, targets)
     assert set(step.named_gradients()) == {name for name, _ in step.model.named_parameters()}
+
+
+@pytest.mark.parametrize(
+    "part", [{}, {"recompute_first": (2,)}, {"recompute_keeps": ("products",)}, {"recompute_keeps": ("attention",)}]
+)
+def test_what_is_recomputed_changes_no_gradient(part):
+    inputs, targets = gpt().batch(8)
+    found = []
+    for p in (plan(), plan(recompute=BLOCKS, **part)):
+        torch.manual_seed(0)
+        step = apply(p, gpt(), 0)
+        step.backward_only(inputs, targets)
+        found.append(step.named_gradients())
+    assert all(torch.equal(found[0][name], g) for name, g in found[1].items()) and found[0].keys() == found[1].keys()
 
 
 def test_1f1b_with_too_few_micro_batches():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -13,7 +14,7 @@ from costmodels.ops import price_many, shape_of
 from opgraph.batch import trace_workload
 from planner.curves import curves
 from planner.estimate import bound_seconds, estimate
-from planner.plan import ParallelPlan
+from planner.plan import ParallelPlan, plan_from_dict
 from planner.predict import predict
 from planner.space import enumerate_plans
 from planner.step_costs import crossings, step_costs
@@ -139,3 +140,44 @@ def test_crossings_of_a_cut():
 def test_unknown_cut_is_refused():
     with pytest.raises(ValueError, match="cut 'nowhere' is no module path"):
         bound_seconds(trace_workload(gpt()), ParallelPlan(8, pp=2, cuts=("nowhere",)), load_cluster("dgx-a100"))
+
+
+PARTS = (
+    {"recompute": BLOCKS}, {"recompute": BLOCKS, "recompute_first": (1,)},
+    {"recompute": BLOCKS, "recompute_keeps": ("products",)},
+    {"recompute": BLOCKS, "recompute_first": (2,), "recompute_keeps": ("attention",)}, {},
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "mesh",
+    [{}, {"dp": 2, "data_parallel": "zero2", "fsdp_units": BLOCKS, "micro_batches": 2},
+     {"tp": 2, "shardings": SHARDINGS}, {"pp": 2, "cuts": ("blocks.2",), "micro_batches": 4}],
+    ids=["single", "zero2", "tp", "pp"],
+)  # fmt: skip
+def test_parts_of_recomputation_are_bounded_and_ordered(mesh):
+    """Less recomputed is faster and holds more; every bound holds."""
+    graph, cluster = trace_workload(gpt()), load_cluster("dgx-a100")
+    plans = [ParallelPlan(8, **mesh, **part) for part in PARTS]
+    found = estimate(step_costs(graph, cluster), plans)
+    rows = [predict(graph, p, cluster) for p in plans]
+    for p, bound, need, row in zip(plans, found.bound_seconds, found.need_bytes, rows):
+        assert bound <= row.step_seconds * (1 + 1e-9), p.label
+        assert all(need[p.coordinates(r)["pp"]] <= peak for r, peak in enumerate(row.peak_bytes)), p.label
+    full, first, products, _, none = rows
+    assert none.step_seconds < products.step_seconds < full.step_seconds > first.step_seconds > none.step_seconds
+    assert max(full.peak_bytes) < max(first.peak_bytes) <= max(none.peak_bytes)
+    assert max(full.peak_bytes) < max(products.peak_bytes)
+
+
+def test_recomputation_of_a_part_is_checked():
+    for fields, words in (
+        ({"recompute_first": (1,)}, "recompute is empty"),
+        ({"recompute": BLOCKS, "recompute_first": (1, 2)}, "one for each of the 1 stages"),
+        ({"recompute": BLOCKS, "recompute_keeps": ("norms",)}, "products and attention"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            ParallelPlan(8, **fields)
+    part = ParallelPlan(8, recompute=BLOCKS, recompute_first=(2,), recompute_keeps=("products",))
+    assert part.label == "single recompute2 keep-products"
+    assert plan_from_dict(json.loads(json.dumps(part.to_dict()))) == part

@@ -36,8 +36,19 @@ KINDS = {
     "recompute": {"recompute": True, "dp": 2},
     "recompute fsdp": {"recompute": True, "dp": 2, "data_parallel": "fsdp"},
     "recompute tp": {"recompute": True, "tp": 2},
-}
-SOME = ("ddp", "fsdp", "tp", "1f1b", "fsdp x tp", "pp x fsdp")
+    "recompute first": {"recompute": True, "dp": 2, "recompute_first": (1,)},
+    "keep products": {"recompute": True, "recompute_keeps": ("products",)},
+    "keep attention fsdp": {
+        "recompute": True, "dp": 2, "data_parallel": "fsdp", "micro_batches": 2, "recompute_keeps": ("attention",)
+    },
+    "keep both tp": {"recompute": True, "tp": 2, "recompute_keeps": ("products", "attention")},
+    "stages recompute 1/0": {"pp": 2, "micro_batches": 4, "recompute": True, "recompute_first": (1, 0)},
+    "stages keep 0/1": {
+        "pp": 2, "micro_batches": 4, "schedule": "gpipe", "recompute": True, "recompute_first": (0, 1),
+        "recompute_keeps": ("products",),
+    },
+}  # fmt: skip
+SOME = ("keep products", "ddp", "fsdp", "tp", "1f1b", "fsdp x tp", "pp x fsdp")
 CASES = [(GPT, k) for k in KINDS] + [(spec, k) for spec in (ALEXNET, LLAMA, VIT) for k in SOME]
 
 
