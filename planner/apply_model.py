@@ -15,7 +15,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from planner.plan import ParallelPlan
-from planner.runtime import is_kept
+from planner.runtime_stage import is_kept
 
 RECOMPUTING: list[str] = []
 """Paths of the recomputed modules whose forward is running now, innermost last (read by the dry run)."""

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from costmodels.workspace import reserve_bytes, workspace_bytes
 from opgraph.graph import DTYPE_BYTES, Op, OpGraph
 from planner.memory_sizes import gradient_owners, local_bytes, outputs, received
-from planner.runtime import is_kept, recomputed_ops
-from planner.runtime_stage import Stage
+from planner.runtime import recomputed_ops
+from planner.runtime_stage import Stage, is_kept
 from planner.script import tensor_shape
 from planner.stages import LOSS, within
 

@@ -8,18 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from costmodels.families import family
 from opgraph.graph import Op, Phase
 from planner.orders import stage_order
-from planner.plan import Kept, ParallelPlan
 from planner.runtime_data import LocalParameter, Unit, ddp_buckets, padded, zero1_owners
 from planner.runtime_fsdp import FsdpBackward, gather, gather_root, scatter, unit_of
 from planner.runtime_optimizer import optimizer_work
-from planner.runtime_stage import Stage
+from planner.runtime_stage import Stage, is_kept
 from planner.script import Host, Item, Message, Transfer, Wait, copies_nothing, copy_work, rephased, tensor_bytes
 from planner.stages import LOSS, shared_parameters, within
-
-KEPT: dict[Kept, tuple[str, ...]] = {"products": ("gemm", "conv"), "attention": ("attention",)}  # families of ops
 
 
 def stage_script(stage: Stage, dp_index: int = 0) -> list[Item]:
@@ -159,11 +155,6 @@ def _recompute(stage: Stage, op: Op, done: set[str]) -> Iterator[Item]:
             kept = is_kept(stage.plan, again.name)
             items += _reduced(stage, again, "recompute") if kept else _forward_op(stage, again, "recompute")
         yield from rephased(items, "recompute")
-
-
-def is_kept(plan: ParallelPlan, op: str) -> bool:
-    """Whether a recomputed module keeps the outputs of this op (`recompute_keeps`)."""
-    return any(family(op) in KEPT[kind] for kind in plan.recompute_keeps)
 
 
 def recomputed_ops(stage: Stage, path: str) -> list[Op]:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from costmodels.collectives import collective_price
 from planner.curves import Curves, curves
 from planner.plan import ParallelPlan
-from planner.runtime import is_kept
+from planner.runtime_stage import is_kept
 from planner.step_costs import StepCosts, crossings, uses_of
 
 Floats = NDArray[np.float64]
