@@ -112,7 +112,7 @@ def _fit_device(table: Table, rows: pd.DataFrame, decode: pd.DataFrame) -> Fitte
     fitting = _some(~scored)
     x = fit_constants(wanted, lambda x: law(x, fitting), measured[fitting], STARTS)
     predicted = law(x, np.ones(len(rows), bool))
-    constants = _section(x, widths, packs) | {"kernel": table.kernel}
+    constants = section_of(x, widths, packs) | {"kernel": table.kernel}
     extra: dict[str, float] = {}
     if len(decode):
         more, error, n = _fit_decode(device, decode)
@@ -122,7 +122,7 @@ def _fit_device(table: Table, rows: pd.DataFrame, decode: pd.DataFrame) -> Fitte
     data = f"{table.framework}/context{'+encoder' if table.encoder else ''} ({SOURCE})"
 
     def again(lent: Mapping[str, Any]) -> Array:
-        calls = _masked(calls_of_rows(rows), scored)
+        calls = masked(calls_of_rows(rows), scored)
         cache = predicted[scored] - flash_seconds(constants, device, DTYPE, calls)
         return cache + flash_seconds(lent, device, DTYPE, calls)
 
@@ -154,13 +154,13 @@ def _law(
     def law(x: dict[str, float], mask: Flags) -> Array:
         cache = stored.to_numpy(float)[mask] / device.memory_bandwidth / x["cache_stream"]
         cache = cache + x.get("cache_launch", 0.0) * calls.causal[mask] + x.get("pad_launch", 0.0) * padded[mask]
-        seconds: Array = flash_seconds(_section(x, widths, packs), device, DTYPE, _masked(calls, mask)) + cache
+        seconds: Array = flash_seconds(section_of(x, widths, packs), device, DTYPE, masked(calls, mask)) + cache
         return seconds
 
     return law
 
 
-def _section(x: dict[str, float], widths: list[int], packs: bool) -> dict[str, Any]:
+def section_of(x: dict[str, float], widths: list[int], packs: bool) -> dict[str, Any]:
     """The constants as a section of a kernels file has them. A norm's exponent below 1 would make work disappear."""
     plain = {c.name: x[c.name] for c in (*CONSTANTS, *ENCODER) if c.name in x}
     plain |= {name: 1 + x[name] for name in ("join", "memory_join")}
@@ -175,7 +175,7 @@ def calls_of_rows(rows: pd.DataFrame) -> Calls:
     return Calls(batch, heads, kv_heads, queries, keys, width, values, causal, np.zeros(len(rows), bool))
 
 
-def _masked(c: Calls, mask: Flags) -> Calls:
+def masked(c: Calls, mask: Flags) -> Calls:
     return Calls(*(getattr(c, name)[mask] for name in Calls.__dataclass_fields__))
 
 
@@ -190,8 +190,8 @@ def _fit_decode(device: Device, rows: pd.DataFrame) -> tuple[dict[str, float], f
     fitting = _some(~scored)
 
     def seconds(x: dict[str, float]) -> Array:
-        return decode_seconds(x, device, DTYPE, _masked(calls, fitting))
+        return decode_seconds(x, device, DTYPE, masked(calls, fitting))
 
     found = fit_constants(DECODE, seconds, measured[fitting], DECODE_STARTS)
-    errors = decode_seconds(found, device, DTYPE, _masked(calls, scored)) / measured[scored] - 1
+    errors = decode_seconds(found, device, DTYPE, masked(calls, scored)) / measured[scored] - 1
     return found, float(np.abs(errors).mean()), int(scored.sum())

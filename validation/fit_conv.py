@@ -64,7 +64,7 @@ def _fit_device(device: Device, stem: str, rows: pd.DataFrame) -> tuple[Fitted, 
     scored = held_out(*(rows[c] for c in ("batch", "in_channels", "out_channels", "input_size")))
     measured = rows.latency_ms.to_numpy() * 1e-3
     taken = rows.algorithm.to_numpy().astype(str)
-    constants = _constants(device, rows, taken, measured, ~scored)
+    constants = algorithm_constants(device, convs(rows), taken, measured, ~scored)
     host = np.array([[constants[HOST.get(a, "winograd_host")]] for a in ALGORITHMS])
 
     def again(lent: Mapping[str, Any]) -> Array:
@@ -87,15 +87,18 @@ def _fit_device(device: Device, stem: str, rows: pd.DataFrame) -> tuple[Fitted, 
     return fit, agreement
 
 
-def _constants(
-    device: Device, rows: pd.DataFrame, taken: NDArray[np.str_], measured: Array, fitting: Flags
+def algorithm_constants(
+    device: Device, some: Convs, taken: NDArray[np.str_], measured: Array, fitting: Flags, least: int = 1
 ) -> dict[str, Any]:
-    """Constants of each algorithm, from the rows of the fitting half for which cuDNN took it. Both Winograd kernels
-    have one name in the table, so the faster of the two is compared. FFT has none of its own."""
+    """Constants of each algorithm, from the rows of the fitting half for which cuDNN took it, if there are `least` of
+    them. Both Winograd kernels have one name in the table, so the faster of the two is compared. FFT has none of its
+    own."""
     constants: dict[str, Any] = {}
     for algorithm, names in (("implicit_gemm", IMPLICIT), ("winograd", WINOGRAD)):
         mine = fitting & (taken == algorithm)
-        law = _law(algorithm, device, convs(rows[mine]))
+        if mine.sum() < least:
+            continue
+        law = _law(algorithm, device, Convs(*(getattr(some, n)[mine] for n in Convs.__dataclass_fields__)))
         starts = STARTS if algorithm == "winograd" else ({},)
         constants |= _tiles_joined(fit_constants(names, law, measured[mine], starts, relative=True))
     return constants
