@@ -15,6 +15,7 @@ def test_compression_wins_where_the_network_is_slow_enough_and_never_where_it_is
     slow = _points("small", graph, cluster_of(8, 0.01), 8, 8, 10, COMPRESSIONS)
     fast = _points("small", graph, cluster_of(8, 1e4), 8, 8, 25, COMPRESSIONS)
     assert all(s.wins for s in slow) and not any(s.wins for s in fast)
+    assert all(s.after >= s.compressed * (1 - 1e-9) and s.after > 0 for s in slow)
     assert all(s.codec > 0 for s in (*slow, *fast)) and len({s.plain for s in slow}) == 1
     text = report([*slow, *fast], (0.312, 0.239), "a command")
     assert "wins in 3 of 6 settings" in text and "| sign | small | 1 of 1 | 0 of 1 |" in text and "312 ms" in text
