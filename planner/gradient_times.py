@@ -1,7 +1,8 @@
 """When the gradients of a data-parallel step are complete, bucket by bucket, and the step around any exchange of them.
 
 The script is that of `planner.runtime` (torch's DDP); prices are those of `planner.lower`, with which an uncompressed
-ring agrees to rounding. One rank stands for all. On GPUs the host thread that launches eager kernels is counted too
+ring agrees to rounding where that slows no ops beside messages (it does on NVLink; here nothing does). One rank stands
+for all. On GPUs the host thread that launches eager kernels is counted too
 (`planner.software.HOST`), because the ops of a compressor are launched by it as well.
 """
 
