@@ -93,6 +93,9 @@ def devices_of(out: Path, lent: Path | None) -> dict[str, Device]:
 
 def predicted_row(row: Row, run: Run, graphs: dict[tuple[str, str], OpGraph], devices: dict[str, Device]) -> Row:
     """The row with what every set of constants says, and with the memory, which constants do not change."""
+    if run.variant.compiled:
+        said = {name: {"at": utc(), "commit": commit()} for name in devices}
+        return {**row, "predictions": {**said, **row["predictions"]}, "reason": NOT_COMPILED, "memory": {}}
     workload = load_workload(run.spec)
     plan = run.plan(workload)
     graph = traced(run, workload, plan, graphs)
@@ -100,19 +103,17 @@ def predicted_row(row: Row, run: Run, graphs: dict[tuple[str, str], OpGraph], de
         row["memory"] = memory_of(graph, plan, next(iter(devices.values())).name)
     for name, device in devices.items():
         if name not in row["predictions"]:
-            said = {} if run.variant.compiled else step_of(graph, plan, device, run.variant.precision == "tf32")
+            said = step_of(graph, plan, device, run.variant.precision == "tf32")
             row["predictions"][name] = {"at": utc(), "commit": commit(), **said}
-    if run.variant.compiled:
-        row["reason"] = NOT_COMPILED
-        row["memory"] = {}
     return row
 
 
 def traced(run: Run, workload: Workload, plan: ParallelPlan, graphs: dict[tuple[str, str], OpGraph]) -> OpGraph:
-    """The graph of a model and precision: one for all batches."""
+    """The graph of a model and precision: one for all batches, and of one model at a time."""
     key = run.model.spec, plan.precision
     if key not in graphs:
-        graphs.clear()  # one model at a time
+        if any(spec != run.model.spec for spec, _ in graphs):
+            graphs.clear()
         graphs[key] = trace_workload(workload, precision=plan.precision)
     return graphs[key]
 
