@@ -47,6 +47,16 @@ def load_workload(spec: str) -> Workload:
     raise ValueError(f"there is no model {head!r} in the zoo: {hint}")
 
 
+def with_length(spec: str, tokens: int) -> Workload:
+    """The workload that `spec` names, of sequences of `tokens` tokens. ValueError for what has no such length: models
+    of other data, and Python files, whose factories choose it themselves."""
+    head, _, rest = spec.strip().partition(":")
+    if head.endswith(".py"):
+        raise ValueError(f"{head} chooses its own sequence length; give a zoo name or a config.json")
+    others = [part for part in rest.split(",") if part.partition("=")[0].strip() not in ("", "seq")]
+    return load_workload(f"{head}:{','.join([*others, f'seq={tokens}'])}")
+
+
 def zoo_workload(name: str, sizes: Sizes, overrides: Mapping[str, str]) -> Workload:
     """The workload of a family at the given sizes."""
     changed = with_overrides(sizes, overrides, name.partition(":")[0])

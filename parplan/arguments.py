@@ -23,6 +23,10 @@ GlobalBatch = Annotated[
     int, typer.Option("--global-batch", "-b", help="Samples per optimizer step.", show_default=False)
 ]
 PrecisionName = Annotated[str, typer.Option("--precision", help="fp32, or bf16 (autocast).")]
+Compile = Annotated[
+    bool, typer.Option("--compile", help="Assume torch.compile: pointwise and reductions fused, no eager dispatch.")
+]
+CudaGraphs = Annotated[bool, typer.Option("--cuda-graphs", help="Assume CUDA graphs: no host thread to wait for.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
 
 

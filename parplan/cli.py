@@ -17,6 +17,7 @@ from parplan.cli_collectives import collectives
 from parplan.cli_demo import demo
 from parplan.cli_devices import devices
 from parplan.cli_gradients import gradients
+from parplan.cli_infer import infer
 from parplan.cli_predict import predict
 from parplan.cli_search import search
 from parplan.cli_simulate import simulate
@@ -30,7 +31,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for verb in (trace, calibrate, search, simulate, validate, predict, devices, clusters, collectives, gradients, demo):
+VERBS = (
+    trace, calibrate, search, simulate, infer, validate, predict, devices, clusters, collectives, gradients, demo
+)  # fmt: skip
+for verb in VERBS:
     app.command()(verb)
 # What typer raises for a wrong command line; newer versions bring their own click, so it has no other stable name.
 UsageProblem: Any = typer.BadParameter.__mro__[2]

@@ -7,7 +7,17 @@ from typing import Annotated, Any
 
 import typer
 
-from parplan.arguments import ClusterName, GlobalBatch, Json, Model, PrecisionName, positive, precision_of
+from parplan.arguments import (
+    ClusterName,
+    Compile,
+    CudaGraphs,
+    GlobalBatch,
+    Json,
+    Model,
+    PrecisionName,
+    positive,
+    precision_of,
+)
 from parplan.console import emit, percent, remark, seconds, show, size, table, working
 
 MARKER = "plans.json"
@@ -21,6 +31,8 @@ def search(
     top: Annotated[int, typer.Option(help="How many plans to show and write.")] = 10,
     precision: PrecisionName = "fp32",
     out: Annotated[Path | None, typer.Option("--out", help="Folder for the plan files.", show_default=False)] = None,
+    compile_: Compile = False,
+    cuda_graphs: CudaGraphs = False,
     json: Json = False,
 ) -> None:
     """Search the plan space and rank what fits, with lower bounds and the reasons for what was left out.
@@ -34,13 +46,14 @@ def search(
     if out is not None:
         check_replaceable(out, MARKER)
     with working() as progress:
-        result, where = _search(model, cluster, global_batch, devices, precision, progress)
+        result, where = _search(model, cluster, global_batch, devices, precision, (compile_, cuda_graphs), progress)
     plans = result.plans[:top]
     data = {
         "model": model,
         "cluster": where.name,
         "devices": devices or where.size,
         "global_batch": global_batch,
+        "assumed": ["torch.compile"] * compile_ + ["CUDA graphs"] * cuda_graphs,
         "plans": [ranked_data(r) for r in plans],
         "ranked": len(result.plans),
         "considered": result.considered,
@@ -56,7 +69,8 @@ def search(
 
 
 def _search(
-    model: str, name: str, global_batch: int, devices: int | None, precision: str, progress: Any
+    model: str, name: str, global_batch: int, devices: int | None, precision: str, options: tuple[bool, bool],
+    progress: Any,
 ) -> tuple[Any, Any]:
     from costmodels.cluster import load_cluster
     from costmodels.device import basis_of
@@ -73,8 +87,9 @@ def _search(
     workload = load_workload(model)
     graph = trace_workload(workload, precision=kind)
     result = search_plans(
-        workload, graph, cluster, global_batch, devices=devices, precision=kind, progress=progress
-    )
+        workload, graph, cluster, global_batch, devices=devices, precision=kind, compiled=options[0],
+        cuda_graphs=options[1], progress=progress,
+    )  # fmt: skip
     for note in (*graph.notes, *basis_of(cluster.device)):
         remark(f"note: {note}")
     return result, cluster
@@ -125,6 +140,8 @@ def _print(data: dict[str, Any], plans: Any) -> None:
             seconds(entry["bound_seconds"]), percent(ranked.gap),
         ))  # fmt: skip
     title = f"{data['model']} on {data['devices']} devices of {data['cluster']}, global batch {data['global_batch']}"
+    if data["assumed"]:
+        title += f", assuming {' and '.join(data['assumed'])}"
     columns = ("", "plan", "step", "interval", "peak", "fits", "MFU", "bound", "gap")
     show(table(title, columns, rows, left=2))
     proof = f"{data['undecided']} others might be faster" if data["undecided"] else "none of the others can be faster"

@@ -7,9 +7,11 @@ from typing import Annotated, Any
 
 import typer
 
-from parplan.arguments import ClusterName, Json, Model, positive
+from parplan.arguments import ClusterName, Compile, CudaGraphs, Json, Model, positive
 from parplan.cli_memory import check_memory_file, memory_data, memory_rows
 from parplan.console import emit, percent, remark, seconds, show, size, table, working
+
+MOST_CHAINS = 6
 
 
 def simulate(
@@ -33,6 +35,8 @@ def simulate(
             show_default=False,
         ),
     ] = None,
+    compile_: Compile = False,
+    cuda_graphs: CudaGraphs = False,
     json: Json = False,
 ) -> None:
     """Simulate one training step under one plan.
@@ -49,7 +53,9 @@ def simulate(
             raise ValueError(f"there is no folder {path.parent} to write {path.name} into; make it first")
     began = time.perf_counter()
     with working() as progress:
-        prediction, timeline, graph, machine = _simulate(model, plan, cluster, global_batch, progress)
+        prediction, timeline, graph, machine = _simulate(
+            model, plan, cluster, global_batch, (cuda_graphs, compile_), progress
+        )
         if trace_file is not None:
             from simulator import write_perfetto
 
@@ -68,7 +74,9 @@ def simulate(
     emit(data) if json else _print(data)
 
 
-def _simulate(model: str, plan: str, name: str, global_batch: int | None, progress: Any) -> tuple[Any, Any, Any, Any]:
+def _simulate(
+    model: str, plan: str, name: str, global_batch: int | None, options: tuple[bool, bool], progress: Any
+) -> tuple[Any, Any, Any, Any]:
     from costmodels.cluster import load_cluster
     from parplan.inline_plan import read_plan
 
@@ -77,6 +85,7 @@ def _simulate(model: str, plan: str, name: str, global_batch: int | None, progre
     progress(f"tracing {model}", 0.1)
     from opgraph.batch import trace_workload
     from opgraph.models import load_workload
+    from planner.host_thread import Running
     from planner.predict import simulate_plan
     from planner.space import check_devices
 
@@ -87,7 +96,8 @@ def _simulate(model: str, plan: str, name: str, global_batch: int | None, progre
     workload = load_workload(model)
     graph = trace_workload(workload, precision=precision)
     progress("simulating", 0.7)
-    prediction, timeline = simulate_plan(graph, finish(workload, graph, cluster), cluster)
+    running = Running(options[0], compiled=options[1])
+    prediction, timeline = simulate_plan(graph, finish(workload, graph, cluster), cluster, running)
     return prediction, timeline, graph, cluster
 
 
@@ -107,6 +117,8 @@ def prediction_data(p: Any) -> dict[str, Any]:
         "unpriced": p.unpriced,
         "notes": p.notes,
         "tasks": p.tasks,
+        "assumed": p.assumed,
+        "fused": p.fused,
         "plan": p.plan.to_dict(),
     }
 
@@ -125,6 +137,12 @@ def _print(data: dict[str, Any]) -> None:
         ("prices", ", ".join(f"{percent(share)} {source}" for source, share in data["shares"].items() if share)),
         ("tasks", f"{data['tasks']:,}, {seconds(data['seconds'])} in all"),
     ]  # fmt: skip
+    if data["assumed"]:
+        rows.append(("assumed", ", ".join(data["assumed"])))
+    for chain, count in list(data["fused"].items())[:MOST_CHAINS]:
+        rows.append(("  fused", f"{count} x {chain}"))
+    if len(data["fused"]) > MOST_CHAINS:
+        rows.append(("", f"and {len(data['fused']) - MOST_CHAINS} other chains"))
     if data["unpriced"]:
         names = [name.removeprefix("aten.").removesuffix(".default") for name in data["unpriced"]]
         more = f" and {len(names) - 8} more" if len(names) > 8 else ""

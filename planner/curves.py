@@ -10,8 +10,9 @@ from numpy.typing import NDArray
 from costmodels.collectives import collective_price
 from costmodels.ops import price_many
 from opgraph.graph import Tensor
+from planner.host_thread import host_costs
 from planner.layout import propagate
-from planner.op_costs import op_seconds
+from planner.op_costs import host_seconds, op_seconds
 from planner.plan import ParallelPlan
 from planner.script import copy_work
 from planner.step_costs import StepCosts, uses_of
@@ -23,7 +24,8 @@ class Curves:
     """Per forward op: what runs or lives with it, at one micro-batch size and one tensor-parallel layout.
 
     forward, backward: seconds, host time and tensor-parallel messages among them; messages f8[2, n]: these of forward
-    and backward. bytes: of every storage. reads: bytes of the smallest view of a storage that forward reads.
+    and backward. host f8[2, n]: seconds in which a host thread issues them; least_host: the least.
+    bytes: of every storage. reads: bytes of the smallest view of a storage that forward reads.
     """
 
     forward: Floats
@@ -38,6 +40,8 @@ class Curves:
     held: Floats
     bytes: Floats
     reads: Floats
+    host: Floats
+    least_host: Floats
 
 
 def curves(costs: StepCosts, plan: ParallelPlan) -> Curves:
@@ -56,12 +60,15 @@ def _curves(costs: StepCosts, plan: ParallelPlan) -> Curves:
     seconds = op_seconds(costs, layout, plan.micro_batch)
     after = np.array([op.phase not in ("forward", "optimizer") for op in graph.ops])
     before = np.arange(len(graph.ops)) < n
-    messages, demand = np.zeros((2, n)), 1.0
+    (messages, sends), demand = np.zeros((2, 2, n)), 1.0
+    issue, least = host_seconds(costs, layout)
+    thread = host_costs(costs.cluster, costs.running)
     step, ranks, likes = plan.micro_batch - graph.batch, plan.group(0, "tp"), plan.likes(0, "tp")
     for reduction in layout.reductions:
         nbytes = float(_at(graph.tensors[reduction.tensor], step).bytes)
         price = collective_price(costs.cluster, "all_reduce", nbytes, ranks, firsts=likes)
         messages[int(reduction.after >= n), place[reduction.after]] += price.seconds
+        sends[int(reduction.after >= n), place[reduction.after]] += thread.message if thread else 0.0
         demand = min(demand, price.demand)
     whole = {graph.tensors[i].storage for i, p in enumerate(layout.placements) if p >= 0}
     sizes = [(s.bytes + step * s.bytes_per_batch) / (plan.tp if s.id in whole else 1) for s in graph.storages]
@@ -80,12 +87,13 @@ def _curves(costs: StepCosts, plan: ParallelPlan) -> Curves:
         tensor = _at(graph.tensors[t], step)
         reads[tensor.storage] = min(reads[tensor.storage], tensor.bytes)
 
-    def along(which: NDArray[np.bool_]) -> Floats:
-        return np.bincount(place[which], weights=seconds[which], minlength=n)[:n].astype(np.float64)
+    def along(which: NDArray[np.bool_], weights: Floats = seconds) -> Floats:
+        return np.bincount(place[which], weights=weights[which], minlength=n)[:n].astype(np.float64)
 
+    host, least_host = (np.array([along(w, x) for w in (before, after)]) + sends for x in (issue, least))
     return Curves(
         along(before) + messages[0], along(after) + messages[1], messages, demand, copies, sums,
-        _transient(costs, nbytes_of), params, tensors, held, nbytes_of, reads,
+        _transient(costs, nbytes_of), params, tensors, held, nbytes_of, reads, host, least_host,
     )  # fmt: skip
 
 

@@ -4,8 +4,9 @@ All three read the same traced graph and the same cost model as the simulation. 
 the sharding rules, its price from the device; per micro-batch size and tensor-parallel degree one cumulated curve over
 the forward ops remains, from which the costs of every pipeline stage are differences.
 
-The bound leaves out all host overhead, all waiting between ranks and every message that may overlap; what it keeps
-(compute in its order, the volume of messages over the best bandwidth, processor shares) no run of the plan avoids.
+The bound leaves out the host overhead of runtimes, all waiting between ranks and every message that may overlap; what
+it keeps (compute in its order, the issue of all ops by a rank's host thread, the volume of messages over the best
+bandwidth, processor shares) no run of the plan avoids.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from costmodels.collectives import collective_price
 from costmodels.ops import price_many, shape_of
 from costmodels.overlap import beside, slowdowns
 from opgraph.graph import OpGraph
+from planner.host_thread import host_costs
 from planner.op_costs import optimizer_seconds
 from planner.plan import ParallelPlan
 from planner.script import copy_work
@@ -97,7 +99,8 @@ def _row(costs: StepCosts, plan: ParallelPlan, stages: StageCosts, kind: str) ->
     units = max(len(plan.fsdp_units) / plan.pp, 1) + 1  # FSDP holds two of them whole, and the gradient of one
     whole = {"ddp": 1.0, "zero1": 1.0, "zero2": 1 + 1 / units, "fsdp": 3 / units}  # DDP: its buckets
     copied = whole[kind] if plan.dp > 1 else 0.0
-    shared = ("send", "saved", "transient", "held", "sums", "messages", "message_work")
+    shared = ("send", "saved", "transient", "held", "sums", "messages", "message_work",
+              "host_forward", "host_backward", "host_least")  # fmt: skip
     row = {name: getattr(stages, name) for name in shared} | _data_messages(costs, plan, stages.params)
     row |= {
         "forward": stages.forward, "backward": stages.backward,
@@ -109,7 +112,22 @@ def _row(costs: StepCosts, plan: ParallelPlan, stages: StageCosts, kind: str) ->
         "extra": stages.input_bytes * plan.micro_batches + copied * stages.params,
     }  # fmt: skip
     _add_runtime(costs, plan, stages, kind, row)
+    row |= _issued(costs, plan, stages, kind)
     return row
+
+
+def _issued(costs: StepCosts, plan: ParallelPlan, stages: StageCosts, kind: str) -> dict[str, Floats]:
+    """Seconds of the host thread after the passes: what DDP and the sums of gradients add, and the optimizer; how much
+    of it every rank issues."""
+    thread, nothing = host_costs(costs.cluster, costs.running), np.zeros(plan.pp)
+    if thread is None:
+        return {"host_end": nothing, "host_optimizer": nothing}
+    end = (plan.micro_batches - 1) * thread.backward * stages.tensors
+    if plan.dp > 1 and kind != "fsdp":
+        buckets = np.maximum(np.floor(stages.params / plan.bucket_bytes), 1)
+        end = end + 2 * thread.backward * stages.tensors + thread.message * buckets
+    ops = sum(op.phase == "optimizer" and not op.is_view for op in costs.graph.ops)
+    return {"host_end": end, "host_optimizer": np.full(plan.pp, thread.op * ops)}
 
 
 def _add_runtime(costs: StepCosts, plan: ParallelPlan, stages: StageCosts, kind: str, row: dict[str, Floats]) -> None:
@@ -243,7 +261,13 @@ def _chain(costs: StepCosts, t: dict[str, Any], least: bool) -> Floats:
     forward, backward, gather = t["forward"], t["backward"], t["gather_least" if least else "gather"]
     copied = t["least_copies"] if least else t["copies"]
     copies = copied + (m - 1) * t["sums"]
-    end = t["optimizer"] + t["after_least" if least else "after"]
+    if not least:  # where no stage waits for another, a pass takes what the slower of device and host needs
+        alone = t["pp"][:, None] == 1
+        forward = np.where(alone, np.maximum(forward, t["host_forward"]), forward)
+        backward = np.where(alone, np.maximum(backward, t["host_backward"]), backward)
+        copies = np.where(alone, np.maximum(copies, t["host_end"]), copies)
+    update = t["optimizer"] if least else np.maximum(t["optimizer"], t["host_optimizer"])
+    end = update + t["after_least" if least else "after"]
     up = np.cumsum(forward + gather + t["send"], 1) - forward - gather - t["send"]
     down = np.cumsum(backward + t["send"], 1) - backward - t["send"]
     back = np.maximum(m * backward + copies + end, (m - 1) * backward + t["reduce_least"] + end)
@@ -259,6 +283,8 @@ def _chain(costs: StepCosts, t: dict[str, Any], least: bool) -> Floats:
     last = np.where(np.arange(down.shape[1]) > 0, copied[:, :1], copies) + end[:, :1]
     own = up + gather + m * forward + np.maximum(back, m * backward + down + last)
     result = np.asarray(own.max(1))
+    hosts = m * (t["host_least"] if least else t["host_forward"] + t["host_backward"]) + t["host_end"]
+    result = np.maximum(result, (hosts if least else hosts + t["host_optimizer"]).max(1))
     cores = costs.cluster.cores * costs.cluster.nodes
     if not cores:
         return result

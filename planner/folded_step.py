@@ -114,7 +114,7 @@ class Lane:
         issued = [self.host] if self.host >= 0 else []
         tail = self.tasks.task(f"{label} issued", "host", max(run.tail, 0.0), -1, issued, 0.0)
         self.host = self.tasks.task(f"{label} host", "host", run.host, -1, issued, 0.0)
-        self.free = self.tasks.task(f"{label} done", category, 0.0, -1, [kernels, tail], 0.0)
+        self.free = self.tasks.task(f"{label} done", "host", 0.0, -1, [kernels, tail], 0.0, self.stage)
         return self.free
 
     def busy(self, label: str, category: str, seconds: float, waits: Sequence[int] = ()) -> int:

@@ -1,27 +1,28 @@
 """Lowering: plan, graph and cluster become a Program of tasks on compute and communication resources.
 
-Ops between two messages are merged into one task; ranks of one stage run the same script, so it is priced once.
+Ops between two messages are merged into one task; ranks of one stage run the same script, so it is priced once. On GPUs
+a host thread issues them (`planner.host_thread`).
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from costmodels.cluster import Cluster
 from costmodels.collectives import collective_price
-from costmodels.families import is_known
-from costmodels.ops import price_many
-from costmodels.overlap import Beside, beside, contended, slowdowns
+from costmodels.overlap import contended
 from costmodels.sharing import Layer, fullest
 from opgraph.graph import OpGraph
+from planner.host_thread import EAGER, HostThread, Running, host_costs
 from planner.layout import Layout, propagate
+from planner.lower_blocks import Block, Entry, Tally, largest_beside, price_script
 from planner.plan import ParallelPlan, check_executable
 from planner.runtime import stage_segments
 from planner.runtime_stage import Stage, prepare
-from planner.script import Host, Item, Message, Transfer, Wait, Work, transfer_key
+from planner.script import Item, Message, Transfer, Wait, transfer_key
 from planner.stages import StageOps, shared_parameters, stage_ops
 from simulator import Program, ProgramBuilder
 
@@ -33,7 +34,8 @@ class Lowered:
     stages: what each pipeline stage runs. flops: of all ranks in one step (recomputation included). seconds_by_source:
     how much of the work and of the messages rests on which kind of price, summed over ranks. deviation: of the sum,
     in seconds (errors of one law or table add up, those of different ones add in squares). unpriced: ops that no
-    model covers, priced by their bytes.
+    model covers, priced by their bytes. fused: chains of ops that a compiled step runs as one kernel, and how often in
+    one rank of every stage.
     """
 
     plan: ParallelPlan
@@ -43,51 +45,33 @@ class Lowered:
     seconds_by_source: dict[str, float]
     deviation: float
     unpriced: tuple[str, ...]
+    fused: dict[str, int] = field(default_factory=dict)
 
 
-@dataclass(frozen=True, slots=True)
-class _Block:
-    """Seconds of work of one phase between two messages; `slowed`: the same while gradients or parameters move
-    beside it all along."""
-
-    seconds: float
-    phase: str
-    slowed: float
-
-
-_Entry = _Block | Message | Transfer | Wait
-
-
-@dataclass(slots=True)
-class _Tally:
-    """What the prices of one rank rest on."""
-
-    by_source: dict[str, float] = field(default_factory=lambda: defaultdict(float))
-    by_law: dict[str, float] = field(default_factory=lambda: defaultdict(float))
-    unpriced: set[str] = field(default_factory=set)
-    flops: int = 0
-
-    def add(self, other: _Tally) -> None:
-        for mine, theirs in ((self.by_source, other.by_source), (self.by_law, other.by_law)):
-            for key, value in theirs.items():
-                mine[key] += value
-        self.unpriced |= other.unpriced
-        self.flops += other.flops
-
-
-def lower(graph: OpGraph, plan: ParallelPlan, cluster: Cluster) -> Lowered:
+def lower(graph: OpGraph, plan: ParallelPlan, cluster: Cluster, running: Running = EAGER) -> Lowered:
     """The program of one step. ValueError where the plan does not fit the model (a shape that does not divide, a cut
     that is not reached, an op that cannot be sharded)."""
     check_executable(plan)
     graph, layout, stages = prepared_graph(graph, plan)
     prepared = tuple(prepare(graph, plan, layout, stages, i) for i in range(plan.pp))
-    builder = _Builder(plan, cluster, shared_parameters(stages))
-    tally = _Tally()
-    for stage in prepared:
-        own = range(plan.dp) if plan.data_parallel == "zero1" else (0,)
-        scripts = [list(stage_segments(stage, dp)) for dp in own]
-        other = _beside(scripts[0], stage.ops.index, plan, cluster)
-        builder.stage(stage.ops.index, [_price_script(script, cluster, tally, other) for script in scripts])
+    own = range(plan.dp) if plan.data_parallel == "zero1" else (0,)
+    return lower_scripts([[stage_segments(s, dp) for dp in own] for s in prepared], prepared, plan, cluster, running)
+
+
+def lower_scripts(
+    scripts: Sequence[Sequence[Iterable[tuple[Item, ...]]]], prepared: tuple[Stage, ...], plan: ParallelPlan,
+    cluster: Cluster, running: Running = EAGER,
+) -> Lowered:  # fmt: skip
+    """The program of scripts in segments: of every stage one that all its ranks run, or one for each dp rank."""
+    costs = host_costs(cluster, running)
+    builder = _Builder(plan, cluster, shared_parameters(prepared[0].stages), costs is not None)
+    tally = Tally()
+    for stage, own in zip(prepared, scripts):
+        segments = [list(script) for script in own]
+        compiled = stage.graph if running.compiled else None
+        other = largest_beside(segments[0], stage.ops.index, plan, cluster)
+        priced = [price_script(script, cluster, tally, other, costs, compiled) for script in segments]
+        builder.stage(stage.ops.index, priced)
     program = builder.tasks.build()
     ranks_per_script = plan.tp * (1 if plan.data_parallel == "zero1" else plan.dp)
     by_source: dict[str, float] = defaultdict(float)
@@ -104,6 +88,7 @@ def lower(graph: OpGraph, plan: ParallelPlan, cluster: Cluster) -> Lowered:
         dict(by_source),
         squares**0.5,
         tuple(sorted(tally.unpriced)),
+        dict(tally.fused.most_common()),
     )
 
 
@@ -122,63 +107,6 @@ def prepared_graph(graph: OpGraph, plan: ParallelPlan) -> tuple[OpGraph, Layout,
     return step, layouts[plan.tp, plan.shardings], stages[plan.cuts]
 
 
-def _beside(segments: Iterable[tuple[Item, ...]], stage: int, plan: ParallelPlan, cluster: Cluster) -> Beside:
-    """What a stage's largest message that is not waited for at once takes from the ops beside it."""
-    ranks, likes = plan.group(stage * plan.dp * plan.tp, "dp"), plan.likes(stage * plan.dp * plan.tp, "dp")
-    found = [i for s in segments for i in s if isinstance(i, Message) and i.key and i.axis == "dp"]
-    if not found or cluster.cores:
-        return Beside(0, 0.0)
-    largest = max(found, key=lambda message: message.bytes)
-    seconds = collective_price(cluster, largest.kind, largest.bytes, ranks, firsts=likes).seconds
-    return beside(cluster, largest.kind, largest.bytes, ranks, seconds)
-
-
-def _price_script(segments: Iterable[tuple[Item, ...]], cluster: Cluster, tally: _Tally, other: Beside) -> list[_Entry]:
-    """Prices a script; segments that come again are priced once."""
-    known: dict[int, tuple[list[_Entry], _Tally]] = {}
-    merged: list[_Entry] = []
-    for segment in segments:
-        if id(segment) not in known:
-            own = _Tally()
-            known[id(segment)] = (_merge(segment, cluster, own, other), own)
-        entries, own = known[id(segment)]
-        tally.add(own)
-        merged += entries
-    return merged
-
-
-def _merge(script: tuple[Item, ...], cluster: Cluster, tally: _Tally, other: Beside) -> list[_Entry]:
-    """Prices the work and joins what runs without a message in between."""
-    shapes = [i.shape for i in script if isinstance(i, Work)]
-    known = price_many(cluster.device, shapes)
-    prices = iter(zip(known, slowdowns(cluster.device, shapes, [p.seconds for p in known], other)))
-    host = cluster.device.host
-    merged: list[_Entry] = []
-    for item in script:
-        if isinstance(item, Work):
-            found, slowdown = next(prices)
-            per_op = host.get("op_backward" if item.phase == "backward" else "op_forward", 0.0)
-            seconds = found.seconds + (per_op if item.phase != "optimizer" else 0.0)
-            slowed = seconds + found.seconds * (slowdown - 1)
-            tally.by_source[found.source] += found.seconds
-            tally.by_source["measured"] += seconds - found.seconds
-            tally.by_law[item.shape.name] += found.seconds * found.error
-            tally.flops += item.shape.flops
-            if found.seconds > 0 and (not is_known(item.shape.name) or found.source == "roofline"):
-                tally.unpriced.add(item.shape.name)
-        elif isinstance(item, Host):
-            seconds = slowed = host.get(item.kind, 0.0) * item.count
-            tally.by_source["measured"] += seconds
-        else:
-            merged.append(item)
-            continue
-        if merged and isinstance(last := merged[-1], _Block) and last.phase == item.phase:
-            merged[-1] = _Block(last.seconds + seconds, last.phase, last.slowed + slowed)
-        elif seconds > 0:
-            merged.append(_Block(seconds, item.phase, slowed))
-    return merged
-
-
 def _shared_layer(plan: ParallelPlan, cluster: Cluster) -> Layer | None:
     """The ports or uplinks on which messages of different axes of the plan can meet; None where none do."""
     if cluster.backend != "nccl" or plan.world_size > cluster.size:
@@ -193,7 +121,9 @@ def _shared_layer(plan: ParallelPlan, cluster: Cluster) -> Layer | None:
 class _Builder:
     """Makes tasks rank by rank; `last[r]` is what rank r must finish before it goes on."""
 
-    def __init__(self, plan: ParallelPlan, cluster: Cluster, shared: tuple[tuple[str, tuple[int, ...]], ...]) -> None:
+    def __init__(
+        self, plan: ParallelPlan, cluster: Cluster, shared: tuple[tuple[str, tuple[int, ...]], ...], hosts: bool
+    ) -> None:
         self.plan, self.cluster, self.shared = plan, cluster, dict(shared)
         self.tasks = ProgramBuilder()
         self.by_source: dict[str, float] = defaultdict(float)
@@ -217,13 +147,17 @@ class _Builder:
             for axis in self.streams:
                 name = f"rank {r} {axis} communication".replace("  ", " ")
                 self.comm[r, axis] = self.tasks.resource(name, pool=pool, rank=r, kind="communication")
+        threads = range(plan.world_size) if hosts else ()
+        self.hosts = [
+            HostThread(self.tasks, r, self.tasks.resource(f"rank {r} host", rank=r, kind="host")) for r in threads
+        ]
         self.last: list[int] = [-1] * plan.world_size
         self.last_message: dict[tuple[int, str], int] = {}
         self.queued: list[list[list[Any]]] = [[] for _ in range(plan.world_size)]  # [key, seconds] under way
         self.done: dict[tuple[str, int], int] = {}  # (key, rank) -> the task that a Wait waits for
         self.joins: dict[str, int] = {}  # transfers and tied reductions whose other end is another stage
 
-    def stage(self, index: int, blocks: list[list[_Entry]]) -> None:
+    def stage(self, index: int, blocks: list[list[Entry]]) -> None:
         """Adds all ranks of one stage in step: they all run the same items."""
         stride = self.plan.dp * self.plan.tp
         ranks = range(index * stride, (index + 1) * stride)
@@ -239,18 +173,24 @@ class _Builder:
                 at[r] += 1
             self._communicate(items)
 
-    def _work(self, rank: int, items: list[_Entry], at: int) -> int:
-        while at < len(items) and isinstance(block := items[at], _Block):
+    def _work(self, rank: int, items: list[Entry], at: int) -> int:
+        while at < len(items) and isinstance(block := items[at], Block):
             seconds = contended(block.seconds, block.slowed, self.queued[rank])
-            self.last[rank] = self.tasks.task(
-                block.phase, block.phase, seconds, self.compute[rank], self._after(self.last[rank])
-            )
+            if block.seconds:
+                self.last[rank] = self.tasks.task(
+                    block.phase, block.phase, seconds, self.compute[rank], self._after(self.last[rank])
+                )
+            if self.hosts:
+                run = block.run if seconds == block.seconds else block.issued.run(seconds / block.seconds)
+                self.last[rank] = self.hosts[rank].after(self.last[rank], run, block.phase)
             at += 1
         return at
 
-    def _communicate(self, items: dict[int, _Entry]) -> None:
+    def _communicate(self, items: dict[int, Entry]) -> None:
         joins: dict[tuple[int, ...], int] = {}
         for r, item in items.items():
+            if self.hosts and not isinstance(item, Wait):
+                self.last[r] = self.hosts[r].message(self.last[r])
             if isinstance(item, Wait):
                 self._wait(r, item.key)
             elif isinstance(item, Transfer):

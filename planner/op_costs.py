@@ -12,6 +12,9 @@ from costmodels.features import FORMS, features
 from costmodels.ops import OpShape, law_of, price_many, roofline_seconds, shape_of
 from opgraph.flops import flops_of
 from opgraph.graph import Op, OpGraph, Ref, Tensor
+from planner.compiled import vanishes
+from planner.host_thread import host_costs
+from planner.host_thread import op_seconds as issue_seconds
 from planner.layout import Layout, accumulates
 from planner.script import copies_nothing
 from planner.step_costs import StepCosts, varying_storages
@@ -32,7 +35,30 @@ def op_seconds(costs: StepCosts, layout: Layout, batch: int) -> Floats:
     host = costs.cluster.device.host
     own = np.array([host.get("op_backward" if op.phase == "backward" else "op_forward", 0.0) for op in costs.graph.ops])
     seconds = np.array([p.seconds for p in prices] + [0.0, 0.0])[kind]
+    if costs.running.compiled:  # what is fused is left out: a bound, and an estimate of what no fusion changes
+        kept = np.array([not vanishes(op.name) for op in costs.graph.ops])
+        seconds, own = seconds * kept, own * kept
     return np.where(kind == LEFT_OUT, 0.0, seconds + own)
+
+
+def host_seconds(costs: StepCosts, layout: Layout) -> tuple[Floats, Floats]:
+    """Seconds that the host thread pays to issue every op but the optimizer's, with entering modules: as the trace
+    enters them, and once a module and phase, which is the least. Zeros where prices contain the host."""
+    found, least = np.zeros((2, len(costs.graph.ops)))
+    host = host_costs(costs.cluster, costs.running)
+    if host is None:
+        return found, least
+    _, _, kind = _classes(costs, layout)
+    before, seen = "", set[tuple[str, str]]()
+    for op in costs.graph.ops:
+        if kind[op.id] != LEFT_OUT:
+            fused = costs.running.compiled and vanishes(op.name)
+            issue = 0.0 if fused else issue_seconds(host, op.name, op.phase, op.is_view)
+            found[op.id] = issue + host.module * (op.module != before)
+            least[op.id] = issue + host.module * ((op.phase, op.module) not in seen)
+            seen.add((op.phase, op.module))
+            before = op.module
+    return found, least
 
 
 def _with_flops(op: Op, tensors: tuple[Tensor, ...]) -> Op:

@@ -9,6 +9,7 @@ from costmodels.cluster import Cluster
 from costmodels.device import basis_of
 from costmodels.ops import peak_of
 from opgraph.graph import OpGraph
+from planner.host_thread import EAGER, HOST_ERROR, Running, assumptions, host_costs, host_notes
 from planner.lower import Lowered, lower
 from planner.memory import memory
 from planner.plan import ParallelPlan
@@ -22,12 +23,14 @@ class Prediction:
     """What one plan will do. Times in seconds, sizes in bytes.
 
     interval: nine in ten step times should lie between these: the errors of the laws and tables on held-out samples,
-    and that of whole calibration steps (`Device.step_error`), added in squares, 1.645 standard deviations wide.
-    peak_bytes: tensor bytes at the worst moment, by rank; memory_bytes: what a rank has. breakdown: compute,
-    exposed_communication, bubble, idle, averaged over ranks; they sum to the step. mfu: model FLOP (without
+    that of whole calibration steps (`Device.step_error`), and that of the host's assumed speed, added in squares, 1.645
+    standard deviations wide. peak_bytes: tensor bytes at the worst moment, by rank; memory_bytes: what a rank has.
+    breakdown: compute, exposed_communication, bubble, idle and host (waiting for the host thread), averaged over ranks;
+    they sum to the step. mfu: model FLOP (without
     recomputation) per second over the peak of all devices. shares: of the time by kind of price. unpriced: ops that no
     model covers. tasks: simulated. at_peak: bytes by category (`memory_ledger.CATEGORIES`) at the worst moment of the
-    fullest rank; resting_bytes: what it holds between steps.
+    fullest rank; resting_bytes: what it holds between steps. assumed: options that the step is assumed to run with;
+    fused: chains of ops that a compiled step runs as one kernel, and how often.
     """
 
     plan: ParallelPlan
@@ -44,27 +47,35 @@ class Prediction:
     tasks: int
     at_peak: dict[str, int] = field(default_factory=dict)
     resting_bytes: int = 0
+    assumed: tuple[str, ...] = ()
+    fused: dict[str, int] = field(default_factory=dict)
 
 
-def predict(graph: OpGraph, plan: ParallelPlan, cluster: Cluster) -> Prediction:
-    """Lowers, simulates and judges one plan. ValueError with one sentence where it is illegal for the model."""
-    return simulate_plan(graph, plan, cluster)[0]
+def predict(
+    graph: OpGraph, plan: ParallelPlan, cluster: Cluster, *, compiled: bool = False, cuda_graphs: bool = False
+) -> Prediction:
+    """Lowers, simulates and judges one plan; through torch.compile or replayed from CUDA graphs, where asked for.
+    ValueError with one sentence where it is illegal for the model."""
+    return simulate_plan(graph, plan, cluster, Running(cuda_graphs, compiled=compiled))[0]
 
 
-def simulate_plan(graph: OpGraph, plan: ParallelPlan, cluster: Cluster) -> tuple[Prediction, Timeline]:
+def simulate_plan(
+    graph: OpGraph, plan: ParallelPlan, cluster: Cluster, running: Running = EAGER
+) -> tuple[Prediction, Timeline]:
     """The prediction with the simulated timeline of every task."""
-    _check_size(plan, cluster)
+    check_size(plan, cluster)
     if plan.precision != graph.precision:
         raise ValueError(
             f"the plan computes in {plan.precision}, but the graph was traced in {graph.precision}; "
             f"trace with precision={plan.precision!r}"
         )
-    lowered = lower(graph, plan, cluster)
+    lowered = lower(graph, plan, cluster, running)
     timeline = simulate(lowered.program)
-    return _judge(graph, plan, cluster, lowered, timeline), timeline
+    return _judge(graph, plan, cluster, running, lowered, timeline), timeline
 
 
-def _check_size(plan: ParallelPlan, cluster: Cluster) -> None:
+def check_size(plan: ParallelPlan, cluster: Cluster) -> None:
+    """ValueError where a plan needs more devices than the cluster has; cores of one machine may be shared."""
     if plan.world_size > cluster.size and not cluster.cores:
         raise ValueError(
             f"the plan needs {plan.world_size} devices (pp {plan.pp} x dp {plan.dp} x tp {plan.tp}), but "
@@ -72,10 +83,14 @@ def _check_size(plan: ParallelPlan, cluster: Cluster) -> None:
         )
 
 
-def _judge(graph: OpGraph, plan: ParallelPlan, cluster: Cluster, lowered: Lowered, timeline: Timeline) -> Prediction:
+def _judge(
+    graph: OpGraph, plan: ParallelPlan, cluster: Cluster, running: Running, lowered: Lowered, timeline: Timeline
+) -> Prediction:
     step = timeline.makespan
     total = sum(lowered.seconds_by_source.values()) or 1.0
-    spread = NINE_IN_TEN * hypot(lowered.deviation / total, cluster.device.step_error)
+    parts = asdict(overall(breakdown(timeline)))
+    waited = parts["host"] / step if step else 0.0
+    said = host_notes(waited, host_costs(cluster, running))
     held = memory(lowered.stages, plan, cluster.backend)
     peaks = tuple(m.peak for m in held)
     fullest = max(held, key=lambda m: m.peak)
@@ -87,19 +102,28 @@ def _judge(graph: OpGraph, plan: ParallelPlan, cluster: Cluster, lowered: Lowere
     return Prediction(
         plan=plan,
         step_seconds=step,
-        interval=(step * max(0.0, 1 - spread), step * (1 + spread)),
+        interval=interval_of(step, waited, lowered, cluster),
         peak_bytes=peaks,
         memory_bytes=capacity,
         fits=max(peaks) <= capacity,
-        breakdown=asdict(overall(breakdown(timeline))),
+        breakdown=parts,
         mfu=model_flops / (step * peak) if step else 0.0,
         shares={k: v / total for k, v in sorted(lowered.seconds_by_source.items())},
         unpriced=lowered.unpriced,
-        notes=tuple(dict.fromkeys((*graph.notes, *cluster.notes, *basis_of(cluster.device)))),
+        notes=tuple(dict.fromkeys((*graph.notes, *cluster.notes, *basis_of(cluster.device), *said))),
         tasks=len(lowered.program),
         at_peak={str(category): size for category, size in fullest.at_peak.items()},
         resting_bytes=fullest.resting,
+        assumed=assumptions(running),
+        fused=lowered.fused,
     )
+
+
+def interval_of(seconds: float, waited: float, lowered: Lowered, cluster: Cluster) -> tuple[float, float]:
+    """Between which nine in ten such times should lie, where a share `waited` of them is waiting for the host."""
+    total = sum(lowered.seconds_by_source.values()) or 1.0
+    spread = NINE_IN_TEN * hypot(lowered.deviation / total, cluster.device.step_error, waited * HOST_ERROR)
+    return seconds * max(0.0, 1 - spread), seconds * (1 + spread)
 
 
 def memory_per_rank(cluster: Cluster, plan: ParallelPlan) -> int:

@@ -39,6 +39,12 @@ def stage_segments(stage: Stage, dp_index: int = 0) -> list[tuple[Item, ...]]:
     return segments
 
 
+def forward_script(stage: Stage) -> list[Item]:
+    """One forward pass alone, as inference runs it on one stage."""
+    training = ("ddp_step", "pp_action")
+    return [item for item in _forward(stage) if not isinstance(item, Host) or item.kind not in training]
+
+
 def _remembered(stage: Stage, kind: str, first: bool, last: bool) -> tuple[Item, ...]:
     """Forward or backward of one micro-batch. It depends on which FSDP units are whole, and leaves some whole."""
     before = frozenset(stage.gathered)

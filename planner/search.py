@@ -14,6 +14,7 @@ from costmodels.cluster import Cluster
 from opgraph.graph import OpGraph
 from opgraph.workload import Workload
 from planner.estimate import Estimates, estimate
+from planner.host_thread import Running
 from planner.plan import AXES, ParallelPlan, Precision
 from planner.predict import Prediction, memory_per_rank, predict
 from planner.space import Rejection, Space, enumerate_plans
@@ -78,20 +79,23 @@ def search(
     devices: int | None = None,
     limit: int | None = None,
     precision: Precision = "fp32",
+    compiled: bool = False,
+    cuda_graphs: bool = False,
     progress: Callable[[str, float], None] | None = None,
 ) -> SearchResult:
     """Ranks the plans of `global_batch` samples on `devices` devices (default: all of the cluster's).
 
     All legal plans are estimated, bounded and checked for memory; the best `limit` of them, the best of every family
-    among them, are simulated. `progress` gets a text and the done fraction. ValueError if no plan is legal or none
-    fits.
+    among them, are simulated. compiled, cuda_graphs: what steps are assumed to run with (`planner.predict`). `progress`
+    gets a text and the done fraction. ValueError if no plan is legal or none fits.
     """
     began = perf_counter()
     if limit is not None and limit < 1:
         raise ValueError(f"a search that simulates {limit} plans finds none; give 1 or more")
     if graph.precision != precision:
         raise ValueError(f"the graph was traced in {graph.precision}; trace it in {precision} to plan in {precision}")
-    space = enumerate_plans(workload, graph, cluster, global_batch, devices, precision)
+    running = Running(cuda_graphs, compiled=compiled)
+    space = enumerate_plans(workload, graph, cluster, global_batch, devices, precision, running)
     if not space.plans:
         why = "; ".join(dict.fromkeys(f"{r.label}: {r.reason}" for r in space.rejected))
         raise ValueError(f"no plan of {workload.name} is legal on these devices ({why})")
@@ -139,7 +143,8 @@ def _simulate(
         if progress:
             progress(f"simulating {plan.label}", len(state.found) / limit)
         try:
-            prediction = predict(graph, plan, cluster)
+            running = state.space.costs.running
+            prediction = predict(graph, plan, cluster, compiled=running.compiled, cuda_graphs=running.cuda_graphs)
         except ValueError as error:
             state.out[index] = True
             key = plan.label, str(error)

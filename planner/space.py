@@ -12,6 +12,7 @@ from costmodels.cluster import Cluster
 from opgraph.graph import OpGraph
 from opgraph.workload import Workload
 from planner.curves import curves
+from planner.host_thread import EAGER, Running
 from planner.layout import propagate
 from planner.plan import DataParallel, ParallelPlan, Precision, Schedule, Sharding
 from planner.stages import LOSS
@@ -69,12 +70,13 @@ def enumerate_plans(
     global_batch: int,
     devices: int | None = None,
     precision: Precision = "fp32",
+    running: Running = EAGER,
 ) -> Space:
     """Every legal plan of `global_batch` samples on exactly `devices` devices (all of the cluster's by default)."""
     devices = check_devices(cluster, devices)
     if global_batch < 1:
         raise ValueError(f"the global batch is {global_batch}; a step needs 1 or more samples")
-    costs = step_costs(graph, cluster)
+    costs = step_costs(graph, cluster, running)
     paths = sorted(costs.spans, key=lambda path: costs.spans[path])
     units = workload.blocks or tuple(p for p in paths if "." not in p and _has_parameters(graph, p))
     cuts = cut_candidates(costs, workload.blocks)

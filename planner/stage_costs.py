@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from costmodels.collectives import collective_price
 from planner.curves import Curves, curves
+from planner.host_thread import host_costs
 from planner.plan import ParallelPlan
 from planner.runtime_stage import is_kept
 from planner.step_costs import StepCosts, crossings, uses_of
@@ -21,7 +22,8 @@ class StageCosts:
     """Arrays [stages]; seconds of one micro-batch, bytes of one rank.
 
     forward, backward: ops with their host time, what is recomputed, and tensor-parallel messages, which are `messages`
-    of these seconds and keep `message_work` core seconds busy. send: of the message to the next stage. copies: into and
+    of these seconds and keep `message_work` core seconds busy. host_forward, host_backward: of the host thread that
+    issues them; host_least: what every schedule issues. send: of the message to the next stage. copies: into and
     out of DDP's buckets. sums: adding one micro-batch's gradients to the others'. params: bytes of parameters; tensors:
     how many there are. saved: activations kept for backward. transient: most bytes of short-lived tensors. held:
     buffers. input_bytes: of the model's inputs.
@@ -31,6 +33,9 @@ class StageCosts:
     backward: Floats
     messages: Floats
     message_work: Floats
+    host_forward: Floats
+    host_backward: Floats
+    host_least: Floats
     send: Floats
     copies: Floats
     sums: Floats
@@ -81,9 +86,13 @@ def _stage_costs(costs: StepCosts, plan: ParallelPlan) -> StageCosts:
     inputs = sum(s.bytes_per_batch * plan.micro_batch for s in graph.storages if s.role == "input")
     messages = per_stage(c.messages.sum(0) + np.where(again > 0, c.messages[0], 0.0))
     around = _runtime_host(costs, plan)
+    added, repeated = _runtime_issue(costs, plan), again > 0
+    issue, least = c.host + added, (c.least_host + added).sum(0) + np.where(repeated, c.least_host[0], 0.0)
     return StageCosts(
         forward=per_stage(c.forward + around[0]), backward=per_stage(c.backward + again + around[1]), messages=messages,
-        message_work=messages * c.demand, send=send, copies=per_stage(c.copies), sums=per_stage(c.sums), params=params,
+        message_work=messages * c.demand, host_forward=per_stage(issue[0]),
+        host_backward=per_stage(issue[1] + np.where(repeated, c.host[0], 0.0)), host_least=per_stage(least),
+        send=send, copies=per_stage(c.copies), sums=per_stage(c.sums), params=params,
         tensors=per_stage(c.tensors),
         saved=per_stage(saved), transient=np.maximum.reduceat(c.transient, starts) + dropped, held=held,
         input_bytes=float(inputs),
@@ -102,6 +111,17 @@ def _runtime_host(costs: StepCosts, plan: ParallelPlan) -> Floats:
     for kind, where in places.items():
         for i, phase in enumerate(("forward", "backward")):
             np.add.at(found[i], where, host.get(kind if kind == "pp_action" else f"{kind}_{phase}", 0.0))
+    return found
+
+
+def _runtime_issue(costs: StepCosts, plan: ParallelPlan) -> Floats:
+    """Seconds of the host thread for checkpoints and for messages between stages, by forward op [2, n]."""
+    thread, found = host_costs(costs.cluster, costs.running), np.zeros((2, costs.forward_ops))
+    if thread is not None:
+        np.add.at(found[1], [costs.spans[path][0] for path in plan.recompute if path in costs.spans], thread.checkpoint)
+        for cut in plan.cuts:  # each side issues its end
+            start = cut_start(costs, cut)
+            found[:, [max(start - 1, 0), start]] += thread.message
     return found
 
 

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from costmodels.cluster import Cluster
 from opgraph.graph import OpGraph
+from planner.host_thread import EAGER, Running
 from planner.stages import LOSS
 
 
@@ -19,7 +20,8 @@ class StepCosts:
 
     forward_ops: how many ops the forward has; they come first. place i8[ops]: the forward op in whose stage an op runs.
     spans: first and last forward op of every module path.
-    state_ratio: bytes of optimizer state per byte of parameters. cache: what was computed for plans so far.
+    state_ratio: bytes of optimizer state per byte of parameters. running: how steps are run. cache: what plans
+    needed so far.
     """
 
     graph: OpGraph
@@ -28,10 +30,11 @@ class StepCosts:
     place: NDArray[np.int64]
     spans: dict[str, tuple[int, int]]
     state_ratio: float
+    running: Running = EAGER
     cache: dict[Any, Any] = field(default_factory=dict, repr=False)
 
 
-def step_costs(graph: OpGraph, cluster: Cluster) -> StepCosts:
+def step_costs(graph: OpGraph, cluster: Cluster, running: Running = EAGER) -> StepCosts:
     """What estimates of this graph on this cluster share; keep it, it fills with every plan."""
     count = sum(op.phase == "forward" for op in graph.ops)
     assert all(op.phase == "forward" for op in graph.ops[:count]), "the forward comes first"
@@ -53,7 +56,7 @@ def step_costs(graph: OpGraph, cluster: Cluster) -> StepCosts:
         made_at.update(dict.fromkeys(op.outputs, last))
     total = sum(s.bytes for s in graph.storages if s.role == "parameter")
     state = sum(s.bytes for s in graph.storages if s.role == "optimizer_state")
-    return StepCosts(graph, cluster, count, place, spans, state / total if total else 0.0)
+    return StepCosts(graph, cluster, count, place, spans, state / total if total else 0.0, running)
 
 
 def uses_of(costs: StepCosts) -> tuple[dict[int, list[int]], list[int]]:

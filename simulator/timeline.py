@@ -13,6 +13,7 @@ from simulator.order import Floats, predecessors
 from simulator.program import Program
 
 COMMUNICATION = ("communication", "link")
+HOST = "host"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -27,22 +28,24 @@ class Timeline:
 
 @dataclass(frozen=True, slots=True)
 class Breakdown:
-    """Where one rank's step goes, in seconds; the four parts sum to the makespan.
+    """Where one rank's step goes, in seconds; the five parts sum to the makespan.
 
     compute: a task of a compute resource of the rank is running.
     exposed_communication: only communication or link tasks of the rank are.
-    bubble: neither, though tasks of the rank are still to come (waiting for others, or for host work).
+    bubble: neither, though tasks of the rank are still to come (waiting for others).
     idle: after the rank's last task.
+    host: neither, because the rank's host thread has not issued the next work yet (see `host_waits`).
     """
 
     compute: float
     exposed_communication: float
     bubble: float
     idle: float
+    host: float = 0.0
 
     @property
     def total(self) -> float:
-        return self.compute + self.exposed_communication + self.bubble + self.idle
+        return self.compute + self.exposed_communication + self.bubble + self.idle + self.host
 
 
 def timeline_of(program: Program, start: Floats, finish: Floats) -> Timeline:
@@ -59,14 +62,41 @@ def breakdown(timeline: Timeline) -> dict[int, Breakdown]:
     order = np.lexsort((timeline.start, program.rank))  # by rank, then start: each rank is one slice
     bounds = np.searchsorted(program.rank[order], np.array([sorted(ranks), sorted(ranks)]) + np.array([[0], [1]]))
     parts = {}
+    waits = host_waits(timeline)
     for rank, low, high in zip(sorted(ranks), *bounds):
         if rank >= 0:
-            parts[rank] = _breakdown(timeline, order[low:high])
+            parts[rank] = _breakdown(timeline, order[low:high], waits.get(rank))
     return parts
 
 
-def _breakdown(timeline: Timeline, tasks: npt.NDArray[np.int64]) -> Breakdown:
-    """Breakdown of one rank from its tasks in order of start."""
+def host_waits(timeline: Timeline) -> dict[int, tuple[Floats, Floats]]:
+    """When the ranks wait for their host threads: (start, finish) of every wait in order of start, by rank.
+
+    A task of category "host" on a rank, without resource, joins a rank's own work with what its host thread does for
+    it. The wait begins where the rank's own work ended (its other dependencies) and lasts until the join.
+    """
+    program = timeline.program
+    if HOST not in program.categories:
+        return {}
+    named = program.category == program.categories.index(HOST)
+    kinds = np.array([*(item.kind for item in program.resources), "none"])[program.resource]
+    joins = named & (program.resource < 0) & (program.rank >= 0)
+    issues = named & ~joins | (kinds == HOST)
+    pointer, before = predecessors(program.succ_ptr, program.succ)
+    found: dict[int, list[tuple[float, float]]] = {}
+    for join in np.flatnonzero(joins).tolist():
+        own = before[pointer[join] : pointer[join + 1]]
+        own = own[~issues[own]]
+        begun = float(timeline.finish[own].max(initial=0.0))
+        if begun < timeline.start[join]:
+            found.setdefault(int(program.rank[join]), []).append((begun, float(timeline.start[join])))
+    return {r: (np.array(sorted(w))[:, 0], np.array(sorted(w))[:, 1]) for r, w in found.items()}
+
+
+def _breakdown(
+    timeline: Timeline, tasks: npt.NDArray[np.int64], waits: tuple[Floats, Floats] | None = None
+) -> Breakdown:
+    """Breakdown of one rank from its tasks in order of start, and its waits for the host."""
     program = timeline.program
     # The last row serves resource -1: such a task is a delay, neither computation nor communication.
     kinds = np.array([*(item.kind for item in program.resources), "none"])[program.resource[tasks]]
@@ -76,7 +106,14 @@ def _breakdown(timeline: Timeline, tasks: npt.NDArray[np.int64]) -> Breakdown:
     compute = covered(start[computing], finish[computing])
     either = covered(start[busy], finish[busy])
     last = float(finish.max(initial=0.0))
-    return Breakdown(compute, max(0.0, either - compute), max(0.0, last - either), timeline.makespan - last)
+    held = either
+    if waits is not None:
+        spans = np.concatenate([start[busy], waits[0]]), np.concatenate([finish[busy], waits[1]])
+        in_order = np.argsort(spans[0], kind="stable")
+        held = covered(spans[0][in_order], spans[1][in_order])
+    return Breakdown(
+        compute, max(0.0, either - compute), max(0.0, last - held), timeline.makespan - last, max(0.0, held - either)
+    )
 
 
 def covered(start: Floats, finish: Floats) -> float:
@@ -93,7 +130,7 @@ def overall(breakdowns: Mapping[int, Breakdown]) -> Breakdown:
     """Mean over the ranks."""
     if not breakdowns:
         raise ValueError("there is no rank to take a mean over; give tasks or resources a rank")
-    rows = [(b.compute, b.exposed_communication, b.bubble, b.idle) for b in breakdowns.values()]
+    rows = [(b.compute, b.exposed_communication, b.bubble, b.idle, b.host) for b in breakdowns.values()]
     return Breakdown(*(float(mean) for mean in np.mean(rows, axis=0)))
 
 

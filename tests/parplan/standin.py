@@ -18,6 +18,7 @@ def prediction(plan: ParallelPlan, seconds: float = 0.010) -> Any:
         plan=plan, step_seconds=seconds, interval=(0.9 * seconds, 1.2 * seconds), peak_bytes=(2**20,) * plan.world_size,
         fits=True, memory_bytes=2**30, breakdown=PARTS, mfu=0.4, shares={"measured": 0.25, "roofline": 0.75},
         unpriced=("aten.odd",), notes=("a remark",), tasks=12, at_peak={"activations": 2**20}, resting_bytes=0,
+        assumed=(), fused={},
     )  # fmt: skip
 
 
@@ -25,7 +26,7 @@ def predict(graph: Any, plan: ParallelPlan, cluster: Any) -> Any:
     return prediction(plan)
 
 
-def simulate_plan(graph: Any, plan: ParallelPlan, cluster: Any) -> Any:
+def simulate_plan(graph: Any, plan: ParallelPlan, cluster: Any, running: Any = None) -> Any:
     from simulator import ProgramBuilder, simulate
 
     builder = ProgramBuilder()

@@ -10,12 +10,14 @@ import pytest
 from scipy.stats import spearmanr
 
 from costmodels.cluster import load_cluster, uncalibrated_core
+from costmodels.families import family
 from costmodels.ops import price_many, shape_of
 from opgraph.batch import trace_workload
 from planner.curves import curves
 from planner.estimate import bound_seconds, estimate
 from planner.plan import ParallelPlan, plan_from_dict
 from planner.predict import predict
+from planner.software import HOST as HOSTS
 from planner.space import enumerate_plans
 from planner.step_costs import crossings, step_costs
 from tests.planner.models import BLOCKS, SHARDINGS, gpt, mlp, norm_net
@@ -26,6 +28,12 @@ HOST = {
     "fsdp_param_forward": 1e-5, "fsdp_param_backward": 2e-5, "fsdp_optimizer_param": 1e-5, "checkpoint_forward": 5e-5,
     "checkpoint_backward": 1e-4, "dtensor_linear_forward": 1e-4, "dtensor_linear_backward": 1e-4, "pp_action": 5e-5,
 }  # fmt: skip
+HOST_OF_GPUS = HOSTS["torch"]
+
+
+def without_host(cluster):
+    """The same accelerators, as ones that no host thread feeds op by op."""
+    return replace(cluster, device=replace(cluster.device, kind="npu"), cache={})
 
 
 def cores(count: int = 2):
@@ -95,10 +103,25 @@ def test_bound_holds_in_bf16():
 def test_single_device_estimate_is_the_sum_of_its_ops():
     graph, cluster = trace_workload(gpt()), load_cluster("dgx-a100")
     prices = price_many(cluster.device, [shape_of(graph, op) for op in graph.ops if not op.is_view])
-    plan = ParallelPlan(8)
     whole = sum(p.seconds for p in prices)
-    assert bound_seconds(graph, plan, cluster) == pytest.approx(whole, rel=0.05)  # constants are left out
-    assert predict(graph, plan, cluster).step_seconds == pytest.approx(whole)
+    cluster = without_host(cluster)
+    assert bound_seconds(graph, ParallelPlan(8), cluster) == pytest.approx(whole, rel=0.05)  # constants are left out
+    assert predict(graph, ParallelPlan(8), cluster).step_seconds == pytest.approx(whole)
+
+
+def test_single_device_estimate_of_a_small_model_is_that_of_its_host():
+    """On a GPU this model is launch-bound: the host's seconds for all ops bound it, and the device comes on top."""
+    graph, cluster = trace_workload(gpt()), load_cluster("dgx-a100")
+    host = HOST_OF_GPUS
+    issue = sum(
+        host.view if op.is_view else host.backward if op.phase == "backward" else host.op
+        for op in graph.ops if family(op.name) != "free" and op.phase != "optimizer"
+    )  # fmt: skip
+    issue += host.module * len({(op.phase, op.module) for op in graph.ops if op.phase != "optimizer"})
+    prices = price_many(cluster.device, [shape_of(graph, op) for op in graph.ops if not op.is_view])
+    step = predict(graph, ParallelPlan(8), cluster).step_seconds
+    assert bound_seconds(graph, ParallelPlan(8), cluster) == pytest.approx(issue, rel=0.05)
+    assert issue < step < 1.3 * issue + sum(p.seconds for p in prices if p.seconds > 1e-4)
 
 
 def test_curves_hold_every_op_at_local_shapes():
@@ -116,7 +139,7 @@ def test_curves_hold_every_op_at_local_shapes():
 
 def test_stages_share_the_work():
     """Pipeline stages and recomputation: what the curves lose nowhere."""
-    graph, cluster = trace_workload(gpt(tied=False)), load_cluster("dgx-a100")
+    graph, cluster = trace_workload(gpt(tied=False)), without_host(load_cluster("dgx-a100"))
     single = bound_seconds(graph, ParallelPlan(8), cluster)
     cut = ParallelPlan(8, pp=2, cuts=("blocks.2",), schedule="gpipe")
     again = ParallelPlan(8, recompute=BLOCKS)

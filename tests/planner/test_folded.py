@@ -77,22 +77,28 @@ def test_parts_hold_each_op_of_the_step_once() -> None:
     assert set(found.parameters["block"]) == {n for n in graph.parameters if n.startswith("blocks.1.")}
 
 
+@pytest.mark.parametrize("graphs", [True, False])
 @pytest.mark.parametrize("micro", [1, 2])
 @pytest.mark.parametrize("axes", [{}, {"tp": 2}, {"pp": 2, "cuts": ("blocks.1",)}])
-def test_a_folded_step_takes_what_the_step_lowered_op_by_op_takes(axes: dict[str, Any], micro: int) -> None:
-    """Three layers, without what only trainers add; the optimizer is taken off the op-by-op step. What remains is the
-    optimizer's split over stages and ranks, and where messages wait: up to 4 %."""
+def test_a_folded_step_takes_what_the_step_lowered_op_by_op_takes(
+    axes: dict[str, Any], micro: int, graphs: bool
+) -> None:
+    """Three layers without what only trainers add, with the host thread of torch and without one; the optimizer is
+    taken off the op-by-op step. What remains is the optimizer's split over stages and ranks, and where messages wait:
+    up to 4 %."""
+    host = replace(HOST["graph" if graphs else "torch"], step=0.0, fork=0.0)
     plain = Software(
-        "plain", replace(HOST["graph"], step=0.0), fusion="none", tp_async=False, main_grads=0, norm_clip=False,
+        "plain", host, fusion="none", tp_async=False, main_grads=0, norm_clip=False,
         reduce_bytes=2, vocab_parallel=False, optimizer="none",
     )  # fmt: skip
     chosen = plan(global_batch=4 * micro, micro_batches=micro, **axes)
     folded = predict_folded(replace(model(), layers=3), chosen, cluster(), plain).step_seconds
     graph = traced()
-    whole = predict(graph, replace(chosen, precision=graph.precision), cluster()).step_seconds
+    whole = predict(graph, replace(chosen, precision=graph.precision), cluster(), cuda_graphs=graphs).step_seconds
     ops = [op for op in graph.ops if op.phase == "optimizer"]
     optimizer = sum(p.seconds for p in price_many(cluster().device, [shape_of(graph, op) for op in ops]))
-    assert folded == pytest.approx(whole - optimizer / chosen.world_size, rel=0.04)
+    # With a host, the launches that only the op-by-op step makes count: sums of gradients, shares of rowwise biases.
+    assert folded == pytest.approx(whole - optimizer / chosen.world_size, rel=0.04 if graphs else 0.12)
 
 
 def test_work_grows_by_one_block_a_layer() -> None:

@@ -1,0 +1,63 @@
+"""`parplan infer`, and the options of `simulate` and `search` that assume compiled steps."""
+
+from __future__ import annotations
+
+import pytest
+
+SMALL = "llama3-8b:layers=3,hidden=128,heads=4,kv_heads=2,ffn=256,vocab=512"
+ON = ("--cluster", "dgx-h100")
+
+
+def test_infer_prints_latency_cache_and_memory(parplan):
+    words = ("infer", SMALL, *ON, "--plan", "tp2", "--batch", 4, "--prompt", 64, "--generate", 16)
+    data = parplan(*words, "--json").data
+    assert data["kv_cache_bytes"] == 2 * 3 * 2 * 32 * 80 * 4 * 2
+    assert data["interval"][0] < data["prefill_seconds"] < data["interval"][1]
+    assert data["decode_seconds_per_token"] <= data["decode_seconds_last_token"]
+    assert data["tokens_per_second"] == pytest.approx(4 / data["decode_seconds_per_token"])
+    assert data["fits"] and data["largest_batch"] >= 4 and data["host_bound"] and data["no_decode"] is None
+    assert sum(data["shares"].values()) == pytest.approx(1) and data["label"] == "tp2"
+    text = parplan(*words, "--compile", "--cuda-graphs")
+    assert text.code == 0 and "KV cache" in text.out and "torch.compile, CUDA graphs" in text.out
+
+
+def test_compiled_decode_is_faster(parplan):
+    words = ("infer", SMALL, *ON, "--prompt", 64, "--generate", 16, "--json")
+    eager, compiled = parplan(*words).data, parplan(*words, "--compile").data
+    assert compiled["decode_seconds_per_token"] < 0.7 * eager["decode_seconds_per_token"]
+    assert compiled["assumed"] == ["torch.compile"] and compiled["kv_cache_bytes"] == eager["kv_cache_bytes"]
+
+
+def test_an_encoder_gets_a_prefill_and_a_reason(parplan):
+    result = parplan("infer", "bert-base:layers=2,hidden=64,heads=2,vocab=128", *ON, "--prompt", 32, "--json")
+    assert result.code == 0 and "no decoder" in result.err
+    assert result.data["decode_seconds_per_token"] is None and result.data["prefill_seconds"] > 0
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("mlp",), "no dimension 'seq'"),
+        (("gpt2", "--prompt", 1024), "1152"),
+        ((SMALL, "--plan", "pp2"), "more than inference knows"),
+        ((SMALL, "--batch", 0), "--batch is 0"),
+        ((SMALL, "--generate", -1), "--generate is -1"),
+        (("file.py:make",), "its own sequence length"),
+        ((SMALL, "--precision", "int4"), "fp32 or bf16"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_inferred_is_one_sentence(parplan, words, said):
+    result = parplan("infer", *words, *ON)
+    assert result.code == 2 and said in result.err and result.out == ""
+
+
+def test_simulate_and_search_take_compiled_steps(parplan):
+    model = "mlp:layers=3,hidden=64"
+    words = ("simulate", model, *ON, "--plan", "dp2", "-b", 8)
+    eager, compiled = parplan(*words, "--json").data, parplan(*words, "--compile", "--json").data
+    assert compiled["step_seconds"] < eager["step_seconds"] and eager["fused"] == {}
+    assert compiled["fused"] and compiled["assumed"] == ["torch.compile"]
+    assert "fused" in parplan(*words, "--compile").out
+    found = parplan("search", model, *ON, "-b", 8, "--devices", 2, "--compile", "--cuda-graphs", "--json").data
+    assert found["assumed"] == ["torch.compile", "CUDA graphs"]
+    assert all(p["bound_seconds"] <= p["step_seconds"] and p["gap"] >= 0 for p in found["plans"])
