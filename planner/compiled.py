@@ -65,7 +65,6 @@ def kernels_of(works: Sequence[Work], graph: OpGraph) -> list[Kernel | Work]:
     level: dict[int, int] = {}  # storage -> library calls on the longest path to it
     found: list[Kernel | Work] = []
     open_: list[Kernel] = []
-    of_storage: dict[int, Kernel] = {}
     for work in works:
         op = graph.ops[work.op] if work.op >= 0 else None
         if op is None or (not is_fusible(work.shape.name) and family(work.shape.name) not in FREE):
@@ -91,8 +90,31 @@ def kernels_of(works: Sequence[Work], graph: OpGraph) -> list[Kernel | Work]:
         home.reads |= reads - home.made
         home.made |= made
         for s in made:
-            level[s], of_storage[s] = max(level.get(s, 0), depth), home
-    return found
+            level[s] = max(level.get(s, 0), depth)
+    return _inlined(found, graph)
+
+
+def _inlined(found: list[Kernel | Work], graph: OpGraph) -> list[Kernel | Work]:
+    """Pointwise work on fewer elements that one kernel alone reads is done inside it, again for each of its elements
+    (tables of positions, broadcast scales)."""
+    kernels = [k for k in found if isinstance(k, Kernel)]
+    home = {w.op: i for i, k in enumerate(kernels) for w in k.works}
+    readers = _readers(graph)
+    gone: set[int] = set()
+    for i in reversed(range(len(kernels))):
+        kernel = kernels[i]
+        used = {home.get(r, -1) for s in kernel.made for r in readers.get(s, ())} - {i}
+        if kernel.rows or len(used) != 1:
+            continue
+        other = kernels[target] if (target := used.pop()) >= 0 else kernel
+        if target < 0 or other.after != kernel.after or kernel.elements > other.elements:
+            continue
+        other.works[:0] = kernel.works
+        other.made |= kernel.made
+        other.reads = (other.reads | kernel.reads) - other.made
+        home |= {w.op: target for w in kernel.works}
+        gone.add(id(kernel))
+    return [k for k in found if id(k) not in gone]
 
 
 def _domain(work: Work) -> tuple[int, int]:
