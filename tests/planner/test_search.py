@@ -125,10 +125,10 @@ def test_shortage_is_of_the_worst_rank():
 
 
 def test_refused_plans_are_named(mlp_graph, monkeypatch):
-    def picky(graph, plan, cluster):
+    def picky(graph, plan, cluster, **options):
         if plan.pp > 1:
             raise ValueError("stages are not for today")
-        return predict(graph, plan, cluster)
+        return predict(graph, plan, cluster, **options)
 
     monkeypatch.setattr(module, "predict", picky)
     result = search(mlp(), mlp_graph, cores(), 8, devices=2)
