@@ -112,18 +112,18 @@ def _row(costs: StepCosts, plan: ParallelPlan, stages: StageCosts, kind: str) ->
         "extra": stages.input_bytes * plan.micro_batches + copied * stages.params,
     }  # fmt: skip
     _add_runtime(costs, plan, stages, kind, row)
-    row |= _issued(costs, plan, stages, kind)
+    row |= _issued(costs, plan, stages)
     return row
 
 
-def _issued(costs: StepCosts, plan: ParallelPlan, stages: StageCosts, kind: str) -> dict[str, Floats]:
-    """Seconds of the host thread after the passes: what DDP and the sums of gradients add, and the optimizer; how much
-    of it every rank issues."""
+def _issued(costs: StepCosts, plan: ParallelPlan, stages: StageCosts) -> dict[str, Floats]:
+    """Seconds of the host thread after the passes: what DDP and the sums of gradients add (which every schedule issues),
+    and the optimizer."""
     thread, nothing = host_costs(costs.cluster, costs.running), np.zeros(plan.pp)
     if thread is None:
         return {"host_end": nothing, "host_optimizer": nothing}
     end = (plan.micro_batches - 1) * thread.backward * stages.tensors
-    if plan.dp > 1 and kind != "fsdp":
+    if plan.dp > 1 and not plan.fully_sharded:
         buckets = np.maximum(np.floor(stages.params / plan.bucket_bytes), 1)
         end = end + 2 * thread.backward * stages.tensors + thread.message * buckets
     ops = sum(op.phase == "optimizer" and not op.is_view for op in costs.graph.ops)
