@@ -117,7 +117,7 @@ def _row(costs: StepCosts, plan: ParallelPlan, stages: StageCosts, kind: str) ->
 
 
 def _issued(costs: StepCosts, plan: ParallelPlan, stages: StageCosts) -> dict[str, Floats]:
-    """Seconds of the host thread after the passes: what DDP and the sums of gradients add (which every schedule issues),
+    """Seconds of the host thread after the passes: what DDP and the sums of gradients add (every schedule issues it),
     and the optimizer."""
     thread, nothing = host_costs(costs.cluster, costs.running), np.zeros(plan.pp)
     if thread is None:
