@@ -118,7 +118,7 @@ def _runtime_issue(costs: StepCosts, plan: ParallelPlan) -> Floats:
     """Seconds of the host thread for checkpoints and for messages between stages, by forward op [2, n]."""
     thread, found = host_costs(costs.cluster, costs.running), np.zeros((2, costs.forward_ops))
     if thread is not None:
-        np.add.at(found[1], [costs.spans[path][0] for path in plan.recompute if path in costs.spans], thread.checkpoint)
+        np.add.at(found[1], [costs.spans[path][0] for path in _regions(costs, plan)], thread.checkpoint)
         for cut in plan.cuts:  # each side issues its end
             start = cut_start(costs, cut)
             found[:, [max(start - 1, 0), start]] += thread.message
