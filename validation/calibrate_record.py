@@ -156,6 +156,19 @@ def prepare(source: Source) -> Step:
     return step
 
 
+def workload_source(spec: str, batch: int) -> Source:
+    """A workload of `opgraph.models.load_workload` as a step to measure."""
+    from opgraph.models import load_workload
+
+    workload = load_workload(spec)
+
+    def make() -> tuple[Any, Any, Any, Any]:
+        inputs, targets = workload.batch(batch)
+        return workload.build(), inputs, targets, workload.loss
+
+    return Source(spec, make)
+
+
 def time_ops(step: Step) -> None:
     """One step with every op timed; a step whose ops differ from the described ones does not count."""
     wall, cpu = time.perf_counter(), time.process_time()

@@ -109,7 +109,7 @@ def measure_ops(job: dict[str, Any], rank: int) -> dict[str, Any]:
 
     from validation.anchor import make_anchor
     from validation.calibrate_models import SOURCES
-    from validation.calibrate_record import at_pace, overhead, prepare, samples
+    from validation.calibrate_record import at_pace, medians, overhead, prepare, samples, workload_source
     from validation.environment import room_to_grow
     from validation.pace import usual
 
@@ -120,6 +120,8 @@ def measure_ops(job: dict[str, Any], rank: int) -> dict[str, Any]:
     dist.barrier()
     loaded = statistics.median(once() for _ in range(job["anchor"]))
     chosen = [s for s in SOURCES if not job["models"] or s.name in job["models"]]
+    if job.get("workloads"):
+        chosen = [workload_source(spec, batch) for spec, batch in job["workloads"]]
     steps = []
     for i, source in enumerate(chosen):
         report(job, rank, f"model {source.name}", 0.2 * i / len(chosen))
@@ -135,6 +137,7 @@ def measure_ops(job: dict[str, Any], rank: int) -> dict[str, Any]:
         "anchor": reference * between,
         "reference": reference, "samples": samples(good), "overheads": [overhead(s) for s in good],
         "unrepeatable": [s.source.name for s in steps if not s.times],
+        "steps": {s.source.name: list(zip(s.shapes, medians(s.times))) for s in good} if job.get("workloads") else {},
     }  # fmt: skip
 
 
