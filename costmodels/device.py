@@ -244,7 +244,10 @@ def _law_from(row: dict[str, Any], where: str) -> Law:
 
     form = toml.text(row, "form", where)
     if form not in FORMS:
-        raise ValueError(f"{where}: field 'form' is '{form}'; it must be one of {', '.join(sorted(FORMS))}")
+        raise ValueError(
+            f"{where}: field 'form' is '{form}'; it must be one of {', '.join(sorted(FORMS))}; "
+            "a file that an earlier Parplan measured is made again by: parplan calibrate"
+        )
     coefficients = toml.array(row, "coefficients", where)
     if len(coefficients) != len(FORMS[form]):
         raise ValueError(

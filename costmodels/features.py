@@ -1,8 +1,10 @@
-"""Features of an op that its law weighs. All are non-negative and grow with every dim, so prices do too.
+"""Features of an op that its law weighs. All are non-negative, and but for one (`flops_tiny_map`) grow with every dim,
+so prices do too.
 
 A law is `seconds = coefficients . features` with non-negative coefficients; `FORMS` names the features.
-Bytes are split into cache tiers (below 1 MiB, 1 to 8 MiB, above: shared/facts/torch.md section 7), as parts of one
-range: the first MiB counts in the first tier, the next seven in the second.
+Bytes count once as they are and again as far as they exceed 1 and 8 MiB (the caches of a core: shared/facts/torch.md
+section 7), so that a byte never costs less because there are more of them: laws that priced the tiers apart gave
+nothing to a tier of which calibration had seen little, and were half too low there.
 """
 
 from __future__ import annotations
@@ -23,25 +25,32 @@ Shape = tuple[int, ...]
 
 FORMS: dict[str, tuple[str, ...]] = {
     "gemm": ("one", "batches", "flops", "left", "right", "out", "bytes_more"),
-    "conv": ("one", "flops", "flops_point", "flops_thin", "flops_depthwise", "taps", "input", "weight", "output"),
+    "conv_maps": (
+        "one", "flops", "flops_point", "flops_thin", "flops_depthwise", "taps", "input", "weight", "output",
+        "flops_tiny_map",
+    ),
     "attention": ("one", "flops", "scores", "bytes"),
     "rnn": ("one", "steps", "flops_input", "flops_hidden", "weights", "states"),
-    "sides": ("one", "read_1M", "read_8M", "read_more", "written_1M", "written_8M", "written_more"),
+    "sides_over": (
+        "one", "read", "read_over_1M", "read_over_8M", "written", "written_over_1M", "written_over_8M",
+    ),
     "pool": ("one", "same_size", "reduced_from", "reduced_to"),
-    "stream": ("one", "bytes_1M", "bytes_8M", "bytes_more"),
-    "optimizer": ("one", "tensors", "bytes_1M", "bytes_8M", "bytes_more"),
-}
+    "stream_over": ("one", "bytes", "bytes_over_1M", "bytes_over_8M"),
+    "optimizer_over": ("one", "tensors", "bytes", "bytes_over_1M", "bytes_over_8M"),
+}  # fmt: skip
+BYTES = ("bytes", "read", "written")  # features that are bytes, or bytes over a size, begin so
+TINY_MAP, TINY_IMAGES = (4, 9), 128  # pixels of one map, and of all maps of a batch: see `_conv`
 
 _FORM_OF_FAMILY = {
-    "gemm": "gemm", "conv": "conv", "conv_backward": "conv", "attention": "attention",
-    "attention_backward": "attention", "rnn": "rnn", "rnn_backward": "rnn", "optimizer": "optimizer",
-    "pool": "pool", "pool_backward": "pool", "embedding": "sides", "reduction": "sides",
+    "gemm": "gemm", "conv": "conv_maps", "conv_backward": "conv_maps", "attention": "attention",
+    "attention_backward": "attention", "rnn": "rnn", "rnn_backward": "rnn", "optimizer": "optimizer_over",
+    "pool": "pool", "pool_backward": "pool", "embedding": "sides_over", "reduction": "sides_over",
 }  # fmt: skip
 
 
 def form_of(name: str) -> str:
     """The form of law that ops of this name follow."""
-    return _FORM_OF_FAMILY.get(family(name), "stream")
+    return _FORM_OF_FAMILY.get(family(name), "stream_over")
 
 
 def features(shape: OpShape, form: str) -> tuple[float, ...]:
@@ -55,8 +64,8 @@ def extent(shape: OpShape, form: str) -> tuple[float, ...]:
         _, m, n, k = gemm_dims(shape)
         return (float(m), float(n), float(k))
     moved = float(touched(shape))
-    if form in ("conv", "attention", "rnn"):
-        return (conv_flops(shape)[0] if form == "conv" and len(shape.in_shapes) > 1 else float(shape.flops), moved)
+    if form in ("conv_maps", "attention", "rnn"):
+        return (conv_flops(shape)[0] if form == "conv_maps" and len(shape.in_shapes) > 1 else float(shape.flops), moved)
     return (moved,)
 
 
@@ -91,7 +100,8 @@ def _gathers(name: str) -> bool:
 
 
 def _tiers(nbytes: float) -> tuple[float, float, float]:
-    return min(nbytes, TIERS[1]), min(max(nbytes - TIERS[1], 0), TIERS[2] - TIERS[1]), max(nbytes - TIERS[2], 0)
+    """Bytes, and bytes over 1 and over 8 MiB."""
+    return float(nbytes), float(max(nbytes - TIERS[1], 0)), float(max(nbytes - TIERS[2], 0))
 
 
 def _gemm(shape: OpShape) -> tuple[float, ...]:
@@ -114,10 +124,14 @@ def conv_flops(shape: OpShape) -> tuple[float, int]:
 
 def _conv(shape: OpShape) -> tuple[float, ...]:
     """Work in one of four kinds of kernel (1x1, few input channels, depthwise, other), elements of the unfolded image
-    ("taps": cost per tap that more output channels do not raise), of the image, the weight and the result."""
+    ("taps": cost per tap that more output channels do not raise), of the image, the weight and the result; and the
+    work of gradients through 1x1 kernels on maps of 2x2 or 3x3, for which oneDNN (torch 2.13, EPYC) takes a kernel that
+    is six times slower than on 4x4, unless the batch is large."""
     backward = family(shape.name) == "conv_backward"
     if len(shape.in_shapes) < 2 + backward or not shape.out_shapes:
-        return 1.0, float(shape.flops), 0.0, 0.0, 0.0, 0.0, float(shape.bytes_read), 0.0, float(shape.bytes_written)
+        return (
+            1.0, float(shape.flops), 0.0, 0.0, 0.0, 0.0, float(shape.bytes_read), 0.0, float(shape.bytes_written), 0.0,
+        )  # fmt: skip
     flops, channels = conv_flops(shape)
     image, weight = (shape.in_shapes[1], shape.in_shapes[2]) if backward else (shape.in_shapes[0], shape.in_shapes[1])
     out = shape.in_shapes[0] if backward else shape.out_shapes[0]
@@ -133,7 +147,10 @@ def _conv(shape: OpShape) -> tuple[float, ...]:
     kinds = [0.0] * 4
     kinds[kind] = flops
     taps = flops / (2 * weight[0])
-    return (1.0, *kinds, taps, float(prod(image)), float(prod(weight)), float(prod(out)))
+    pixels = prod(out[2:])
+    tiny = backward and kind == 1 and TINY_MAP[0] <= pixels <= TINY_MAP[1] and out[0] * pixels < TINY_IMAGES
+    through = 2.0 * prod(out) * prod(weight[1:]) if tiny and image in shape.out_shapes else 0.0
+    return (1.0, *kinds, taps, float(prod(image)), float(prod(weight)), float(prod(out)), through)
 
 
 def _attention(shape: OpShape) -> tuple[float, ...]:
@@ -174,6 +191,6 @@ def _optimizer(shape: OpShape) -> tuple[float, ...]:
 
 
 _FUNCTIONS: dict[str, Callable[[OpShape], tuple[float, ...]]] = {
-    "gemm": _gemm, "conv": _conv, "attention": _attention, "rnn": _rnn, "sides": _sides, "pool": _pool,
-    "stream": _stream, "optimizer": _optimizer,
+    "gemm": _gemm, "conv_maps": _conv, "attention": _attention, "rnn": _rnn, "sides_over": _sides, "pool": _pool,
+    "stream_over": _stream, "optimizer_over": _optimizer,
 }  # fmt: skip

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -36,8 +36,9 @@ EXTRAPOLATION_FACTOR = 2.0  # an extrapolated law is taken to be twice as wrong 
 @dataclass(frozen=True, slots=True)
 class OpShape:
     """What a price depends on: an op's name, its phase, the shapes of its tensor arguments and results, dtype, FLOP
-    (an FMA is two), bytes read and bytes written (outputs and mutated inputs), and whether an attention is causal (its
-    FLOP are those of all pairs either way, as torch counts)."""
+    (an FMA is two), bytes read and bytes written (outputs and mutated inputs), whether an attention is causal (its
+    FLOP are those of all pairs either way, as torch counts), and which of an op's kernels its arguments ask for
+    (`variant_of`; empty for most)."""
 
     name: str
     phase: str
@@ -48,6 +49,7 @@ class OpShape:
     bytes_read: int
     bytes_written: int
     causal: bool = False
+    variant: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +69,8 @@ def shape_of(graph: OpGraph, op: Op) -> OpShape:
     dtypes = [graph.tensors[i].dtype for i in (*op.outputs, *op.inputs, *op.mutates)]
     dtype = next((d for d in dtypes if "float" in d), dtypes[0] if dtypes else "float32")
     read, written = graph.bytes_read(op), graph.bytes_written(op)
-    return OpShape(op.name, op.phase, ins, outs, dtype, op.flops, read, written, is_causal(op))
+    variant = variant_of(op.name, op.args, op.kwargs)
+    return OpShape(op.name, op.phase, ins, outs, dtype, op.flops, read, written, is_causal(op), variant)
 
 
 def is_causal(op: Op) -> bool:
@@ -81,10 +84,32 @@ def is_causal(op: Op) -> bool:
     return next((a for a in op.args[dropout:] if isinstance(a, bool)), False)
 
 
+def variant_of(name: str, args: Iterable[Any], kwargs: Iterable[tuple[str, Any]]) -> str:
+    """What the arguments of an op say about its kernel that shapes do not: "tanh" of a gelu that approximates, the
+    window of a pooling ("3x3"). Laws of a CPU are fitted by variant where calibration saw it.
+
+    >>> variant_of("aten.gelu.default", (), (("approximate", "tanh"),))
+    'tanh'
+    """
+    base = base_name(name)
+    if base in ("gelu", "gelu_backward"):
+        chosen = dict(kwargs).get("approximate") or next((a for a in args if isinstance(a, str)), "none")
+        return "" if chosen == "none" else str(chosen)
+    if base in ("max_pool2d_with_indices", "max_pool2d_with_indices_backward", "avg_pool2d", "avg_pool2d_backward"):
+        window = next((a for a in args if isinstance(a, tuple | list) and a and isinstance(a[0], int)), ())
+        return "x".join(map(str, window))
+    return ""
+
+
+def kernel_key(shape: OpShape) -> str:
+    """The key of the law that an op of this kind and dtype has of its own: "mm/float32", "gelu.tanh/float32"."""
+    return f"{base_name(shape.name)}{'.' if shape.variant else ''}{shape.variant}/{shape.dtype}"
+
+
 def signature(shape: OpShape) -> str:
-    """A short text that equal ops share: base name, dtype, input shapes, output shapes."""
+    """A short text that equal ops share: base name and variant, dtype, input shapes, output shapes."""
     ins, outs = (";".join(",".join(map(str, s)) for s in shapes) for shapes in (shape.in_shapes, shape.out_shapes))
-    return f"{base_name(shape.name)}/{shape.dtype}|{ins}|{outs}"
+    return f"{kernel_key(shape)}|{ins}|{outs}"
 
 
 def price(device: Device, shape: OpShape) -> Price:
@@ -120,9 +145,15 @@ def price_many(device: Device, shapes: Sequence[OpShape]) -> list[Price]:
 
 
 def law_of(device: Device, shape: OpShape) -> Law | None:
-    """The law of this op and dtype, else the pooled law of its family and dtype, else none."""
-    own = device.laws.get(f"{base_name(shape.name)}/{shape.dtype}")
-    return own or device.laws.get(f"{family(shape.name)}:{shape.dtype}")
+    """The law of this op, variant and dtype, else of the op and dtype, else the pooled law of its family and dtype,
+    else none."""
+    return law_among(device.laws, shape)
+
+
+def law_among(laws: Mapping[str, Law], shape: OpShape) -> Law | None:
+    """The same, among these laws."""
+    keys = (kernel_key(shape), f"{base_name(shape.name)}/{shape.dtype}", f"{family(shape.name)}:{shape.dtype}")
+    return next((laws[k] for k in keys if k in laws), None)
 
 
 def _price(device: Device, shape: OpShape) -> Price:
@@ -182,6 +213,6 @@ def total(prices: Iterable[Price]) -> float:
 
 
 __all__ = [
-    "OpShape", "Price", "form_of", "is_causal", "law_of", "peak_of", "price", "price_many", "roofline_seconds",
-    "shape_of", "signature", "total",
+    "OpShape", "Price", "form_of", "is_causal", "kernel_key", "law_among", "law_of", "peak_of", "price", "price_many",
+    "roofline_seconds", "shape_of", "signature", "total", "variant_of",
 ]  # fmt: skip

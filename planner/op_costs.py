@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from costmodels.features import FORMS, features
-from costmodels.ops import OpShape, law_of, price_many, roofline_seconds, shape_of
+from costmodels.features import BYTES, FORMS, features
+from costmodels.ops import OpShape, law_of, price_many, roofline_seconds, shape_of, variant_of
 from opgraph.flops import flops_of
 from opgraph.graph import Op, OpGraph, Ref, Tensor
 from planner.compiled import vanishes
@@ -101,6 +101,7 @@ def _classes(costs: StepCosts, layout: Layout) -> tuple[OpGraph, tuple[int, ...]
         like = (
             op.name, op.phase, len(op.inputs), len(op.outputs), tuple(look[i] for i in ids),
             tuple(ids.index(i) for i in ids), _plain(op.args) if op.flops else (),
+            variant_of(op.name, op.args, op.kwargs),
         )  # fmt: skip
         kind[op.id] = numbers.setdefault(like, len(numbers))
         if kind[op.id] == len(ops):
@@ -167,5 +168,5 @@ def _scaled(costs: StepCosts, shape: OpShape, share: float) -> float:
     return sum(
         c * f
         for name, c, f in zip(FORMS[law.form], law.coefficients, features(part, law.form))
-        if name == "one" or name.endswith(("_1M", "_8M", "_more"))
+        if name == "one" or name.startswith(BYTES)
     )

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from costmodels.ops import OpShape, is_causal
+from costmodels.ops import OpShape, is_causal, variant_of
 from opgraph.flops import flops_of
 from opgraph.graph import DTYPE_BYTES, Op, OpGraph, Phase
 from planner.layout import Layout
@@ -99,7 +99,8 @@ def local_work(graph: OpGraph, layout: Layout, op: Op, phase: Phase | None = Non
         read = sum(tensor_bytes(graph, layout, t) for t in dict.fromkeys(op.inputs))
         written = sum(tensor_bytes(graph, layout, t) for t in dict.fromkeys((*op.outputs, *op.mutates)))
     phase = phase or op.phase
-    shape = OpShape(op.name, phase, ins, outs, dtype, flops, read, written, is_causal(op))
+    variant = variant_of(op.name, op.args, op.kwargs)
+    shape = OpShape(op.name, phase, ins, outs, dtype, flops, read, written, is_causal(op), variant)
     return Work(shape, phase, op.module, op.is_view, op.id)
 
 

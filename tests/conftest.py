@@ -3,8 +3,19 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Iterator
+
+import pytest
 
 # A shell that starts the tests in the background makes them ignore Ctrl-C, and every process that they start inherits
 # that; some tests send just that signal.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def never_this_machines_calibration(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What `parplan calibrate` found here, at whatever time, decides no test."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield

@@ -12,7 +12,7 @@ from scipy.optimize import nnls
 from costmodels.device import Law
 from costmodels.families import FREE, base_name, family
 from costmodels.features import extent, features, form_of
-from costmodels.ops import OpShape, signature
+from costmodels.ops import OpShape, kernel_key, law_among, signature
 
 Measured = tuple[OpShape, float]
 OWN_SAMPLES = 12  # fewer than this are not enough for coefficients of their own
@@ -31,10 +31,11 @@ def fit_laws(samples: Iterable[Measured]) -> dict[str, Law]:
     for shape, seconds in samples:
         if family(shape.name) not in FREE and seconds > 0:
             groups.setdefault(f"{family(shape.name)}:{shape.dtype}", []).append((shape, seconds))
-            groups.setdefault(f"{base_name(shape.name)}/{shape.dtype}", []).append((shape, seconds))
+            for key in {f"{base_name(shape.name)}/{shape.dtype}", kernel_key(shape)}:
+                groups.setdefault(key, []).append((shape, seconds))
     laws: dict[str, Law] = {}
-    # Parents first: pooled before own, float32 before the other dtypes.
-    for key in sorted(groups, key=lambda k: (not k.endswith("float32"), ":" not in k)):
+    # Parents first: pooled before own, float32 before the other dtypes, an op before its variants.
+    for key in sorted(groups, key=lambda k: (not k.endswith("float32"), ":" not in k, "." in k)):
         members = groups[key]
         if len(members) >= LEAST_SAMPLES or ":" in key or not key.endswith("float32"):
             laws[key] = _law(key, members, _parent(key, members[0][0], laws))
@@ -45,7 +46,8 @@ def _parent(key: str, shape: OpShape, laws: dict[str, Law]) -> Law | None:
     """The law that a law with few samples is scaled from."""
     kind = key.rpartition(":" if ":" in key else "/")[0]
     pooled = f"{family(shape.name)}:{shape.dtype}"
-    candidates = [f"{kind}{':' if ':' in key else '/'}float32", *([pooled] if pooled != key else [])]
+    plain = f"{base_name(shape.name)}/{shape.dtype}"
+    candidates = [f"{kind}{':' if ':' in key else '/'}float32", *([plain] if "." in key else []), pooled]
     found = next((laws[c] for c in candidates if c != key and c in laws), None)
     return found if found is not None and found.form == form_of(shape.name) else None
 
@@ -111,11 +113,10 @@ def errors_by_family(samples: Iterable[Measured]) -> dict[str, tuple[float, floa
     laws = fit_laws(m for m, held in zip(members, held_out) if not held)
     found: dict[str, list[tuple[float, float]]] = {}
     for (shape, seconds), held in zip(members, held_out):
-        own, pooled = f"{base_name(shape.name)}/{shape.dtype}", f"{family(shape.name)}:{shape.dtype}"
-        law = laws.get(own) or laws.get(pooled)
+        law = law_among(laws, shape)
         if held and law:
             predicted = float(np.dot(features(shape, law.form), law.coefficients))
-            found.setdefault(pooled.replace(":", "/"), []).append((abs(predicted / seconds - 1), seconds))
+            found.setdefault(f"{family(shape.name)}/{shape.dtype}", []).append((abs(predicted / seconds - 1), seconds))
     return {key: _scores(np.array(rows)) for key, rows in found.items()}
 
 
@@ -128,8 +129,7 @@ def step_errors(samples: Sequence[Measured], steps: Mapping[str, tuple[Sequence[
         laws = fit_laws((s, t) for s, t in samples if signature(s) not in own)
         predicted = 0.0
         for shape, n in Counter(s for s in shapes if family(s.name) not in FREE).items():
-            keys = (f"{base_name(shape.name)}/{shape.dtype}", f"{family(shape.name)}:{shape.dtype}")
-            law = next((laws[k] for k in keys if k in laws), None)
+            law = law_among(laws, shape)
             if law is None:
                 break
             predicted += n * float(np.dot(features(shape, law.form), law.coefficients))

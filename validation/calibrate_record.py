@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from costmodels.families import FREE, family
-from costmodels.ops import OpShape, signature
+from costmodels.ops import OpShape, signature, variant_of
 from opgraph.flops import flops_of
 from opgraph.graph import DTYPE_BYTES
 from opgraph.tracer import written
@@ -63,7 +63,8 @@ class OpDescriber(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return func(*args, **kwargs)
         ins = tensors_in((args, kwargs))
         out = func(*args, **kwargs)
-        self.shapes.append(described(func, ins, list(written(func, args, kwargs)), tensors_in(out), args, self.phase))
+        mutated = list(written(func, args, kwargs))
+        self.shapes.append(described(func, ins, mutated, tensors_in(out), args, kwargs, self.phase))
         return out
 
 
@@ -72,7 +73,8 @@ def tensors_in(tree: Any) -> list[torch.Tensor]:
 
 
 def described(
-    func: Any, ins: list[torch.Tensor], mutated: list[torch.Tensor], outs: list[torch.Tensor], args: Any, phase: str
+    func: Any, ins: list[torch.Tensor], mutated: list[torch.Tensor], outs: list[torch.Tensor], args: Any,
+    kwargs: dict[str, Any], phase: str,
 ) -> OpShape:
     """The OpShape of one executed op."""
     name = str(func)
@@ -84,9 +86,10 @@ def described(
     flops = 0 if view else flops_of(name, shapes, produced or shapes, SimpleNamespace(args=args))
     kinds = [str(t.dtype).removeprefix("torch.") for t in (*fresh, *ins)]
     dtype = next((k for k in kinds if "float" in k), kinds[0] if kinds else "float32")
+    variant = variant_of(name, args, kwargs.items())
     return OpShape(
         name, phase, tuple(tuple(t.shape) for t in ins), tuple(tuple(t.shape) for t in fresh), dtype, flops,
-        0 if view else moved(ins), 0 if view else moved([*fresh, *mutated]),
+        0 if view else moved(ins), 0 if view else moved([*fresh, *mutated]), False, variant,
     )  # fmt: skip
 
 

@@ -106,7 +106,8 @@ def markdown(studies: Sequence[Study], rows: Sequence[OpRow], about: dict[str, A
 
 
 def short(shapes: str) -> str:
-    return shapes if len(shapes) <= 60 else shapes[:57] + "..."
+    """Shapes as a cell of a table shows them."""
+    return (shapes if len(shapes) <= 60 else shapes[:57] + "...").replace("|", "\\|")
 
 
 def steps_table(studies: Sequence[Study]) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from costmodels.device import Device, Law, load_device
 from costmodels.families import FAMILIES, FREE, base_name, family, is_known
 from costmodels.features import FORMS, conv_flops, features, form_of, gemm_dims
-from costmodels.ops import OpShape, price, price_many, shape_of, signature
+from costmodels.ops import OpShape, law_among, price, price_many, shape_of, signature, variant_of
 
 DIM = st.integers(1, 600)
 
@@ -84,7 +85,7 @@ def test_many_prices_are_the_single_prices(dims: list[tuple[int, int, int]]) -> 
 
 def test_sources_say_how_a_price_was_found() -> None:
     law = Law("mm/float32", "gemm", (1e-6, 0, 1e-11, 0, 0, 0, 0), (8, 8, 8), (64, 64, 64), 0.05, 20)
-    pooled = Law("pointwise:float32", "stream", (1e-6, 1e-11, 1e-11, 1e-11), (1,), (1e9,), 0.1, 20)
+    pooled = Law("pointwise:float32", "stream_over", (1e-6, 1e-11, 1e-11, 1e-11), (1,), (1e9,), 0.1, 20)
     device = Device(
         "core", "cpu", {"float32": 1e11}, 2**34, 2e10, laws={law.key: law, pooled.key: pooled},
         samples={signature(mm(16, 16, 16)): 7e-6},
@@ -154,3 +155,44 @@ def test_the_tables_cover_the_ops_of_traced_models() -> None:
         for op, shape in zip(graph.ops, shapes):
             assert not op.is_view or family(op.name) in FREE or shape.bytes_read == 0
             assert all(f >= 0 for f in features(shape, form_of(shape.name)))
+
+
+@given(st.integers(1, 2**26), st.integers(1, 2**26))
+def test_a_byte_never_costs_less_because_there_are_more(few: int, more: int) -> None:
+    """Each further byte costs at least what the one before did, whatever non-negative coefficients a fit finds."""
+    small, large = min(few, more), max(few, more)
+    law = Law("relu/float32", "stream_over", (1e-6, 2e-11, 0.0, 3e-11))
+
+    def next_byte(n: int) -> float:
+        at = [OpShape("aten.relu.default", "forward", (), (), "float32", 0, k, 0) for k in (n, n + 1024)]
+        low, high = (sum(c * f for c, f in zip(law.coefficients, features(s, law.form))) for s in at)
+        return high - low
+
+    assert next_byte(large) >= next_byte(small) * (1 - 1e-6) > 0
+
+
+def test_arguments_choose_kernels_that_shapes_do_not_show() -> None:
+    assert variant_of("aten.gelu.default", (), (("approximate", "tanh"),)) == "tanh"
+    assert variant_of("aten.gelu.default", (), ()) == variant_of("aten.relu.default", ((3, 3),), ()) == ""
+    assert variant_of("aten.max_pool2d_with_indices.default", (None, [3, 3], [2, 2]), ()) == "3x3"
+    exact = OpShape("aten.gelu.default", "forward", ((8, 8),), ((8, 8),), "float32", 0, 256, 256)
+    tanh = replace(exact, variant="tanh")
+    assert signature(tanh) != signature(exact)
+    laws = {
+        key: Law(key, "stream_over", (seconds, 0, 0, 0))
+        for key, seconds in (("gelu/float32", 1.0), ("gelu.tanh/float32", 2.0), ("pointwise:float32", 3.0))
+    }
+    assert law_among(laws, tanh) is laws["gelu.tanh/float32"] and law_among(laws, exact) is laws["gelu/float32"]
+    del laws["gelu.tanh/float32"]
+    assert law_among(laws, tanh) is laws["gelu/float32"]
+
+
+def test_gradients_through_1x1_kernels_on_tiny_maps_are_work_of_their_own() -> None:
+    def through(batch: int, side: int) -> float:
+        image, weight, out = (batch, 32, side, side), (16, 32, 1, 1), (batch, 16, side, side)
+        shape = OpShape("aten.convolution_backward.default", "backward", (out, image, weight), (image, weight),
+                        "float32", 0, 0, 0)  # fmt: skip
+        return features(shape, "conv_maps")[-1]
+
+    assert through(4, 3) == 2 * 4 * 9 * 32 * 16
+    assert through(4, 1) == through(4, 4) == through(16, 3) == 0.0

@@ -43,7 +43,7 @@ def test_only_undisturbed_runs_count() -> None:
     assert undisturbed([busy, Run((4.0,), 1.5), Run((6.0,), 3.0)]) == [Run((4.0,), 1.5)]
 
 
-@pytest.mark.parametrize("name", ["t64", "residual24", "digits"])
+@pytest.mark.parametrize("name", ["t64", "residual24", "digits", "routed96"])
 def test_the_recorder_sees_what_the_tracer_sees(name: str) -> None:
     """Laws are fitted on the recorder's shapes and asked with the tracer's: both must count alike."""
     from opgraph.trace import trace
