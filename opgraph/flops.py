@@ -9,6 +9,7 @@ Pointwise work, reductions and copies count as zero FLOP, as is usual: their cos
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from math import log2, prod
 from typing import Any, Protocol
 
@@ -96,7 +97,52 @@ def _pairwise(ins: list[Shape], outs: list[Shape], args: tuple[Any, ...]) -> int
     return 3 * prod(outs[0]) * ins[0][-1]
 
 
+def _pairwise_backward(ins: list[Shape], outs: list[Shape], args: tuple[Any, ...]) -> int:
+    """From the gradient of every pair: the difference, its scale, and the sum, per coordinate."""
+    return 3 * prod(ins[0]) * ins[1][-1]
+
+
+def _square(factor: float) -> Formula:
+    """`factor` n^3 for every n x n matrix."""
+    return lambda ins, outs, args: int(factor * prod(ins[0][:-2]) * ins[0][-1] ** 3)
+
+
+def _solve(ins: list[Shape], outs: list[Shape], args: tuple[Any, ...]) -> int:
+    """An LU decomposition, and two triangular systems for every right side."""
+    n = ins[0][-1]
+    return int(prod(ins[0][:-2]) * (2 / 3) * n**3) + 2 * n * prod(outs[0])
+
+
+def _substitute(passes: int) -> Formula:
+    """n FLOP for every element of the solution, and each pass."""
+    return lambda ins, outs, args: passes * ins[0][-2 if ins[0][-2] == ins[0][-1] else -1] * prod(outs[0])
+
+
+def _qr(ins: list[Shape], outs: list[Shape], args: tuple[Any, ...]) -> int:
+    """Householder: 2 k^2 (m - k / 3) for R with k = min(m, n), and the same again for Q."""
+    m, n = ins[0][-2:]
+    k = min(m, n)
+    return int(prod(ins[0][:-2]) * 4 * max(m, n) * k * k - prod(ins[0][:-2]) * 4 / 3 * k**3)
+
+
+def _svd(ins: list[Shape], outs: list[Shape], args: tuple[Any, ...]) -> int:
+    """Golub and Reinsch with both sets of vectors: 14 m n^2 + 8 n^3 for m >= n."""
+    large, small = max(ins[0][-2:]), min(ins[0][-2:])
+    return prod(ins[0][:-2]) * (14 * large * small**2 + 8 * small**3)
+
+
+# Decompositions: Golub and Van Loan, Matrix Computations (4th ed.), 3.2, 4.2, 5.2, 8.3, 8.6; LAPACK working note 41.
+DECOMPOSITIONS: dict[str, Formula] = {
+    "linalg_cholesky_ex": _square(1 / 3), "cholesky": _square(1 / 3), "cholesky_inverse": _square(2 / 3),
+    "linalg_inv_ex": _square(2), "linalg_lu_factor_ex": _square(2 / 3), "linalg_lu": _square(2 / 3),
+    "_linalg_det": _square(2 / 3), "_linalg_slogdet": _square(2 / 3), "_linalg_solve_ex": _solve,
+    "linalg_solve_triangular": _substitute(1), "triangular_solve": _substitute(1), "cholesky_solve": _substitute(2),
+    "linalg_lu_solve": _substitute(2), "_linalg_eigh": _square(9), "linalg_qr": _qr, "_linalg_svd": _svd,
+    "linalg_householder_product": _qr,
+}  # fmt: skip
+
 FORMULAS: dict[str, Formula] = {
+    **DECOMPOSITIONS,
     "mm": _mm, "addmm": _mm, "bmm": _mm, "baddbmm": _mm, "_addmm_activation": _mm,
     "_scaled_mm": _mm_first, "_int_mm": _mm, "linear": _mm_first, "mkldnn_linear": _mm_first,
     "mv": _mv, "addmv": _mv, "dot": _mv, "vdot": _mv,
@@ -115,13 +161,30 @@ FORMULAS: dict[str, Formula] = {
     "_scaled_dot_product_fused_attention_overrideable_backward": _attention_backward,
     "mkldnn_rnn_layer": _rnn_layer, "mkldnn_rnn_layer_backward": _rnn_layer_backward,
     "_fft_r2c": _fft, "_fft_c2c": _fft, "_fft_c2r": _fft,
-    "_cdist_forward": _pairwise, "_euclidean_dist": _pairwise,
+    "_cdist_forward": _pairwise, "_euclidean_dist": _pairwise, "_cdist_backward": _pairwise_backward,
 }  # fmt: skip
 
 # Ops whose work is proportional to the bytes they move, and which torch does not tag as pointwise or reduction.
 LIGHT = frozenset(
     """
-    _adaptive_avg_pool2d _adaptive_avg_pool2d_backward _adaptive_avg_pool3d _assert_async _assert_tensor_metadata
+    _adaptive_avg_pool2d _adaptive_avg_pool2d_backward _adaptive_avg_pool3d _adaptive_avg_pool3d_backward
+    adaptive_max_pool3d adaptive_max_pool3d_backward _ctc_loss _ctc_loss_backward _embedding_bag_backward
+    _embedding_bag_dense_backward _embedding_bag_per_sample_weights_backward _safe_softmax _masked_softmax
+    _masked_softmax_backward _weight_norm_interface _weight_norm_interface_backward affine_grid_generator
+    channel_shuffle diag_embed dist fractional_max_pool2d fractional_max_pool2d_backward fractional_max_pool3d
+    fractional_max_pool3d_backward grid_sampler_3d grid_sampler_3d_backward hardswish kthvalue linalg_cross
+    linalg_vector_norm logit_backward max_unpool2d max_unpool3d multi_margin_loss multi_margin_loss_backward
+    multilabel_margin_loss_forward multilabel_margin_loss_backward nanmedian polar reflection_pad1d_backward
+    reflection_pad3d reflection_pad3d_backward renorm replication_pad1d_backward replication_pad2d_backward
+    replication_pad3d replication_pad3d_backward rrelu_with_noise rrelu_with_noise_backward segment_reduce
+    smooth_l1_loss huber_loss soft_margin_loss binary_cross_entropy
+    binary_cross_entropy_with_logits upsample_bicubic2d_backward upsample_linear1d
+    upsample_linear1d_backward upsample_nearest1d upsample_nearest1d_backward upsample_nearest3d
+    upsample_nearest3d_backward upsample_trilinear3d upsample_trilinear3d_backward _upsample_bilinear2d_aa
+    _upsample_bilinear2d_aa_backward _upsample_bicubic2d_aa _upsample_bicubic2d_aa_backward _upsample_nearest_exact1d
+    _upsample_nearest_exact2d _upsample_nearest_exact2d_backward bernoulli exponential cauchy geometric log_normal
+    random poisson binomial multinomial dropout alpha_dropout _sparse_softmax take_backward trace_backward
+    _assert_async _assert_tensor_metadata
     _prelu_kernel _prelu_kernel_backward
     _batch_norm_with_update _embedding_bag _embedding_bag_forward_only _fused_rms_norm _fused_rms_norm_backward
     _linalg_check_errors _local_scalar_dense _log_softmax _log_softmax_backward_data _native_batch_norm_legit
@@ -152,6 +215,10 @@ LIGHT = frozenset(
 )
 
 
+# In-place forms of these change what a tensor looks like, not what it holds.
+VIEWS = frozenset("transpose t squeeze unsqueeze swapaxes swapdims as_strided detach resize set".split())  # noqa: SIM905
+
+
 def base_name(op: str) -> str:
     """`aten.addmm.default` -> `addmm`."""
     return op.split(".")[1] if op.count(".") >= 1 else op
@@ -174,14 +241,32 @@ def flops_of(
 
 
 def is_light(op: str, tags: Sequence[Any]) -> bool:
-    """True where counting zero FLOP is right: pointwise, reductions, fills, moves, and lists of these."""
+    """True where counting zero FLOP is right: pointwise, reductions, fills, moves, and lists of these.
+
+    torch tags few gradients and few in-place forms, but the gradient of a pointwise op is pointwise, and what works in
+    place does what the plain op does.
+    """
     name = base_name(op)
-    named = {str(t).rsplit(".", 1)[-1].split(":")[0] for t in tags}
-    if named & {"pointwise", "reduction", "view_copy"}:
+    lists = ("_foreach_", "_fused_adam", "_fused_sgd", "_fused_adagrad")
+    if _light_tags(tags) or name in LIGHT or name.startswith(lists):
         return True
     plain = name.removesuffix("_")
-    lists = ("_foreach_", "_fused_adam", "_fused_sgd", "_fused_adagrad")
-    return name in LIGHT or plain in LIGHT or name.startswith(lists)
+    forward = plain.removesuffix("_backward")
+    kin = {plain, forward, f"{forward}_forward"}
+    return plain in VIEWS or bool(kin & LIGHT) or any(_tagged(k) for k in kin - {name})
+
+
+def _light_tags(tags: Sequence[Any]) -> bool:
+    return bool({str(t).rsplit(".", 1)[-1].split(":")[0] for t in tags} & {"pointwise", "reduction", "view_copy"})
+
+
+@cache
+def _tagged(name: str) -> bool:
+    """Whether torch tags any overload of the aten op of this name as light."""
+    import torch
+
+    packet = getattr(torch.ops.aten, name, None)
+    return packet is not None and any(_light_tags(getattr(packet, o).tags) for o in packet.overloads())
 
 
 def check_formula(op: str, tags: Sequence[Any], module: str, extra: Mapping[str, Formula] | None = None) -> None:

@@ -123,8 +123,18 @@ def test_pointwise_ops_count_as_zero() -> None:
 
 
 def test_heavy_ops_nobody_can_count() -> None:
-    op = aten.linalg_qr.default
-    with pytest.raises(NoFormulaError, match=r"linalg_qr.default in module '<root>' has no FLOP formula.*pass flops="):
+    op = aten.linalg_eig.default  # its iterations depend on the matrix
+    with pytest.raises(NoFormulaError, match=r"linalg_eig.default in module '<root>' has no FLOP formula.*pass flops="):
         check_formula(str(op), op.tags, "")
-    check_formula(str(op), op.tags, "", {"aten.linalg_qr.default": lambda ins, outs, args: 1})
-    assert flops_of(str(op), [], [], Call(()), {"linalg_qr": lambda ins, outs, args: 7}) == 7
+    check_formula(str(op), op.tags, "", {"aten.linalg_eig.default": lambda ins, outs, args: 1})
+    assert flops_of(str(op), [], [], Call(()), {"linalg_eig": lambda ins, outs, args: 7}) == 7
+
+
+def test_decompositions() -> None:
+    square = Like((2, 6, 6))
+    assert ours("linalg_cholesky_ex", [square], [square]) == 2 * 72
+    assert ours("linalg_inv_ex", [square], [square]) == 2 * 432
+    assert ours("_linalg_solve_ex", [square, Like((2, 6, 5))], [Like((2, 6, 5))]) == 2 * 144 + 2 * 6 * 60
+    assert ours("linalg_solve_triangular", [square, Like((2, 6, 5))], [Like((2, 6, 5))]) == 6 * 60
+    assert ours("linalg_qr", [Like((9, 6))], [Like((9, 6)), Like((6, 6))]) == 4 * 9 * 36 - 4 * 72
+    assert ours("_linalg_svd", [Like((9, 6))], []) == 14 * 9 * 36 + 8 * 216
