@@ -27,6 +27,7 @@ from validation.calibrate_nets import (
     recurrent,
     residual_net,
     routed,
+    streams,
     transformer,
 )
 
@@ -70,6 +71,9 @@ def _all() -> tuple[Source, ...]:
         "t256": partial(transformer, 256, 4, 2, 640, 4000),
         "depthwise": partial(depthwise_net, 4, 112),
         "t64": partial(transformer, 64, 2, 2, 64, 1000, layers=2),
+        "streams-50": partial(streams, 2048, 2048),
+        "streams-16": partial(streams, 640, 2048),
+        "streams-28": partial(streams, 3072, 768),
         "routed160": partial(routed, 160, 400, 6, 2, 192),
         "routed320": partial(routed, 320, 576, 4, 1, 320, bias=True),
         "routed96": partial(routed, 96, 224, 8, 4, 160),

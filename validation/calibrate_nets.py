@@ -303,3 +303,20 @@ class Routed(nn.Module):
 def routed(width: int, inner: int, experts: int, batch: int, length: int, bias: bool = False) -> Case:
     module = nn.Sequential(nn.LayerNorm(width), Routed(width, inner, experts, bias), RMSNorm(width))
     return module, (torch.randn(batch, length, width),), (torch.randn(batch, length, width),), F.mse_loss
+
+
+class Streams(nn.Module):
+    """Element-wise ops and sums on tensors that no cache holds."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.scale, self.shift = nn.Parameter(torch.ones(width)), nn.Parameter(torch.zeros(width))
+
+    def forward(self, x: Tensor) -> Any:
+        y = x * self.scale + self.shift
+        y = F.gelu(y) + F.gelu(y, approximate="tanh")
+        return (F.relu(y) * F.silu(y) + y).mean(-1)
+
+
+def streams(rows: int, width: int) -> Case:
+    return Streams(width), (torch.randn(rows, width),), (torch.randn(rows),), F.mse_loss
