@@ -124,9 +124,9 @@ def conv_flops(shape: OpShape) -> tuple[float, int]:
 
 def _conv(shape: OpShape) -> tuple[float, ...]:
     """Work in one of four kinds of kernel (1x1, few input channels, depthwise, other), elements of the unfolded image
-    ("taps": cost per tap that more output channels do not raise), of the image, the weight and the result; and the
-    work of gradients through 1x1 kernels on maps of 2x2 or 3x3, for which oneDNN (torch 2.13, EPYC) takes a kernel that
-    is six times slower than on 4x4, unless the batch is large."""
+    ("taps": cost per tap that more output channels do not raise), of the image (1x1 kernels with a stride read a part
+    of it), the weight and the result; and the work of 1x1 kernels, and of gradients through them, on maps of 2x2 or
+    3x3, for which oneDNN (torch 2.13, EPYC) is four to six times slower than on 4x4, unless the batch is large."""
     backward = family(shape.name) == "conv_backward"
     if len(shape.in_shapes) < 2 + backward or not shape.out_shapes:
         return (
@@ -148,9 +148,10 @@ def _conv(shape: OpShape) -> tuple[float, ...]:
     kinds[kind] = flops
     taps = flops / (2 * weight[0])
     pixels = prod(out[2:])
-    tiny = backward and kind == 1 and TINY_MAP[0] <= pixels <= TINY_MAP[1] and out[0] * pixels < TINY_IMAGES
-    through = 2.0 * prod(out) * prod(weight[1:]) if tiny and image in shape.out_shapes else 0.0
-    return (1.0, *kinds, taps, float(prod(image)), float(prod(weight)), float(prod(out)), through)
+    tiny = kind == 1 and TINY_MAP[0] <= pixels <= TINY_MAP[1] and out[0] * pixels < TINY_IMAGES
+    through = 2.0 * prod(out) * prod(weight[1:]) if tiny and (not backward or image in shape.out_shapes) else 0.0
+    seen = min(prod(image), prod(image[:2]) * pixels) if prod(weight[2:]) == 1 else prod(image)
+    return (1.0, *kinds, taps, float(seen), float(prod(weight)), float(prod(out)), through)
 
 
 def _attention(shape: OpShape) -> tuple[float, ...]:

@@ -6,6 +6,11 @@ import signal
 from collections.abc import Iterator
 
 import pytest
+from hypothesis import settings
+
+# No test asserts a wall clock, so no example has a deadline either.
+settings.register_profile("parplan", deadline=None)
+settings.load_profile("parplan")
 
 # A shell that starts the tests in the background makes them ignore Ctrl-C, and every process that they start inherits
 # that; some tests send just that signal.

@@ -196,3 +196,16 @@ def test_gradients_through_1x1_kernels_on_tiny_maps_are_work_of_their_own() -> N
 
     assert through(4, 3) == 2 * 4 * 9 * 32 * 16
     assert through(4, 1) == through(4, 4) == through(16, 3) == 0.0
+    forward = conv(4, 32, 16, 3, 1)
+    assert features(forward, "conv_maps")[-1] == 2 * 4 * 9 * 32 * 16
+
+
+def test_a_strided_1x1_kernel_reads_a_part_of_the_image() -> None:
+    """Image elements in the features: those under a kernel."""
+
+    def image(kernel: int) -> float:
+        shape = OpShape("aten.convolution.default", "forward", ((2, 32, 8, 8), (16, 32, kernel, kernel)),
+                        ((2, 16, 4, 4),), "float32", 0, 0, 0)  # fmt: skip
+        return features(shape, "conv_maps")[6]
+
+    assert image(1) == 2 * 32 * 16 and image(3) == 2 * 32 * 64
