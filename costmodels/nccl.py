@@ -16,7 +16,7 @@ import numpy as np
 from costmodels import hockney
 from costmodels.nccl_fabric import Group, across_of
 from costmodels.nccl_law import Laws, combine, curve, factors, shipped, terms
-from costmodels.nccl_tuner import RING_SHARE, Candidate, candidates
+from costmodels.nccl_tuner import RING_SHARE, Candidate, candidates, chosen
 
 if TYPE_CHECKING:
     from costmodels.cluster import Cluster
@@ -68,6 +68,7 @@ def curve_of(laws: Laws, group: Group, kind: str, algorithm: str = "") -> Curve:
     factor = curve(laws, group, kind, SIZES)
     times = np.array([_seconds(laws, group, kind, way) * factor for way in ways])
     times = np.maximum(times, np.array([_wire(way) for way in ways]))
+    times = np.where(chosen(kind, ways, SIZES), times, np.inf)
     best = times.argmin(axis=0)
     seconds = np.maximum.accumulate(times[best, np.arange(len(SIZES))])
     return Curve(np.log(seconds), tuple((ways[i].algorithm, ways[i].protocol) for i in best.tolist()))

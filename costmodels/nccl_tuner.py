@@ -7,8 +7,11 @@ that a port really carries, two-node trees, send and receive, all_to_all) is der
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil, inf, log2
+
+import numpy as np
 
 from costmodels.nccl_fabric import Group
 
@@ -32,6 +35,7 @@ MESH_PEERS = 7  # a device of a full xGMI mesh has one link to each of its seven
 # send and receive: NCCL's enqueue.cc gives a message channels until each carries 16 MiB or less, starting with the
 # share of 32 channels that one peer of the node gets. A channel moves 20 GB/s (one NVLink of SM70/80 in tuning.cc).
 P2P_CHANNELS, P2P_CHANNEL_RATE, P2P_CHANNEL_BYTES = 32, 20e9, 16 * 2**20
+P2P_LL_BYTES = 2**14  # for each of the channels: up to that, messages go by LL (enqueue.cc, NCCL_P2P_LL_THRESHOLD)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,12 +59,21 @@ class Candidate:
 def candidates(group: Group, kind: str) -> list[Candidate]:
     """All ways to run `kind` on the group (a barrier is an all_reduce, as torch issues it)."""
     if kind == "send":
-        return [_send(group)]
+        return _sends(group)
     if kind == "all_to_all":
         return [_all_to_all(group)]
     if kind in ("all_reduce", "barrier"):
         return [*_rings(group, "all_reduce"), *_trees(group), *_nvls(group)]
     return [*_rings(group, kind), *_pat(group, kind)]
+
+
+def chosen(kind: str, ways: Sequence[Candidate], sizes: np.ndarray) -> np.ndarray:
+    """Which ways NCCL may take: True at (way, size). The protocol of a send inside an NVLink host hangs on its size
+    alone; elsewhere all may be taken, and the best is."""
+    if kind != "send" or len(ways) < 2:
+        return np.ones((len(ways), len(sizes)), bool)
+    by_ll = sizes <= P2P_CHANNELS * P2P_LL_BYTES
+    return np.array([by_ll if way.protocol == "LL" else ~by_ll for way in ways])
 
 
 def ring_rate(group: Group) -> float:
@@ -74,6 +87,15 @@ def ring_rate(group: Group) -> float:
 
 def _rate(rate: float) -> float:
     return 1 / rate if rate else 0.0
+
+
+def _possible(group: Group, protocol: str) -> bool:
+    """LL128 needs 128-byte stores that arrive whole: NVLink. LL and LL128 need a network that keeps bytes in order: the
+    EFA of instances before P5 does not, and its plugin sets NCCL_PROTO=simple (github aws/aws-ofi-nccl: issues 76 and
+    715, pull request 280)."""
+    if protocol == "Simple":
+        return True
+    return (group.wires == "nvlink" or protocol == "LL") and not (group.network == "efa-v1" and group.hosts > 1)
 
 
 def _net(group: Group) -> float:
@@ -101,8 +123,8 @@ def _rings(group: Group, kind: str) -> list[Candidate]:
     }[kind]
     found = []
     for i, protocol in enumerate(PROTOCOLS):
-        if protocol == "LL128" and group.wires != "nvlink":
-            continue  # needs 128-byte stores that arrive whole
+        if not _possible(group, protocol):
+            continue
         share = (LL_SHARE, LL128_SHARE, 1.0)[i]
         rate = ring_rate(group) * share
         if protocol == "LL":
@@ -122,7 +144,7 @@ def _trees(group: Group) -> list[Candidate]:
     volume = 1.0 if group.domains == 2 else 2.0
     found = []
     for i, protocol in enumerate(PROTOCOLS):
-        if protocol == "LL128" and group.wires != "nvlink":
+        if not _possible(group, protocol):
             continue
         share = (TREE_LL_SHARE, 7 / 9 if group.hosts == 1 else 120 / 128, 1.0)[i]
         inside = 2 * _rate(ring_rate(group) * TREE_SHARE * share)
@@ -170,16 +192,20 @@ def _all_to_all(group: Group) -> Candidate:
     return Candidate("pairwise", "Simple", base, hops, net, outside, inside, max(across, _uplink(group, 0.0, True)))
 
 
-def _send(group: Group) -> Candidate:
-    """One message between two ranks; inside a node on few channels at first (P2P_CHANNELS)."""
+def _sends(group: Group) -> list[Candidate]:
+    """One message between two ranks; inside a node on few channels at first (P2P_CHANNELS), small ones by LL."""
     base = BASE["ring"][0] * US
     if group.hosts > 1:
         net = CROSSING["ring"][0] * US
         own = _net(group) * group.per_domain  # one message at a time leaves through the NIC of its device
-        return Candidate("p2p", "Simple", base, 0.0, net, 1, 0.0, max(own, _uplink(group, 1.0)))
-    hop = HOP[group.wires]["ring"][0] * US + group.hop
+        return [Candidate("p2p", "Simple", base, 0.0, net, 1, 0.0, max(own, _uplink(group, 1.0)))]
+    hop, inside = HOP[group.wires]["ring"][0] * US + group.hop, _rate(ring_rate(group))
     if group.wires != "nvlink":
-        return Candidate("p2p", "Simple", base, hop, 0.0, 0, _rate(ring_rate(group)), 0.0)
+        return [Candidate("p2p", "Simple", base, hop, 0.0, 0, inside, 0.0)]
     first = max(P2P_CHANNELS // max(group.per_host, 8), 1)
     slow, cap = 1 / (first * P2P_CHANNEL_RATE), P2P_CHANNEL_BYTES / P2P_CHANNEL_RATE
-    return Candidate("p2p", "Simple", base, hop, 0.0, 0, _rate(ring_rate(group)), 0.0, slow, cap)
+    by_ll = max(P2P_CHANNELS / first / LL_CAP[group.generation][0], inside / LL_SHARE)
+    return [
+        Candidate("p2p", "LL", base, hop, 0.0, 0, by_ll, 0.0),
+        Candidate("p2p", "Simple", base, hop, 0.0, 0, inside, 0.0, slow, cap),
+    ]

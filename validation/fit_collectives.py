@@ -20,7 +20,7 @@ from scipy.optimize import least_squares
 from costmodels import tomlfile as toml
 from costmodels.nccl_fabric import Group, group_of
 from costmodels.nccl_law import BANDS, WHERE, Laws, class_of, combine, keys, laws_data, scope_of, terms
-from costmodels.nccl_tuner import Candidate, candidates
+from costmodels.nccl_tuner import Candidate, candidates, chosen
 from validation.collective_cases import SWEEPS, Setup, Sweep, setup_of, sweeps_data
 
 NOISE = 0.15  # expected spread of ln(measured / predicted) of one point
@@ -52,7 +52,7 @@ CLASSES = ("all_reduce", "gather", "all_to_all", "send")
 class Points:
     """All points of some sweeps, and for each all ways to run it. ways: (9, points, ways) of `nccl_law.terms`;
     products: which parameters each multiplier that occurs is a product of (a row of zeros and ones each); names:
-    (6, points, ways) rows of `products`; allowed: which ways exist."""
+    (6, points, ways) rows of `products`; allowed: which ways NCCL may take there."""
 
     sweeps: tuple[Sweep, ...]
     setups: tuple[Setup, ...]
@@ -80,14 +80,14 @@ def points_of(sweeps: Sequence[Sweep]) -> Points:
     most = max(map(len, ways))
     rows = [[*map(terms, w), *[(0.0,) * 9] * (most - len(w))] for w in ways]
     names = [[*([place[t] for t in w] for w in sweep), *[[0] * 6] * (most - len(sweep))] for sweep in named]
-    allowed = [[True] * len(w) + [False] * (most - len(w)) for w in ways]
+    allowed = [_chosen(x.kind, w, s, most) for x, w, s in zip(setups, ways, sweeps, strict=True)]
     owner = np.repeat(np.arange(len(sweeps)), [len(s.bytes) for s in sweeps])
     return Points(
         tuple(sweeps), setups, groups, owner,
         np.array([b for s in sweeps for b in s.bytes]), np.array([t for s in sweeps for t in s.seconds]),
         np.array([s.host for s in setups])[owner], parameters, np.moveaxis(np.array(rows)[owner], 2, 0),
         np.array([[name in term for name in parameters] for term in products], float),
-        np.moveaxis(np.array(names)[owner], 2, 0), np.array(allowed)[owner],
+        np.moveaxis(np.array(names)[owner], 2, 0), np.concatenate(allowed),
     )  # fmt: skip
 
 
@@ -95,6 +95,13 @@ def _ways(group: Group, setup: Setup) -> list[Candidate]:
     from costmodels.nccl import _allowed
 
     return _allowed(candidates(group, setup.kind), setup.algorithm)
+
+
+def _chosen(kind: str, ways: list[Candidate], sweep: Sweep, most: int) -> np.ndarray:
+    """(points, most ways): what NCCL may take."""
+    found = np.zeros((len(sweep.bytes), most), bool)
+    found[:, : len(ways)] = chosen(kind, ways, np.array(sweep.bytes)).T
+    return found
 
 
 def prior(name: str) -> tuple[float, float]:

@@ -82,6 +82,22 @@ def test_a_message_between_two_ranks_gets_channels_with_its_size() -> None:
     assert times[1] == pytest.approx(times[0], rel=0.02)
 
 
+def test_the_first_efa_runs_simple_only() -> None:
+    """github aws/aws-ofi-nccl, issue 76: EFA supports neither LL nor LL128; pull request 280: P5 does."""
+    for ports, protocols in ((4, {"Simple"}), (32, {"LL", "LL128", "Simple"})):
+        cluster = replace(H100, inter=replace(H100.inter, name="EFA", bandwidth=12.5e9, ports=ports), cache={})
+        ways = candidates(group_of(cluster, range(16)), "all_reduce")
+        assert {w.protocol for w in ways if w.algorithm != "nvls_tree"} == protocols
+        inside = candidates(group_of(cluster, range(8)), "all_reduce")
+        assert {w.protocol for w in inside} == {"LL", "LL128", "Simple"}
+
+
+def test_small_messages_between_two_ranks_go_by_ll() -> None:
+    """enqueue.cc: up to 16 KiB for each of 32 channels."""
+    small, large = (collective_price(B200, "send", n * 1024, (0, 1)).protocol for n in (512, 1024))
+    assert (small, large) == ("LL", "Simple")
+
+
 # -- placement -------------------------------------------------------------------------------------------------
 
 
