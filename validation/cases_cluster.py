@@ -87,4 +87,3 @@ def _between(device: Device, text: str, per_node: int, case: Case) -> tuple[Link
     family = next((f for f in sorted(UNSTATED, key=len, reverse=True) if f in name), "")
     share = UNSTATED.get(family, 12.5e9 / per_node)
     return Link("network (assumed)", share, LATENCY_BETWEEN, "reference design"), case.whole("num_gpus") > per_node
-

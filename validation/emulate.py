@@ -3,7 +3,7 @@
     python -m validation.emulate --out reports/emulated
 
 Needs root and iproute2. Nothing is fitted to a timed collective: rates are those of the token buckets, and the latency
-is that of 4-byte messages on the same network before its wires are shaped.
+is that of 4-byte messages, which pass a bucket at once, measured in rounds before and after the rows of each rate.
 """
 
 from __future__ import annotations
@@ -18,11 +18,14 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from validation.emulate_net import NETWORKS, Network, emulated, shape, why_not
 from validation.emulate_predict import hops, seconds
@@ -31,8 +34,12 @@ from validation.environment import RANK_ENV
 ROOT = Path(__file__).resolve().parent.parent
 KINDS = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "send", "broadcast")
 RATES = (12.5e6, 25e6, 62.5e6)  # bytes/s of a host's wire: 100, 200, 500 Mbit/s
-SIZES = (2**16, 2**18, 2**20, 2**22)
+SIZES = (2**16, 2**18, 3 * 2**17, 2**20, 3 * 2**20, 2**22)
+LATE_SIZES = (2**18, 2**20)  # of the rows with late messages
 SCORED = 2**18  # errors count from here up
+LONG, FEW = 3 * 2**20 / 12.5e6, 7  # a row whose bytes take the wire `LONG` seconds or more is repeated `FEW` times
+ROUNDS, PER_ROUND = 5, 50  # of 4-byte messages, before and after the rows of each rate
+LATENCY = "latency"
 LATE = 5e-3  # seconds by which the transport shim makes messages late
 TIMEOUT = 180.0  # seconds without an answer of a rank
 
@@ -62,76 +69,97 @@ class Row:
         return self.predicted / self.measured - 1
 
 
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """What was measured at once. kind: a collective, or LATENCY for a round of messages of 4 bytes. rate, added, load:
+    as in `Row`. times: seconds of every repetition, of its slowest rank."""
+
+    network: Network
+    rate: float
+    kind: str
+    bytes: int
+    times: tuple[float, ...]
+    added: float
+    load: float
+
+
+Ask = Callable[[str, int, int], list[float]]
+
+
 def run(
     networks: Sequence[Network] = NETWORKS,
     rates: Sequence[float] = RATES,
     sizes: Sequence[int] = SIZES,
     kinds: Sequence[str] = KINDS,
     repetitions: int = 20,
-    progress: Callable[[str], None] = lambda _: None,
 ) -> list[Row]:
     """Measures and predicts everything; removes the networks again whatever happens."""
+    return rows_of(list(measure(networks, rates, sizes, kinds, repetitions)))
+
+
+def measure(
+    networks: Sequence[Network],
+    rates: Sequence[float],
+    sizes: Sequence[int] = SIZES,
+    kinds: Sequence[str] = KINDS,
+    repetitions: int = 20,
+) -> Iterator[Timing]:
+    """One timing after another; rounds of 4-byte messages before and after those of each rate."""
     if reason := why_not():
         raise ValueError(reason)
-    rows: list[Row] = []
     for network in networks:
         with emulated(network) as hosts, ranks_on(network, hosts) as ask:
-            latency = min(statistics.median(ask("send", 4, 50)) for _ in range(3))
-            progress(f"{network.name}: a message of 4 bytes takes {1e6 * latency:.0f} us")
+            ask("send", 4, PER_ROUND)  # what starts up while ranks connect is over then
             for rate in rates:
                 shape(network, hosts, rate)
-                for kind in kinds:
-                    rows += [_row(network, rate, kind, nbytes, repetitions, latency, 0.0, ask) for nbytes in sizes]
-                    progress(_line(rows[-len(sizes) :]))
-    return rows
+                of_rate = [(LATENCY, 4)] * ROUNDS + [(k, n) for k in kinds for n in sizes] + [(LATENCY, 4)] * ROUNDS
+                for kind, nbytes in of_rate:
+                    yield _timing(network, rate, kind, nbytes, repetitions, 0.0, ask)
 
 
-def run_late(
-    network: Network,
-    rate: float,
-    latency: float,
-    added: float,
-    repetitions: int,
-    progress: Callable[[str], None] = lambda _: None,
-) -> list[Row]:
-    """All collectives at one rate with a transport shim that makes every message `added` seconds later than `latency`,
-    what the network takes without it."""
-    rows: list[Row] = []
+def measure_late(network: Network, rate: float, added: float, repetitions: int) -> Iterator[Timing]:
+    """All collectives at one rate with a transport shim that makes every message `added` seconds later."""
     with emulated(network) as hosts, ranks_on(network, hosts, added) as ask:
         shape(network, hosts, rate)
-        for kind in KINDS:
-            rows += [_row(network, rate, kind, nbytes, repetitions, latency, added, ask) for nbytes in SIZES[1:3]]
-            progress(_line(rows[-2:]))
-    return rows
+        for kind, nbytes in ((k, n) for k in KINDS for n in LATE_SIZES):
+            yield _timing(network, rate, kind, nbytes, repetitions, added, ask)
 
 
-def _line(rows: Sequence[Row]) -> str:
-    shown = ", ".join(f"{100 * row.error:+.1f} %" for row in rows)
-    late = f", {1e3 * rows[0].added:g} ms late" if rows[0].added else ""
-    return f"{rows[0].network} {rows[0].rate * 8e-6:g} Mbit/s{late} {rows[0].kind}: {shown}"
+def _timing(network: Network, rate: float, kind: str, nbytes: int, repetitions: int, added: float, ask: Ask) -> Timing:
+    if kind == LATENCY:
+        times = ask("send", nbytes, PER_ROUND)
+    else:
+        times = ask(kind, nbytes, min(repetitions, FEW) if nbytes / rate >= LONG else repetitions)
+    return Timing(network, rate, kind, nbytes, tuple(times), added, os.getloadavg()[0] / (os.cpu_count() or 1))
 
 
-Ask = Callable[[str, int, int], list[float]]
+def latency_of(timings: Sequence[Timing], network: Network) -> float:
+    """Seconds of a message of 4 bytes between ranks that wait for it, while the others send theirs: the lower quartile
+    of the medians of all rounds on this network. Disturbances only ever lengthen a round."""
+    rounds = [statistics.median(t.times) for t in timings if t.network == network and t.kind == LATENCY]
+    return float(np.quantile(rounds, 0.25))
 
 
-def _row(
-    network: Network,
-    rate: float,
-    kind: str,
-    nbytes: int,
-    repetitions: int,
-    latency: float,
-    added: float,
-    ask: Ask,
-) -> Row:
-    times = ask(kind, nbytes, repetitions)
-    low, middle, high = statistics.quantiles(times, n=4)
-    load = os.getloadavg()[0] / (os.cpu_count() or 1)
-    late = hops(kind, network.ranks) * added
-    predicted = seconds(network, kind, nbytes, rate, latency) + late
-    closed = _closed_form(network, kind, nbytes, rate, latency) + late
-    of_row = (network.name, network.ranks, rate, kind, nbytes, len(times), middle, (high - low) / 2 / middle)
-    return Row(*of_row, predicted, closed, latency, added, load)
+def rows_of(timings: Sequence[Timing]) -> list[Row]:
+    """Every timed collective beside its prediction. Every network needs a round of 4-byte messages."""
+    latency = {n: latency_of(timings, n) for n in dict.fromkeys(t.network for t in timings)}
+    return [_row(t, latency[t.network]) for t in timings if t.kind != LATENCY]
+
+
+def _row(t: Timing, latency: float) -> Row:
+    low, middle, high = statistics.quantiles(t.times, n=4)
+    late = hops(t.kind, t.network.ranks) * t.added
+    predicted = seconds(t.network, t.kind, t.bytes, t.rate, latency) + late
+    closed = _closed_form(t.network, t.kind, t.bytes, t.rate, latency) + late
+    of_row = (t.network.name, t.network.ranks, t.rate, t.kind, t.bytes, len(t.times), middle, (high - low) / 2 / middle)
+    return Row(*of_row, predicted, closed, latency, t.added, t.load)
+
+
+def _line(t: Timing) -> str:
+    late = f", {1e3 * t.added:g} ms late" if t.added else ""
+    return f"{t.network.name} {t.rate * 8e-6:g} Mbit/s{late} {t.kind} {t.bytes} bytes: " + (
+        f"{1e3 * statistics.median(t.times):.3f} ms"
+    )
 
 
 def _closed_form(network: Network, kind: str, nbytes: int, rate: float, latency: float) -> float:
@@ -221,24 +249,51 @@ def main(arguments: Sequence[str] | None = None) -> int:
         networks = [n for n in NETWORKS if n.name in names]
         if len(networks) != len(names):
             raise ValueError(f"'{options.networks}': use some of {', '.join(n.name for n in NETWORKS)}")
-
-        def progress(text: str) -> None:
-            print(text, file=sys.stderr, flush=True)
-
-        rows = run(networks, rates, repetitions=options.repetitions, progress=progress)
-        for network in networks[:2]:
-            latency = next(row.latency for row in rows if row.network == network.name)
-            rows += run_late(network, rates[len(rates) // 2], latency, LATE, options.repetitions, progress)
+        timings: list[Timing] = []
+        code = _collect(timings, _all(networks, rates, options.repetitions))
     except ValueError as error:
         print(f"emulate: {error}", file=sys.stderr)
         return 2
+    command = f"python -m validation.emulate --out {options.out}" + ("" if code == 0 else " (interrupted)")
+    _write(options.out, timings, command)
+    return code
+
+
+def _all(networks: Sequence[Network], rates: Sequence[float], repetitions: int) -> Iterator[Timing]:
+    yield from measure(networks, rates, repetitions=repetitions)
+    for network in networks[:2]:
+        yield from measure_late(network, rates[len(rates) // 2], LATE, repetitions)
+
+
+def _collect(timings: list[Timing], source: Iterator[Timing]) -> int:
+    """Puts what comes into `timings`, with a line for each; returns the exit code, not 0 where it was interrupted."""
+    begun = time.monotonic()
+    try:
+        with closing(source):  # type: ignore[type-var]
+            for timing in source:
+                timings.append(timing)
+                print(f"[{time.monotonic() - begun:5.0f} s] {_line(timing)}", file=sys.stderr, flush=True)
     except KeyboardInterrupt:
-        print("emulate: interrupted; the networks are removed", file=sys.stderr)
-        return 130
+        code = 130
+    except SystemExit:  # SIGTERM, as `main` sets it
+        code = 143
+    except RuntimeError as error:  # a rank died or fell silent
+        print(f"emulate: {error}", file=sys.stderr)
+        code = 1
+    else:
+        return 0
+    print("emulate: interrupted; the networks are removed", file=sys.stderr)
+    return code
+
+
+def _write(folder: Path, timings: Sequence[Timing], command: str) -> None:
+    """The report of all rows there are."""
     from validation.emulate_report import write
 
-    write(options.out, rows, SCORED, f"python -m validation.emulate --out {options.out}")
-    return 0
+    rows = rows_of(timings)
+    if rows:
+        write(folder, rows, SCORED, command, [t for t in timings if t.kind == LATENCY])
+        print(f"emulate: {len(rows)} rows in {folder}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -16,15 +16,17 @@ from typing import TYPE_CHECKING
 from validation.emulate_net import BURST, PAYLOAD
 
 if TYPE_CHECKING:
-    from validation.emulate import Row
+    from validation.emulate import Row, Timing
 
 TARGET = 0.08
 
 
-def write(folder: Path, rows: Sequence[Row], scored_from: int, command: str) -> None:
-    """report.md, results.csv, results.json and predicted_vs_measured.png in `folder`."""
+def write(folder: Path, rows: Sequence[Row], scored_from: int, command: str, rounds: Sequence[Timing] = ()) -> None:
+    """report.md, results.csv, results.json and predicted_vs_measured.png in `folder`. Rows of fewer than `scored_from`
+    bytes are listed, not scored (where a run was cut short before any larger one, all are). rounds: of 4-byte messages.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    scored = [r for r in rows if r.bytes >= scored_from]
+    scored = [r for r in rows if r.bytes >= scored_from] or list(rows)
     with (folder / "results.csv").open("w", newline="") as file:
         table = csv.DictWriter(file, [*asdict(rows[0]), "error"])
         table.writeheader()
@@ -32,18 +34,18 @@ def write(folder: Path, rows: Sequence[Row], scored_from: int, command: str) -> 
     summary = {"n": len(scored), "mape": _mape(scored), "within_target": _share(scored), "scored_from": scored_from}
     data = {"summary": summary, "rows": [asdict(r) | {"error": r.error} for r in rows]}
     (folder / "results.json").write_text(json.dumps(data, indent=1) + "\n")
-    (folder / "report.md").write_text(_text(rows, scored, scored_from, command))
+    (folder / "report.md").write_text(_text(rows, scored, scored_from, command, rounds))
     _plot(folder / "predicted_vs_measured.png", scored)
 
 
-def _text(rows: Sequence[Row], scored: Sequence[Row], scored_from: int, command: str) -> str:
+def _text(rows: Sequence[Row], scored: Sequence[Row], scored_from: int, command: str, rounds: Sequence[Timing]) -> str:
     plain, late = [r for r in scored if not r.added], [r for r in scored if r.added]
     lines = [
         "# Collectives of gloo over emulated networks",
         "",
         "Network namespaces joined by veth pairs and bridges, every wire shaped by a token bucket. Predicted from",
         f"the rate of the buckets times the payload of a frame ({PAYLOAD:.4f}), their burst ({BURST} bytes) and the",
-        "latency of 4-byte messages on the unshaped network, by gloo's own order of messages",
+        "latency of 4-byte messages on the same network, by gloo's own order of messages",
         "(`validation/emulate_predict.py`).",
         "Nothing is fitted to a row. Measured: median over the repetitions of the slowest rank.",
         "",
@@ -56,6 +58,7 @@ def _text(rows: Sequence[Row], scored: Sequence[Row], scored_from: int, command:
         "",
         "![predicted over measured](predicted_vs_measured.png)",
         "",
+        *_latencies(rounds, rows),
         "| network | collective | n | mean error | bias | worst | within 8 % | closed form (`costmodels.gloo`) |",
         "|---|---|--:|--:|--:|--:|--:|--:|",
     ]
@@ -95,20 +98,40 @@ def _row(r: Row) -> str:
     return f"| {r.network} | {r.kind} | {r.bytes} | {times} |"
 
 
+def _latencies(rounds: Sequence[Timing], rows: Sequence[Row]) -> list[str]:
+    """Latency by network and rate: what the rounds of 4-byte messages gave, and what the predictions took."""
+    found: dict[tuple[str, float], list[float]] = {}
+    for t in rounds:
+        found.setdefault((t.network.name, t.rate), []).append(1e6 * median(t.times))
+    if not found:
+        return []
+    taken = {r.network: f"{1e6 * r.latency:.0f}" for r in rows}
+    lines = ["| network | Mbit/s | rounds | lowest us | median us | highest us | taken us |"]
+    lines += ["|---|--:|--:|--:|--:|--:|--:|"]
+    for (name, rate), us in found.items():
+        spread = f"{min(us):.0f} | {median(us):.0f} | {max(us):.0f}"
+        lines.append(f"| {name} | {rate * 8e-6:g} | {len(us)} | {spread} | {taken.get(name, '')} |")
+    head = "Messages of 4 bytes, one way, medians of rounds; taken: the lower quartile of a network's."
+    return [head, "", *lines, ""]
+
+
 def _causes() -> list[str]:
     return [
-        "What a plain formula misses and the order of messages explains, without a constant:",
+        "What a plain formula misses and the order of messages explains, without a constant fitted to these rows:",
         "",
-        "* gloo's ring all-reduce of a small message does not pay two steps more than it has segments.",
-        "* all_gather and all_to_all post sends before receives. Whoever enters last finds the others ready, writes",
-        "  its data at once, and its own readiness waits behind them: two ranks exchange one after the other, so an",
-        "  all_to_all of two ranks takes twice, an all_gather 1.5 times what full duplex allows.",
+        "* The barrier before a collective lets the rank that comes last leave one message after the others. It finds",
+        "  them ready; they wait for its word first.",
+        "* all_gather and all_to_all post sends before receives. The last rank writes its data at once, and its own",
+        "  readiness waits behind them: two ranks exchange one after the other, so an all_to_all of two ranks takes",
+        "  twice, an all_gather 1.5 times what full duplex allows. Of more ranks that word goes on another connection",
+        "  than the data, and waits only for what these hold at the port.",
+        "* Buckets save tokens while a port is idle: in the barrier, between phases, on the way back of a round trip.",
         "",
-        "What stays off: at 500 Mbit/s and small messages the ranks (up to four on the cores of this machine, which",
-        "other work shares) wait for a core longer than for the wire, which no term covers; all_to_all predicts the",
-        "mean over orders of entry, and buckets of ports that stand idle between two of its phases fill again, which",
-        "is left out; two round trips that share a wire (send on two-level and shared-nic) slip past each other, as",
-        "TCP is not exactly fair, and then use both directions at once.",
+        "What stays off: two flows that share a wire are taken to share it equally, and finish together; TCP does not,",
+        "and whoever ends first lets its answer use the other direction early (all_to_all, send on shared wires).",
+        "Words may also come too late for the last rank, and then it exchanges both ways at once. In full duplex,",
+        "acknowledgements wait behind data and take 0.5 to 0.7 % of the wire, which is left out. At 500 Mbit/s and",
+        "small messages ranks wait for a core longer than for the wire, which only the latency covers.",
     ]
 
 
@@ -127,9 +150,18 @@ def _environment(rows: Sequence[Row], command: str) -> list[str]:
     return [
         f"Command: `{command}`; commit {commit or 'unknown'}; {platform.system()} {platform.release()}, "
         f"{os.cpu_count()} cores, no GPU used; Python {platform.python_version()}, torch {torch.__version__}; "
+        f"congestion control {_tcp()}; "
         f"load per core while it ran: median {median(loads):.1f}, highest {max(loads):.1f}; "
         f"{min(r.repetitions for r in rows)} repetitions or more.",
     ]
+
+
+def _tcp() -> str:
+    """The congestion control that new connections get."""
+    try:
+        return Path("/proc/sys/net/ipv4/tcp_congestion_control").read_text().strip()
+    except OSError:
+        return "unknown"
 
 
 def _groups(rows: Iterable[Row]) -> list[tuple[tuple[str, str], list[Row]]]:

@@ -110,9 +110,7 @@ def _csv(runs: list[dict[str, Any]]) -> str:
     writer.writeheader()
     for run in runs:
         (low, high), (before, after) = run["interval"], run["load"]
-        writer.writerow(
-            {**run, "interval_low": low, "interval_high": high, "load_before": before, "load_after": after}
-        )
+        writer.writerow({**run, "interval_low": low, "interval_high": high, "load_before": before, "load_after": after})
     return text.getvalue()
 
 

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from validation.emulate import ROOT, Row, ranks_on, run
+from validation.emulate import LATENCY, ROOT, Row, Timing, latency_of, ranks_on, rows_of, run
 from validation.emulate_net import BURST, NETWORKS, PAYLOAD, PREFIX, Network, emulated, shape, why_not
-from validation.emulate_predict import hops, seconds
+from validation.emulate_predict import HELD, hops, seconds
 from validation.emulate_report import write
 
 PAIR, STAR, LEVELS, SHARED = NETWORKS
@@ -31,25 +31,61 @@ def test_payload_of_a_frame_is_header_arithmetic() -> None:
 
 
 @pytest.mark.parametrize(
-    ("network", "kind", "wires"),
+    ("network", "kind", "wires", "bursts"),
     [
-        (PAIR, "send", 1.0),
-        (PAIR, "all_reduce", 1.0),  # 2 (P - 1) / P
-        (PAIR, "reduce_scatter", 1.0),  # as a whole all-reduce
-        (PAIR, "all_gather", 0.75),  # three halves of half the buffer: the late rank's come first
-        (PAIR, "all_to_all", 1.0),  # one direction after the other
-        (STAR, "all_reduce", 1.5),
-        (STAR, "broadcast", 3.0),  # lg P (lg P + 1) / 2
-        (LEVELS, "send", 2.0),  # two flows on the trunk
-        (SHARED, "broadcast", 2.0),  # 0 -> 1 meets no wire, 0 -> 2 and 1 -> 3 share one
+        (PAIR, "send", 1.0, 1),  # the bucket fills on the way back
+        (PAIR, "all_reduce", 1.0, 0),  # 2 (P - 1) / P, and no port is ever idle
+        (PAIR, "reduce_scatter", 1.0, 0),  # as a whole all-reduce
+        (PAIR, "all_gather", 0.75, 2),  # three halves of half the buffer: the late rank's come first
+        (PAIR, "all_to_all", 1.0, 2),  # one direction after the other, each idle while the other is not
+        (STAR, "all_reduce", 1.5, 0),
+        (STAR, "broadcast", 3.0, 2),  # lg P (lg P + 1) / 2; the root is idle at the end, its child before
+        (LEVELS, "send", 2.0, 1),  # two flows on the trunk
+        (SHARED, "broadcast", 2.0, 0),  # 0 -> 1 meets no wire, 0 -> 2 and 1 -> 3 share one
     ],
 )
-def test_predictions_without_latency(network: Network, kind: str, wires: float) -> None:
-    assert seconds(network, kind, S, RATE, 0.0) == pytest.approx(wires * WIRE - FREE, rel=1e-6)
+def test_predictions_without_latency(network: Network, kind: str, wires: float, bursts: int) -> None:
+    assert seconds(network, kind, S, RATE, 0.0) == pytest.approx(wires * WIRE - bursts * FREE, rel=1e-6)
+
+
+def test_the_barrier_lets_buckets_save_and_the_root_wait_for_a_word() -> None:
+    """The child enters a latency after the root; its word and the data take one each. The port is idle from its last
+    byte: until it arrives, for the barrier (a word and a message), and until the word is there, twice a latency."""
+    latency = 1e-4
+    assert 5 * latency < FREE
+    expected = WIRE + 2 * latency - 5 * latency
+    assert seconds(PAIR, "broadcast", S, RATE, latency) == pytest.approx(expected, rel=1e-9)
+
+
+def test_words_of_more_than_two_ranks_wait_only_for_what_the_port_holds() -> None:
+    """Of two ranks the late one's word waits behind its data, a quarter of the buffer; of four, behind `HELD` of it."""
+    assert seconds(STAR, "all_gather", 2 * S, RATE, 0.0) == pytest.approx(
+        1.5 * WIRE + HELD / (RATE * PAYLOAD), rel=0.01
+    )
+    assert seconds(STAR, "all_gather", S / 4, RATE, 0.0) == pytest.approx((0.75 + 0.125) * WIRE / 4, rel=0.1)
 
 
 def test_small_messages_pass_the_bucket_but_take_their_latency() -> None:
-    assert seconds(PAIR, "send", 4.0, RATE, 1e-4) == 1e-4
+    assert seconds(PAIR, "send", 4.0, RATE, 1e-4) == pytest.approx(1e-4, rel=1e-6)
+
+
+def timing(kind: str, times: tuple[float, ...], nbytes: int = 2**18, added: float = 0.0) -> Timing:
+    return Timing(PAIR, RATE, kind, nbytes, times, added, 0.5)
+
+
+def test_a_disturbed_round_does_not_set_the_latency() -> None:
+    rounds = [timing(LATENCY, (0.9 * us * 1e-6, us * 1e-6, 3 * us * 1e-6), 4) for us in (1400, 160, 150, 170, 900)]
+    assert latency_of(rounds, PAIR) == pytest.approx(160e-6)
+
+
+def test_rows_of_a_run_that_was_cut_short() -> None:
+    times = (0.020, 0.021, 0.022)
+    parts = [timing(LATENCY, (1e-4,) * 3, 4), timing("send", times), timing("send", times, added=0.005)]
+    plain, late = rows_of(parts)
+    assert (plain.measured, plain.latency, plain.repetitions) == (0.021, 1e-4, 3)
+    assert plain.predicted == seconds(PAIR, "send", 2**18, RATE, 1e-4)
+    assert late.predicted == pytest.approx(plain.predicted + 0.005)
+    assert rows_of(parts[:1]) == []
 
 
 @pytest.mark.parametrize("network", NETWORKS)
@@ -73,8 +109,10 @@ def test_the_report_keeps_bad_rows(tmp_path: Path) -> None:
     good = Row("pair", 2, RATE, "send", 2**20, 20, 0.1, 0.01, 0.101, 0.2, 1e-4, 0.0, 0.5)
     bad = Row("pair", 2, RATE, "send", 2**18, 20, 0.1, 0.01, 0.150, 0.2, 1e-4, 0.0, 0.5)
     late = Row("pair", 2, RATE, "send", 2**18, 20, 0.1, 0.01, 0.105, 0.2, 1e-4, 5e-3, 0.5)
-    write(tmp_path, [good, bad, late], 2**18, "command")
+    rounds = [timing(LATENCY, (us * 1e-6,) * 3, 4) for us in (90, 100, 400)]
+    write(tmp_path, [good, bad, late], 2**18, "command", rounds)
     text = (tmp_path / "report.md").read_text()
+    assert "| pair | 100 | 3 | 90 | 100 | 400 | 100 |" in text
     assert "+50.0%" in text and "2 rows, mean absolute error 25.5%" in text and "| pair | send | 2 |" in text
     assert {p.name for p in tmp_path.iterdir()} == {
         "report.md", "results.csv", "results.json", "predicted_vs_measured.png",
@@ -171,6 +209,24 @@ def test_interrupted_runs_leave_nothing(tmp_path: Path, stop: signal.Signals, co
         assert not namespaces(process.pid)
     finally:
         process.kill()
+
+
+@allowed
+@pytest.mark.executed
+def test_an_interrupted_run_keeps_its_rows(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "validation.emulate", "--networks", "pair", "--rates", "400", "--repetitions", "3"]
+    process = subprocess.Popen([*command, "--out", str(tmp_path)], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    try:
+        assert process.stderr is not None
+        shown = next(line for line in process.stderr if "all_reduce" in line)
+        assert shown.startswith("[") and " s] pair 400 Mbit/s all_reduce 65536 bytes: " in shown
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 130
+    finally:
+        process.kill()
+    rows = (tmp_path / "results.csv").read_text().splitlines()
+    assert len(rows) >= 2 and rows[1].startswith("pair,2,50000000.0,all_reduce,65536,3,")
+    assert "(interrupted)" in (tmp_path / "report.md").read_text()
 
 
 def test_mistakes_get_one_sentence(tmp_path: Path) -> None:
