@@ -14,6 +14,7 @@ from simulator.order import Floats
 
 AT_ONCE = 1e12  # bytes/s of a link whose bucket holds tokens: so fast that the rates of wires do not matter beside it
 EMPTY = 1e-3  # bytes; fewer tokens than this are rounding
+ROUNDING = 1 + 1e-14  # instants this near to each other are one
 
 
 def through_buckets(
@@ -30,14 +31,15 @@ def through_buckets(
     rates: dict[int, float] = {}
     while events or rates:
         drained = {i: now + left[i] / rate if left[i] else now for i, rate in rates.items()}
-        dry = [now + t / (u - c) for t, u, c in zip(tokens, used, wires) if t > 0 and u > c]
-        then = min([*drained.values(), *dry, *[event[0] for event in events[:1]]], default=inf)
+        falls = (tokens > 0) & (used > wires)
+        dry = np.where(falls, now + tokens / np.where(falls, used - wires, 1.0), inf)
+        then = min([*drained.values(), float(dry.min(initial=inf)), *[event[0] for event in events[:1]]])
         tokens = np.clip(tokens + (wires - used) * (then - now), 0.0, burst)
-        tokens[tokens < EMPTY] = 0.0
+        tokens[(tokens < EMPTY) | (dry <= then * ROUNDING)] = 0.0
         for i, rate in rates.items():
             left[i] = max(left[i] - rate * (then - now), 0.0) if rate < inf else 0.0
         now = then
-        for i in [i for i, end in drained.items() if end <= now * (1 + 1e-14)]:
+        for i in [i for i, end in drained.items() if end <= now * ROUNDING]:
             del rates[i]
             heapq.heappush(events, (now + float(flows.latency[i]), i, True))
         running = set(rates) | _due(events, now, flows, waiting, finish)
