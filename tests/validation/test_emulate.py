@@ -221,7 +221,7 @@ def test_an_interrupted_run_keeps_its_rows(tmp_path: Path) -> None:
         shown = next(line for line in process.stderr if "all_reduce" in line)
         assert shown.startswith("[") and " s] pair 400 Mbit/s all_reduce 65536 bytes: " in shown
         process.send_signal(signal.SIGINT)
-        assert process.wait(60) == 130
+        assert process.wait(120) == 130
     finally:
         process.kill()
     rows = (tmp_path / "results.csv").read_text().splitlines()
