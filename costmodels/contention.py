@@ -8,8 +8,7 @@ from __future__ import annotations
 
 from math import ceil
 
-UNKNOWN = 1.19  # slowdown of compute that overlaps with communication when nothing about it is known, arXiv 2507.03114
-MOST = 1.40  # the most that was seen there
+MOST = 1.40  # the most that was seen there of whole steps
 # Bytes of device memory that a collective reads and writes per byte that a device sends: read to send, and of what
 # comes in written, or read and written where it is added. Range 2 to 3: communication.md A5.
 MEMORY_PASSES = {"all_gather": 2.0, "broadcast": 2.0, "send": 2.0, "all_to_all": 2.0, "reduce_scatter": 3.0}

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from costmodels.ops import OpShape, price
-from planner.folded_kernels import SLOWED
+from costmodels.overlap import beside
+from planner.folded_groups import Groups
+from planner.folded_overlap import lost
 from planner.folded_pieces import Where
 from planner.folded_step import SIXTEEN, Context, Lane, optimizer
 
@@ -32,18 +34,20 @@ def fsdp_step(c: Context, lane: Lane) -> None:
     out = {w: _copied(c, n * own, n * own) for w, n in elements.items()}
     into = {w: _copied(c, n * own, n * reduced) for w, n in elements.items()}
     first, last = c.parts.by_where["first"], c.parts.by_where["last"]
+    slowed = {b: _lost(c, gather, own, "all_gather", b) for b in (False, True)}
+    scattering = _lost(c, scatter, reduced, "reduce_scatter", True)
     reduces: list[int] = []
     for _ in range(plan.micro_batches):
         ready = lane.message("gather root", "all_gather", whole[0], [lane.free])
         lane.busy("copy out root", "copy", out["first"] + out["last"], [ready])
         lane.run("F first", "forward", first.forward.run)
-        ends = _passes(c, lane, blocks, gather, out, {}, False)
+        ends = _passes(c, lane, blocks, gather, slowed[False], out, {}, False)
         lane.run("F last", "forward", last.forward.run)
         lane.run("B last", "backward", last.backward.run)
-        ends = _passes(c, lane, blocks[::-1], gather, out, into, True)
+        ends = _passes(c, lane, blocks[::-1], gather, slowed[True], out, into, True)
         for end, where in zip(ends, blocks[::-1]):
             reduces.append(lane.message("scatter", "reduce_scatter", scatter[where], [end]))
-            lane.busy("slowed", "backward", SLOWED * scatter[where])
+            lane.busy("slowed", "backward", scattering[where])
         lane.run("B first", "backward", first.backward.run)
         lane.busy("copy in root", "copy", into["first"] + into["last"])
         reduces.append(lane.message("scatter root", "reduce_scatter", whole[1], [lane.free]))
@@ -52,6 +56,16 @@ def fsdp_step(c: Context, lane: Lane) -> None:
         c.tally.add("dp reduce_scatter", scatter[where] * plan.micro_batches, "roofline", 0.0)
         c.tally.add("fsdp copies", (2 * out[where] + into[where]) * plan.micro_batches, "roofline", 0.0)
     optimizer(c, lane, sum(sum(c.elements(chunk)) for chunk in c.chunks), reduces[-len(blocks) - 1 :])
+
+
+def _lost(c: Context, seconds: dict[Where, float], element: int, kind: str, backward: bool) -> dict[Where, float]:
+    """Seconds that a block takes longer beside the message of one like it, by kind of block."""
+    found = {}
+    for where, length in seconds.items():
+        part = c.parts.by_where[where]
+        other = beside(c.cluster, kind, part.elements * element, Groups(c.plan).ranks("dp"), length)
+        found[where] = length * lost(c.cluster, [(part.backward if backward else part.forward, 1)], other)
+    return found
 
 
 def _copied(c: Context, read: int, written: int) -> float:
@@ -64,17 +78,17 @@ def _copied(c: Context, read: int, written: int) -> float:
 
 
 def _passes(
-    c: Context, lane: Lane, blocks: list[Where], gather: dict[Where, float], out: dict[Where, float],
-    into: dict[Where, float], backward: bool,
+    c: Context, lane: Lane, blocks: list[Where], gather: dict[Where, float], slowed: dict[Where, float],
+    out: dict[Where, float], into: dict[Where, float], backward: bool,
 ) -> list[int]:  # fmt: skip
-    """One pass; block i + 1 is gathered while block i computes. out, into: seconds of copies before and after a block.
-    Returns the task that ends each block."""
+    """One pass; block i + 1 is gathered while block i computes. slowed: seconds that this costs the pass. out, into:
+    seconds of copies before and after a block. Returns the task that ends each block."""
     ends: list[int] = []
     for i, where in enumerate(blocks):
         part = c.parts.by_where[where]
         after = ends[i - AHEAD] if i >= AHEAD else lane.free if not ends else ends[0]
         ready = lane.message("gather", "all_gather", gather[where], [after if i else lane.free])
-        lane.busy("slowed", "wait", SLOWED * gather[where])
+        lane.busy("slowed", "wait", slowed[where])
         run = (part.backward if backward else part.forward).run
         lane.busy("copy out", "copy", out[where], [ready])
         end = lane.run("B" if backward else "F", "backward" if backward else "forward", run)

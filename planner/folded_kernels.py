@@ -10,33 +10,32 @@ import numpy as np
 
 from costmodels.cluster import Cluster
 from costmodels.collectives import collective_price
-from costmodels.contention import UNKNOWN
 from costmodels.families import family
 from costmodels.ops import OpShape, price_many
 from opgraph.graph import Op, Phase
 from planner.folded_groups import Groups
 from planner.folded_local import Local
+from planner.folded_overlap import exposed
 from planner.fusion import Fused
 from planner.host_queue import Run, run_of
 from planner.software import Software
 from planner.stages import within
 
 EIGHT_BIT = "float8_e4m3fn"
-# Seconds that compute takes longer per second that a message runs beside it: during a second, 1 / slowdown of one is
-# done (`costmodels.contention`; the message takes SMs and memory bandwidth).
-SLOWED = 1 - 1 / UNKNOWN
 
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """A message on the compute stream. beside: index from here of the kernel that it runs beside (0: none).
-    pieces: the message and its neighbour run in so many pieces beside each other."""
+    """A message on the compute stream. beside: where the kernel that it runs beside lies (1: after it, -1: before it,
+    0: there is none). pieces: the message and its neighbour run in so many pieces beside each other. weight: shape
+    of the rank's part of the weight whose layer the message belongs to, where backward sends it."""
 
     kind: str
     bytes: int
     axis: str
     beside: int = 0
     pieces: int = 0
+    weight: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,14 +149,15 @@ class Kernels:
         if (phase != "backward" and style == "colwise") or (phase == "backward" and style == "rowwise"):
             yield self._message("all_gather", hidden, 0)
         elif phase == "backward" and style == "colwise":  # the input again, beside the product for its gradient
-            yield self._message("all_gather", hidden, 1 if self.software.tp_async else 0)
+            yield self._message("all_gather", hidden, 1 if self.software.tp_async else 0, module)
 
     def _after(self, op: Op, phase: Phase) -> Iterator[Launch]:
         plan, tensors = self.local.plan, self.local.graph.tensors
         for reduction in self.local.reductions.get(op.id, ()):
             size = tensors[reduction.tensor].bytes
             kind = "reduce_scatter" if plan.sequence_parallel else "all_reduce"
-            yield self._message(kind, size, -1 if phase == "backward" and self.software.tp_async else 0)
+            behind = phase == "backward" and self.software.tp_async
+            yield self._message(kind, size, -1 if behind else 0, op.module if behind else "")
         if self.local.vocab_parallel and not op.is_view:
             yield from self._vocabulary(op, phase)
 
@@ -185,19 +185,22 @@ class Kernels:
         width = weight.shape[1] if style == "colwise" else weight.shape[0]
         return self.local.graph.batch * self.local.seq * width * (weight.bytes // weight.numel)
 
-    def _message(self, kind: str, size: int, beside: int) -> Launch:
+    def _message(self, kind: str, size: int, beside: int, module: str = "") -> Launch:
         pieces = self.local.tp if self.software.tp_overlap else 0
-        return Launch(self.software.host.message, None, Message(kind, size, "tp", beside, pieces))
+        name = f"{module}.weight"
+        weight = self.local.parameter(name) if name in self.local.graph.parameters else ()
+        return Launch(self.software.host.message, None, Message(kind, size, "tp", beside, pieces, weight))
 
 
 @dataclass(frozen=True, slots=True)
 class Priced:
-    """A part as a run of kernels, and what its seconds consist of and rest on."""
+    """A part as a run of kernels, and what its seconds consist of and rest on. kernels: each with its seconds."""
 
     run: Run
     seconds: dict[str, float]
     sources: dict[str, float]
     errors: dict[str, float]
+    kernels: tuple[tuple[OpShape, float], ...] = ()
 
 
 def priced(launches: Sequence[Launch], cluster: Cluster, groups: Groups) -> Priced:
@@ -223,25 +226,7 @@ def priced(launches: Sequence[Launch], cluster: Cluster, groups: Groups) -> Pric
             message = launch.message
             ranks = groups.ranks(message.axis)[: 2 if message.kind == "send" else None]
             cost = collective_price(cluster, message.kind, message.bytes, ranks, firsts=groups.likes(message.axis))
-            device[i] = _exposed(launches, i, device, cost.seconds * launch.share)
+            device[i] = exposed(launches, i, device, cost.seconds * launch.share, cluster, ranks)
             count(f"{message.axis} {message.kind}", device[i], cost.source, cost.error)
-    return Priced(run_of(np.array([x.host for x in launches]), device), seconds, sources, errors)
-
-
-def _exposed(launches: Sequence[Launch], at: int, device: np.ndarray, seconds: float) -> float:
-    """What a message adds to the device's time: all of it, or what the product beside it does not cover."""
-    message = launches[at].message
-    assert message is not None
-    if not message.beside and not message.pieces:
-        return seconds
-    step = message.beside or (1 if message.kind == "all_gather" else -1)
-    i = at + step
-    while 0 <= i < len(launches):
-        shape = launches[i].shape
-        kind = family(shape.name) if shape is not None else ""
-        if kind == "gemm" or (message.axis == "cp" and kind.startswith("attention")):
-            covered = min(seconds, float(device[i]))
-            rest = covered / message.pieces if message.pieces and not message.beside else 0.0
-            return seconds - covered + rest + SLOWED * (covered - rest)
-        i += step
-    return seconds
+    kernels = tuple((x.shape, float(t)) for x, t in zip(launches, device) if x.shape is not None)
+    return Priced(run_of(np.array([x.host for x in launches]), device), seconds, sources, errors, kernels)

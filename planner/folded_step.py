@@ -11,10 +11,12 @@ from dataclasses import dataclass, field
 from costmodels.cluster import Cluster
 from costmodels.collectives import collective_price
 from costmodels.ops import OpShape, price
+from costmodels.overlap import Beside, beside
 from planner.folded_groups import Groups
-from planner.folded_kernels import SLOWED, Priced
+from planner.folded_kernels import Priced
 from planner.folded_model import Chunk
 from planner.folded_orders import Step, order
+from planner.folded_overlap import lost
 from planner.folded_parts import Parts
 from planner.host_queue import EMPTY, Run, joined, repeated
 from planner.plan import ParallelPlan
@@ -57,12 +59,23 @@ class Context:
     cluster: Cluster
     chunks: Sequence[Chunk]
     tally: Tally = field(default_factory=Tally)
+    losses: dict[tuple[Chunk, bool, Beside], float] = field(default_factory=dict)
 
     def message(self, kind: str, size: float, axis: str, stage: int = 0) -> float:
         groups = Groups(self.plan, stage)
         cost = collective_price(self.cluster, kind, size, groups.ranks(axis), firsts=groups.likes(axis))
         self.tally.add(f"{axis} {kind}", cost.seconds, cost.source, cost.error)
         return cost.seconds
+
+    def lost(self, kind: str, size: float, axis: str, seconds: float, chunk: Chunk, backward: bool) -> float:
+        """Seconds that a pass through a chunk takes longer because this message of `seconds` runs beside it."""
+        other = beside(self.cluster, kind, size, Groups(self.plan).ranks(axis), seconds)
+        key = chunk, backward, other
+        if key not in self.losses:
+            parts = [(self.parts.by_where[where], count) for where, count in chunk.parts]
+            chosen = [(part.backward if backward else part.forward, count) for part, count in parts]
+            self.losses[key] = lost(self.cluster, chosen, other)
+        return self.losses[key] * seconds
 
     def kernel(self, name: str, read: float, written: float, elements: float) -> float:
         flat = ((int(elements),),)
@@ -199,18 +212,24 @@ class _StageRunner:
         plan = self.c.plan
         if self.overlapped and plan.data_parallel in ("zero1", "zero2"):
             for c, chunk in enumerate(self.own):
-                seconds = self._data("all_gather", chunk, 2)
+                seconds, slowed = self._data("all_gather", chunk, 2, self.own[0], False)
                 self.gathers[c] = self.lane.message("gather parameters", "all_gather", seconds)
-                self.lane.busy("slowed", "forward", SLOWED * seconds)
+                if c:  # the first chunk cannot begin before it is whole
+                    self.lane.busy("slowed", "forward", slowed)
 
-    def _data(self, kind: str, chunk: Chunk, element: int) -> float:
-        """Seconds of a data-parallel message over a chunk's parameters; experts are shared by fewer ranks."""
+    def _data(
+        self, kind: str, chunk: Chunk, element: int, beside: Chunk, backward: bool, share: float = 1.0
+    ) -> tuple[float, float]:
+        """Seconds of a data-parallel message over a share of a chunk's parameters, and by how much it slows the pass
+        beside it; experts are shared by fewer ranks."""
         dense, experts = self.c.elements(chunk)
-        own = element if self.c.plan.precision in SIXTEEN else 4
-        seconds = self.c.message(kind, dense * own, "dp", self.lane.stage)
+        own = (element if self.c.plan.precision in SIXTEEN else 4) * share
+        sizes = {"dp": dense * own}
         if experts and self.c.plan.dp // self.c.plan.ep > 1:
-            seconds += self.c.message(kind, experts * own, "edp", self.lane.stage)
-        return seconds
+            sizes["edp"] = experts * own
+        seconds = {axis: self.c.message(kind, size, axis, self.lane.stage) for axis, size in sizes.items()}
+        slowed = [self.c.lost(kind, sizes[axis], axis, seconds[axis], beside, backward) for axis in sizes]
+        return sum(seconds.values()), sum(slowed)
 
     def step(self, step: Step) -> None:
         plan, software = self.c.plan, self.c.software
@@ -280,14 +299,10 @@ class _StageRunner:
 
     def _reduce(self, chunk: Chunk, share: float) -> None:
         kind = "all_reduce" if self.c.plan.data_parallel == "ddp" else "reduce_scatter"
-        dense, experts = self.c.elements(chunk)
-        element = self.c.software.reduce_bytes if self.c.plan.precision in SIXTEEN else 4
-        seconds = self.c.message(kind, dense * element * share, "dp", self.lane.stage)
-        if experts and self.c.plan.dp // self.c.plan.ep > 1:
-            seconds += self.c.message(kind, experts * element * share, "edp", self.lane.stage)
+        seconds, slowed = self._data(kind, chunk, self.c.software.reduce_bytes, chunk, True, share)
         self.reduces.append(self.lane.message("reduce gradients", kind, seconds, [self.lane.free]))
         if self.overlapped:
-            self.lane.busy("slowed", "backward", SLOWED * seconds)
+            self.lane.busy("slowed", "backward", slowed)
 
     def end(self) -> None:
         """After the backwards: messages that nothing hides, the tied embedding, the optimizer."""
@@ -305,7 +320,7 @@ class _StageRunner:
         optimizer(self.c, self.lane, sum(sum(self.c.elements(c)) for c in self.own), self.reduces)
         if self.replicas > 1 and not self.overlapped and plan.data_parallel in ("zero1", "zero2"):
             for chunk in self.own:
-                seconds = self._data("all_gather", chunk, 2)
+                seconds, _ = self._data("all_gather", chunk, 2, chunk, False)
                 gathered = self.lane.message("gather parameters", "all_gather", seconds, [self.lane.free])
                 self.lane.busy("wait", "wait", 0.0, [gathered])
 

@@ -14,13 +14,15 @@ from typing import Literal
 from costmodels.cluster import Cluster
 from costmodels.collectives import collective_price
 from costmodels.ops import OpShape, price
+from costmodels.overlap import beside
 from opgraph.graph import Op, OpGraph
 from planner.folded import STEP_ERROR, FoldedPrediction
 from planner.folded_groups import Groups
-from planner.folded_kernels import SLOWED, Kernels, Priced, priced
+from planner.folded_kernels import Kernels, Priced, priced
 from planner.folded_local import local_step
 from planner.folded_memory import Memory
 from planner.folded_orders import order
+from planner.folded_overlap import lost
 from planner.folded_step import Lane, Tally
 from planner.plan import ParallelPlan
 from planner.predict import NINE_IN_TEN
@@ -158,13 +160,16 @@ def _replicas(w: _Whole, tasks: ProgramBuilder) -> None:
     for path in w.sharing.divided:
         _divided_layer(w, lane, path)
     handed = []
-    for part in _cut(backward, PARTS):
-        lane.run("B", "backward", w.runs(part, True).run)
-        if size := w.bytes_of(part):
+    parts = [(w.runs(part, True), w.bytes_of(part)) for part in _cut(backward, PARTS)]
+    for i, (part_run, size) in enumerate(parts):
+        lane.run("B", "backward", part_run.run)
+        if size:
             seconds = w.message("all_reduce", size)
             handed.append(lane.message("gradients", "all_reduce", seconds, [lane.free]))
             if w.sharing.exchange == "all_reduce":
-                lane.busy("slowed", "backward", SLOWED * seconds)
+                other = beside(w.cluster, "all_reduce", size, Groups(w.plan).ranks("dp"), seconds)
+                rest = [(part, 1.0) for part, _ in parts[i + 1 :]]
+                lane.busy("slowed", "backward", seconds * lost(w.cluster, rest, other))
     update = 0.0 if served else w.update_seconds(w.plan.dp)
     lane.busy("optimizer", "optimizer", update, handed)
     lane.busy("host of the step", "host", w.software.host.step)

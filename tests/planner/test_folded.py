@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 
 from costmodels.cluster import Cluster, Link
+from costmodels.contention import overlapped
 from costmodels.device import load_device
 from costmodels.ops import price_many, shape_of
+from costmodels.overlap import beside, slowdowns
 from opgraph.batch import trace_workload
 from opgraph.graph import OpGraph
 from opgraph.zoo.transformer import Shape, workload
@@ -18,7 +20,10 @@ from planner.folded import FoldedPrediction, predict_folded
 from planner.folded_kernels import Kernels
 from planner.folded_local import local_step
 from planner.folded_model import FoldedModel, chunks_of
+from planner.folded_overlap import exposed, neighbour
+from planner.folded_parts import parts_of
 from planner.folded_pieces import pieces
+from planner.folded_step import Context, program_of
 from planner.lower import lower
 from planner.plan import ParallelPlan, check_executable, plan_from_dict
 from planner.predict import predict
@@ -216,13 +221,70 @@ def test_a_single_blocks_activations_are_those_of_the_trace() -> None:
     assert more == pytest.approx(kept, rel=1e-6)
 
 
-def test_messages_beside_compute_slow_it() -> None:
-    """Eight replicas that hide their messages still take longer than one: by the share that contention costs."""
-    from planner.folded_kernels import SLOWED
+def test_messages_beside_compute_slow_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Backward takes longer by what `costmodels.overlap` says of its kernels beside each gradient message."""
+    sent: list[tuple[float, float]] = []
+    once = Context.message
 
-    one, eight = step(global_batch=16, micro_batches=4), step(global_batch=128, micro_batches=4, dp=8)
-    hidden = eight.device["dp all_reduce"]
-    assert eight.step_seconds >= one.step_seconds + 0.99 * SLOWED * hidden
+    def noted(self: Context, kind: str, size: float, axis: str, stage: int = 0) -> float:
+        seconds = once(self, kind, size, axis, stage)
+        sent.append((size, seconds))
+        return seconds
+
+    monkeypatch.setattr(Context, "message", noted)
+    own = plan(global_batch=128, micro_batches=4, dp=8)
+    context = context_of(own)
+    program = program_of(context)
+    found = [s for name, s in zip(program.labels, program.duration) if name == "slowed"]
+    kernels = {w: context.parts.by_where[w].backward for w in ("first", "block0", "block", "last")}
+    counts = dict(context.chunks[0].parts)
+    alone = sum(counts[w] * t for w, part in kernels.items() if w in counts for _, t in part.kernels)
+    expected = []
+    for size, seconds in sent:
+        other = beside(cluster(), "all_reduce", size, range(8), seconds)
+        assert other.units and other.bandwidth
+        slowed = 0.0
+        for w in counts:
+            shapes, times = zip(*kernels[w].kernels)
+            slowed += counts[w] * sum(t * x for t, x in zip(times, slowdowns(cluster().device, shapes, times, other)))
+        expected.append(seconds * (1 - alone / slowed))
+    assert len(found) > 1 and found == pytest.approx(expected, rel=1e-9) and min(found) > 0
+    one = step(global_batch=16, micro_batches=4).step_seconds
+    assert step(global_batch=128, micro_batches=4, dp=8).step_seconds >= one + sum(expected[:-1])
+
+
+def context_of(own: ParallelPlan, software: Software = FAST_HOST) -> Context:
+    whole = model()
+    local = local_step(whole.graph, own, SEQ, VOCAB, software.vocab_parallel)
+    parts = parts_of(local, pieces(whole.graph), software, cluster())
+    return Context(parts, own, software, cluster(), chunks_of(whole, own))
+
+
+def test_a_split_layers_backward_runs_its_messages_beside_its_two_products() -> None:
+    """Megatron-LM: the input is gathered beside the product for its gradient, which is reduced beside the product for
+    the weight's. Each message adds what `overlapped` leaves of it."""
+    own = plan(tp=4, sequence_parallel=True)
+    kernels = Kernels(local_step(model().graph, own, SEQ, VOCAB, True), FAST_HOST)
+    launches = kernels.backward(pieces(model().graph).backward["block"])
+    shapes = [x.shape for x in launches if x.shape is not None]
+    prices = iter(price_many(cluster().device, shapes))
+    device = [next(prices).seconds if x.shape is not None else 0.0 for x in launches]
+    behind = [i for i, x in enumerate(launches) if x.message is not None and x.message.beside]
+    assert len(behind) == 4
+    for i in behind:
+        message, at = launches[i].message, neighbour(launches, i)
+        assert message is not None and at is not None
+        shape, weight = launches[at].shape, message.weight
+        assert shape is not None and (shape.out_shapes[0] == weight) == (message.kind == "reduce_scatter")
+        for seconds in (device[at] / 4, 4 * device[at]):
+            other = beside(cluster(), message.kind, message.bytes, range(4), seconds)
+            slowdown = slowdowns(cluster().device, [shape], [device[at]], other)[0]
+            both = overlapped(device[at], seconds, slowdown)[0]
+            adds = exposed(launches, i, device, seconds, cluster(), range(4))
+            assert adds == pytest.approx(both - device[at], rel=1e-12)
+            assert max(0.0, seconds - device[at]) <= adds * (1 + 1e-9) and adds < seconds
+    waits = replace(FAST_HOST, tp_async=False)
+    assert step(waits, tp=4, sequence_parallel=True).step_seconds > step(tp=4, sequence_parallel=True).step_seconds
 
 
 def test_fsdp2_copies_parameters_and_gradients_between_its_kernels() -> None:
