@@ -37,7 +37,9 @@ def test_an_uncompressed_ring_takes_what_the_lowered_plan_takes(spec, where, unc
         for bucket in work.buckets:
             price = collective_price(cluster, "all_reduce", payload(NONE, bucket), range(2))
             loads.append(Load(first=price.seconds, demand=price.demand))
-        step, lowered = step_seconds(work, loads), predict(graph, plan, cluster).step_seconds
+        # the work of a rank is given no host thread here, so the lowered plan has none either
+        lowered = predict(graph, plan, cluster, cuda_graphs=bool(where)).step_seconds
+        step = step_seconds(work, loads)
         if where == "dgx-h100":  # there the lowering also slows ops beside messages, by 1.4 times at most
             assert step <= lowered * (1 + 1e-9) and lowered <= 1.4 * step
         else:
