@@ -64,7 +64,8 @@ class Row:
 
 def plans_of(workload: Workload) -> tuple[ParallelPlan, ...]:
     """One rank; dp with replicas and with shards, each with and without recomputation; a pipeline of two and of four
-    stages where there are blocks enough."""
+    stages where there are blocks enough, and one of sharded stages; ZeRO-2; recomputation of one block, and with fused
+    attention kept."""
     batch, blocks = workload.batch_size, workload.blocks
     plans = [ParallelPlan(batch)]
     for kind in ("ddp", "fsdp"):
@@ -75,6 +76,14 @@ def plans_of(workload: Workload) -> tuple[ParallelPlan, ...]:
         if len(blocks) >= pp:
             cuts = tuple(blocks[len(blocks) * s // pp] for s in range(1, pp))
             plans.append(ParallelPlan(batch, pp=pp, micro_batches=4, cuts=cuts))
+    plans.append(ParallelPlan(batch, dp=2, data_parallel="zero2", fsdp_units=blocks))
+    if len(blocks) >= 2:
+        cuts = (blocks[len(blocks) // 2],)
+        plans += [
+            ParallelPlan(batch, pp=2, dp=2, micro_batches=2, data_parallel="fsdp", fsdp_units=blocks, cuts=cuts),
+            ParallelPlan(batch, recompute=blocks, recompute_first=(1,)),
+            ParallelPlan(batch, recompute=blocks, recompute_keeps=("attention",)),
+        ]
     return tuple(plans)
 
 
