@@ -30,6 +30,8 @@ def memory_data(graph: Any, prediction: Any, cluster: Any, path: Path | None, ti
     data: dict[str, Any] = {
         "rank": rank, "peak_bytes": max(peaks), "resting_bytes": prediction.resting_bytes,
         "at_peak": prediction.at_peak, "reserved_bytes": None, "reserved_expandable_bytes": None,
+        "host_bytes": prediction.host_bytes, "host_pinned_bytes": prediction.host_pinned_bytes,
+        "capacity_bytes": prediction.memory_bytes, "offload_peak_bytes": _with_offload(graph, prediction, cluster),
     }  # fmt: skip
     cuda = cluster.backend == "nccl"
     if not cuda and path is None:
@@ -49,13 +51,32 @@ def memory_data(graph: Any, prediction: Any, cluster: Any, path: Path | None, ti
 
 
 def _events(graph: Any, plan: Any, cluster: Any, rank: int) -> Any:
-    from planner.lower import prepared_graph
     from planner.memory import memory_events
+
+    return memory_events(_prepared(graph, plan), plan, rank, cluster.backend)
+
+
+def _prepared(graph: Any, plan: Any) -> Any:
+    from planner.lower import prepared_graph
     from planner.runtime_stage import prepare
 
     step, layout, stages = prepared_graph(graph, plan)
-    prepared = tuple(prepare(step, plan, layout, stages, i) for i in range(plan.pp))
-    return memory_events(prepared, plan, rank, cluster.backend)
+    return tuple(prepare(step, plan, layout, stages, i) for i in range(plan.pp))
+
+
+def _with_offload(graph: Any, prediction: Any, cluster: Any) -> int | None:
+    """Bytes of the fullest rank of a plan that does not fit, were its shards and optimizer in the host's memory; None
+    where it fits, or has no shards to move."""
+    from dataclasses import replace
+
+    from planner.memory import peak_bytes
+    from planner.offload import is_apart
+
+    plan = prediction.plan
+    if prediction.fits or not plan.fully_sharded or "parameters" in plan.offload or not is_apart(cluster):
+        return None
+    away = replace(plan, offload=(*plan.offload, "parameters"))
+    return max(peak_bytes(_prepared(graph, away), away, cluster.backend))
 
 
 def _write(timeline: Any, path: Path | None, title: str, capacity: int) -> None:
@@ -82,6 +103,13 @@ def memory_rows(data: dict[str, Any]) -> list[tuple[str, str]]:
         (f"  {name.replace('_', ' ')}", f"{size(held)} ({percent(held / peak)})")
         for name, held in sorted(data["at_peak"].items(), key=lambda item: -item[1]) if held
     ]  # fmt: skip
+    if (away := data["offload_peak_bytes"]) is not None:
+        verdict = "would fit" if away <= data["capacity_bytes"] else "would not fit either"
+        rows.append(("  with offload", f"{size(away)} of {size(data['capacity_bytes'])}, {verdict}"))
+    if data["host_bytes"]:
+        parts = ", ".join(f"{name.replace('_', ' ')} {size(held)}" for name, held in data["host_bytes"].items())
+        rows.append(("host memory", f"{size(sum(data['host_bytes'].values()))} a rank ({parts}), "
+                                    f"{size(data['host_pinned_bytes'])} pinned"))
     if data["reserved_bytes"] is not None:
         expandable = size(data["reserved_expandable_bytes"])
         rows.append(("reserved", f"{size(data['reserved_bytes'])} ({expandable} with expandable segments)"))

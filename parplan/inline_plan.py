@@ -19,8 +19,11 @@ WORDS: dict[str, dict[str, Any]] = {
     "fsdp": {"data_parallel": "fsdp"}, "zero3": {"data_parallel": "fsdp"},
     "gpipe": {"schedule": "gpipe"}, "1f1b": {"schedule": "1f1b"}, "bf16": {"precision": "bf16"},
     "recompute": {"recompute": True}, "keep-products": {"recompute_keeps": ("products",)},
-    "keep-attention": {"recompute_keeps": ("attention",)}, "single": {}, "x": {},
+    "keep-attention": {"recompute_keeps": ("attention",)}, "offload": {"offload": ("parameters",)},
+    "offload-optimizer": {"offload": ("optimizer",)}, "offload-activations": {"offload": ("activations",)},
+    "single": {}, "x": {},
 }  # fmt: skip
+LISTS = ("recompute_keeps", "offload")  # words of these add up
 NUMBERS = {"dp": "dp", "tp": "tp", "pp": "pp", "mb": "micro_batches"}
 Finish = Callable[["Workload", "OpGraph", "Cluster"], "ParallelPlan"]
 
@@ -48,7 +51,7 @@ def parse(text: str) -> dict[str, Any]:
     """What typed degrees mean: `dp2 fsdp x tp2 mb4` or `dp2,fsdp,tp2,mb4`."""
     fields: dict[str, Any] = {
         "dp": 1, "tp": 1, "pp": 1, "micro_batches": 1, "data_parallel": "ddp", "schedule": "1f1b", "precision": "fp32",
-        "recompute": False, "recompute_first": (), "recompute_keeps": (),
+        "recompute": False, "recompute_first": (), "recompute_keeps": (), "offload": (),
     }  # fmt: skip
     for word in re.split(r"[\s,]+", text.strip()):
         match = re.fullmatch(r"(dp|tp|pp|mb)([1-9]\d*)", word)
@@ -57,14 +60,14 @@ def parse(text: str) -> dict[str, Any]:
         elif first := re.fullmatch(r"recompute(\d+(?:/\d+)*)", word):
             fields |= {"recompute": True, "recompute_first": tuple(int(n) for n in first[1].split("/"))}
         elif word in WORDS:
-            kept = fields["recompute_keeps"]
+            before = {name: fields[name] for name in LISTS}
             fields |= WORDS[word]
-            fields["recompute_keeps"] = tuple(dict.fromkeys((*kept, *fields["recompute_keeps"])))
+            fields |= {name: tuple(dict.fromkeys((*before[name], *fields[name]))) for name in LISTS}
         else:
             raise ValueError(
                 f"'{word}' in plan '{text}' is no degree, and there is no such file; write for example dp2,tp2,mb4 "
                 "with any of dpN tpN ppN mbN ddp zero1 zero2 fsdp gpipe 1f1b recompute recomputeN keep-products "
-                "keep-attention bf16, or give a plan file"
+                "keep-attention offload offload-optimizer offload-activations bf16, or give a plan file"
             )
     return fields
 
@@ -82,7 +85,7 @@ def complete(
     wanted: dict[str, Any], text: str, workload: Workload, graph: OpGraph, cluster: Cluster, global_batch: int
 ) -> ParallelPlan:
     """The plan of these degrees in the space that the search looks through, with its shardings, cuts and units; what
-    the search does not look through (zero2, recomputation of a part) is the plan next to it, changed."""
+    the search does not look through (zero2, recomputation of a part, offload) is the plan next to it, changed."""
     from planner.space import enumerate_plans
 
     world = wanted["dp"] * wanted["tp"] * wanted["pp"]
@@ -93,7 +96,7 @@ def complete(
     for plan in space.plans:
         if all(getattr(plan, k) == near[k] for k in keys) and bool(plan.recompute) == wanted["recompute"]:
             kind = wanted["data_parallel"] if plan.dp > 1 else plan.data_parallel
-            changed = {k: wanted[k] for k in ("recompute_first", "recompute_keeps")}
+            changed = {k: wanted[k] for k in ("recompute_first", "recompute_keeps", "offload")}
             return replace(plan, data_parallel=kind, **changed)
     mesh = {f"{axis}{wanted[axis]}" for axis in ("pp", "dp", "tp") if wanted[axis] > 1}
     reasons = [r.reason for r in space.rejected if set(re.split(r"[ ,]+", r.label)) & mesh]

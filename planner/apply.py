@@ -161,6 +161,11 @@ def apply(
 
 def check(plan: ParallelPlan) -> None:
     """ValueError for what torch's runtimes cannot execute."""
+    if unknown := [kind for kind in plan.offload if kind != "parameters"]:
+        raise ValueError(
+            f"torch has no runtime that keeps {' and '.join(unknown)} alone on the host beside compute: such a plan is "
+            "simulated only; execute offload of parameters (fsdp, with the optimizer), or none"
+        )
     if plan.pp > 1 and plan.schedule == "1f1b" and plan.micro_batches < plan.pp:
         raise ValueError(
             f"the 1f1b schedule needs at least as many micro-batches as stages, but the plan has {plan.micro_batches} "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
+import torch
 from torch import nn, optim
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
@@ -24,12 +25,17 @@ def data_parallel(
     if plan.dp == 1:
         return model, workload.optimizer(model.parameters())
     if plan.fully_sharded:
-        from torch.distributed.fsdp import fully_shard
+        from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
 
         frees = plan.data_parallel == "fsdp"
+        pinned = torch.cuda.is_available() and along(mesh, "dp").device_type == "cuda"
+        away = CPUOffloadPolicy(pin_memory=pinned) if "parameters" in plan.offload else OffloadPolicy()
         for path in present(model, plan.fsdp_units):
-            fully_shard(model.get_submodule(path), mesh=along(mesh, "dp"), reshard_after_forward=frees)
-        fully_shard(model, mesh=along(mesh, "dp"), reshard_after_forward=False)  # torch's default for a root
+            fully_shard(
+                model.get_submodule(path), mesh=along(mesh, "dp"), reshard_after_forward=frees, offload_policy=away
+            )
+        # torch frees no root after its forward
+        fully_shard(model, mesh=along(mesh, "dp"), reshard_after_forward=False, offload_policy=away)
         return model, workload.optimizer(_by_mesh(model))
     group = along(mesh, "dp").get_group()
     with warnings.catch_warnings():

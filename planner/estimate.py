@@ -54,10 +54,12 @@ def bound_seconds(graph: OpGraph, plan: ParallelPlan, cluster: Cluster) -> float
 
 
 def estimate(costs: StepCosts, plans: Sequence[ParallelPlan]) -> Estimates:
-    """Estimates of all plans; rows in the order of `plans`."""
+    """Estimates of all plans; rows in the order of `plans`. ValueError for plans that keep something on the host."""
     if not plans:
         empty = np.zeros(0)
         return Estimates(empty, empty, np.zeros((0, 1)), np.zeros((0, 1)))
+    if away := next((p for p in plans if p.offload), None):
+        raise ValueError(f"{away.label} is simulated only: copies to the host have no closed form yet; use predict")
     t = _table(costs, plans)
     compute, bound = _chain(costs, t, least=False), _chain(costs, t, least=True)
     need = _need(t)

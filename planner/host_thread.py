@@ -15,7 +15,7 @@ import numpy as np
 from costmodels.cluster import Cluster
 from costmodels.families import FREE, family
 from planner.host_queue import EMPTY, Run, run_of
-from planner.script import Host, Item, Message, Transfer, Work
+from planner.script import Copy, Host, Item, Message, Transfer, Work
 from planner.software import HOST, HostCosts
 from simulator import ProgramBuilder
 
@@ -78,6 +78,8 @@ def item_seconds(costs: HostCosts, item: Item, module: str) -> float:
     """
     if isinstance(item, Message | Transfer):
         return costs.message
+    if isinstance(item, Copy):
+        return costs.op
     if isinstance(item, Host):
         by_kind = {"checkpoint_backward": costs.checkpoint, "compiled_region": GUARDS}
         return by_kind.get(item.kind, 0.0) * item.count

@@ -16,13 +16,15 @@ from costmodels.collectives import collective_price
 from costmodels.overlap import contended
 from costmodels.sharing import Layer, fullest
 from opgraph.graph import OpGraph
+from planner.host_link import HostLinks
 from planner.host_thread import EAGER, HostThread, Running, host_costs
 from planner.layout import Layout, propagate
 from planner.lower_blocks import Block, Entry, Tally, largest_beside, price_script
+from planner.offload import check_offload, is_apart, on_the_host
 from planner.plan import ParallelPlan, check_executable
 from planner.runtime import stage_segments
 from planner.runtime_stage import Stage, prepare
-from planner.script import Item, Message, Transfer, Wait, transfer_key
+from planner.script import Copy, HostUpdate, Item, Message, Transfer, Wait, transfer_key
 from planner.stages import StageOps, shared_parameters, stage_ops
 from simulator import Program, ProgramBuilder
 
@@ -63,11 +65,12 @@ def lower_scripts(
     cluster: Cluster, running: Running = EAGER,
 ) -> Lowered:  # fmt: skip
     """The program of scripts in segments: of every stage one that all its ranks run, or one for each dp rank."""
+    check_offload(prepared, running.cuda_graphs)
     costs = host_costs(cluster, running)
     builder = _Builder(plan, cluster, shared_parameters(prepared[0].stages), costs is not None)
     tally = Tally()
     for stage, own in zip(prepared, scripts):
-        segments = [list(script) for script in own]
+        segments = [on_the_host(script, plan, cluster) for script in own]
         compiled = stage.graph if running.compiled else None
         other = largest_beside(segments[0], stage.ops.index, plan, cluster)
         priced = [price_script(script, cluster, tally, other, costs, compiled) for script in segments]
@@ -80,6 +83,9 @@ def lower_scripts(
             by_source[source] += seconds * ranks_per_script
     laws = (*tally.by_law.values(), *builder.by_law.values())
     squares = sum((seconds * ranks_per_script) ** 2 for seconds in laws)
+    if builder.links is not None:
+        by_source["roofline"] += builder.links.seconds
+        squares += builder.links.deviation**2
     return Lowered(
         plan,
         program,
@@ -151,6 +157,8 @@ class _Builder:
         self.hosts = [
             HostThread(self.tasks, r, self.tasks.resource(f"rank {r} host", rank=r, kind="host")) for r in threads
         ]
+        apart = plan.offload and is_apart(cluster)
+        self.links = HostLinks(self.tasks, plan.world_size, cluster) if apart else None
         self.last: list[int] = [-1] * plan.world_size
         self.last_message: dict[tuple[int, str], int] = {}
         self.queued: list[list[list[Any]]] = [[] for _ in range(plan.world_size)]  # [key, seconds] under way
@@ -193,10 +201,20 @@ class _Builder:
                 self.last[r] = self.hosts[r].message(self.last[r])
             if isinstance(item, Wait):
                 self._wait(r, item.key)
+            elif isinstance(item, Copy | HostUpdate):
+                self._cross(r, item)
             elif isinstance(item, Transfer):
                 self._transfer(r, item)
             elif isinstance(item, Message):
                 self._message(r, item, joins)
+
+    def _cross(self, rank: int, item: Copy | HostUpdate) -> None:
+        assert self.links is not None
+        if isinstance(item, HostUpdate):
+            self.last[rank] = self.links.update(rank, item, self._after(self.last[rank]))
+        else:
+            before = self._after(self.last[rank], self.done.get((item.after, rank), -1))
+            self.done[item.key, rank] = self.links.copy(rank, item, before)
 
     def _message(self, rank: int, item: Message, joins: dict[tuple[int, ...], int]) -> None:
         ranks = self.plan.group(rank, item.axis)
@@ -213,7 +231,8 @@ class _Builder:
                 joins[ranks] = self.tasks.task(f"{item.kind} {item.axis} enter", item.kind, 0.0)
             join = joins[ranks]
         stream = self._stream(item.axis)
-        for before in (self.last[rank], self.last_message.get((rank, stream), -1)):
+        copied = self.done.pop((item.after, rank), -1)
+        for before in (self.last[rank], self.last_message.get((rank, stream), -1), copied):
             if before >= 0:
                 self.tasks.edge(before, join)
         likes = range(ranks[0], ranks[0] + 1) if tied else self.plan.likes(rank, item.axis)

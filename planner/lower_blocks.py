@@ -16,7 +16,7 @@ from planner.compiled import fused_script
 from planner.host_queue import EMPTY, Run
 from planner.host_thread import Issued, item_seconds
 from planner.plan import ParallelPlan
-from planner.script import Host, Item, Message, Transfer, Wait, Work
+from planner.script import Copy, Host, HostUpdate, Item, Message, Transfer, Wait, Work
 from planner.software import HostCosts
 
 
@@ -32,7 +32,7 @@ class Block:
     run: Run = EMPTY
 
 
-Entry = Block | Message | Transfer | Wait
+Entry = Block | Message | Transfer | Copy | HostUpdate | Wait
 
 
 @dataclass(slots=True)

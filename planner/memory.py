@@ -12,13 +12,15 @@ from opgraph.graph import Op
 from planner.memory_ledger import Category, Event, Ledger
 from planner.memory_lifetimes import Lifetimes, Region, lifetimes, optimizer_storages
 from planner.memory_sizes import buffer_bytes, message_bytes, path_of, received, share_bytes, state_bytes
+from planner.offload_activations import Crossing, moved
 from planner.orders import stage_order
-from planner.plan import ParallelPlan
+from planner.plan import Offloaded, ParallelPlan
 from planner.runtime_data import Unit, zero1_owners
 from planner.runtime_fsdp import unit_of
-from planner.runtime_stage import Stage
+from planner.runtime_stage import Stage, is_kept
 from planner.stages import LOSS
 
+PINNED = ("parameters", "gradients", "activations")  # what is copied; the optimizer's state stays where it is
 GENERATOR_STATE = 5056  # bytes of a CPU random generator, which a checkpoint keeps to draw the same numbers again
 
 
@@ -26,6 +28,7 @@ GENERATOR_STATE = 5056  # bytes of a CPU random generator, which a checkpoint ke
 class RankMemory:
     """Bytes of one rank in a steady step, before any allocator's rounding.
 
+    host: what offload keeps in the host's memory, by category, at its worst moment; pinned: of these, page-locked.
     peak: at the worst moment; at_peak: by category, then. resting: between steps. Activations include the gradients
     of activations; parameters what FSDP has gathered; inputs the batch and the model's buffers.
     """
@@ -33,6 +36,8 @@ class RankMemory:
     peak: int
     at_peak: dict[Category, int]
     resting: int
+    host: dict[Category, int] = field(default_factory=dict)
+    pinned: int = 0
 
 
 def peak_bytes(stages: tuple[Stage, ...], plan: ParallelPlan, backend: str = "gloo") -> tuple[int, ...]:
@@ -48,7 +53,9 @@ def memory(stages: tuple[Stage, ...], plan: ParallelPlan, backend: str = "gloo")
         role = _role(plan, rank)
         if role not in by_role:
             replay = _replay(stages[role[0]], role[1], backend, Ledger())
-            by_role[role] = RankMemory(replay.ledger.peak, replay.ledger.at_peak, replay.resting)
+            host = {c: size for c, size in replay.host.at_peak.items() if size}
+            pinned = sum(size for c, size in host.items() if c in PINNED)
+            by_role[role] = RankMemory(replay.ledger.peak, replay.ledger.at_peak, replay.resting, host, pinned)
         found.append(by_role[role])
     return tuple(found)
 
@@ -81,8 +88,15 @@ class _Replay:
     backend: str
     times: Lifetimes
     ledger: Ledger
+    host: Ledger = field(default_factory=Ledger)
     resting: int = 0
+    owned_bytes: int = 0  # of the shares of parameters that this rank updates
     alive: dict[int, dict[int, None]] = field(default_factory=dict)  # micro-batch -> storages, in order
+
+    def away(self, kind: Offloaded) -> bool:
+        """Whether this kind is in the host's memory and that is another one than the device's."""
+        plan = self.stage.plan
+        return self.backend != "gloo" and (kind in plan.offload or (kind == "optimizer" and plan.offloads_optimizer))
 
     def run(self) -> None:
         stage, plan = self.stage, self.stage.plan
@@ -106,12 +120,15 @@ class _Replay:
         owned = stage.parameters
         if plan.dp > 1 and plan.data_parallel == "zero1":
             owned = {p.name: p for p in zero1_owners(list(owned.values()), plan.dp)[self.dp_index]}
+        self.owned_bytes = sum(shares[name] for name in owned)
         for name, size in shares.items():
-            ledger.hold(("parameter", name), size, "parameters")
+            (self.host if self.away("parameters") else ledger).hold(("parameter", name), size, "parameters")
         for t in {t.id: t for t in graph.tensors if t.role == "optimizer_state" and t.name in owned}.values():
             whole = t.shape == graph.parameters[t.name].shape
             size = state_bytes(stage, t.name, self.dp_index) if whole else t.bytes
-            ledger.hold(("state", t.id), size, "optimizer_state")
+            (self.host if self.away("optimizer") else ledger).hold(("state", t.id), size, "optimizer_state")
+        if self.away("optimizer") and not self.away("parameters"):  # the host updates a copy of its own
+            self.host.hold("copy", self.owned_bytes, "parameters")
         for i, size in enumerate(buffer_bytes(stage)):
             ledger.hold(("buffer", i), size, "inputs")
         for s in {t.storage for t in graph.tensors if t.role == "input"}:
@@ -144,15 +161,30 @@ class _Replay:
                     self._free(s, micro)
                 if self.backend == "gloo":
                     ledger.hold(("generator", region.path, micro), GENERATOR_STATE, "activations")
+            self._goes(op, micro)
         self._leave(current)
         ledger.drop("last gather")
+
+    def _goes(self, op: Op, micro: int) -> None:
+        """What goes to the host after this op."""
+        for m in moved(self.stage).values() if self.away("activations") else ():
+            for s in m.leaves.get(op.id, ()):
+                self.host.hold((s, micro), self.ledger.size((s, micro)), "activations")
+                self.ledger.drop((s, micro))
+
+    def _comes(self, path: str, micro: int) -> None:
+        for s, size in moved(self.stage)[path].up.items() if path else ():
+            if s in self.alive.get(micro, {}):
+                self.ledger.hold((s, micro), size, "activations")
+                self.host.drop((s, micro))
 
     def _run_op(self, op: Op, micro: int, phase: str) -> None:
         ledger = self.ledger
         ledger.place = (phase, micro, op.name, op.module)
         for s in self.times.born.get(op.id, ()):
             self._allocate(s, micro)
-        ledger.pulse(self.times.inside.get(op.id, 0), "workspace")
+        if phase != "recompute" or not is_kept(self.stage.plan, op.name):  # what was kept is not computed again
+            ledger.pulse(self.times.inside.get(op.id, 0), "workspace")
         for reduction in self.stage.reductions.get(op.id, ()) if phase != "recompute" else ():
             # the functional all-reduce returns a new tensor; the partial one dies after it
             ledger.pulse(self.times.sizes.get(self.stage.graph.tensors[reduction.tensor].storage, 0), "communication")
@@ -167,6 +199,7 @@ class _Replay:
         entered: set[str] = set()
         last_of = {path_of(stage, op): i for i, op in enumerate(stage.ops.backward)}
         self.ledger.place = ("backward", micro, "", "")
+        crossing = Crossing(stage)
         for i, op in enumerate(stage.ops.backward):
             unit = unit_of(stage, op)
             if stage.units and "" not in entered and op.module != LOSS:
@@ -177,6 +210,9 @@ class _Replay:
                 entered.add(unit.path)
                 self._gather(unit, "backward")
                 self._prefetch(stage.units.index(unit))
+            for path in crossing.enters(op) if self.away("activations") else ():
+                self._comes(path, micro)
+                self._comes(crossing.following(path), micro)
             for region in self.times.again.get(op.id, ()):
                 self._run_again(region, micro)
             self._run_op(op, micro, "backward")
@@ -248,6 +284,8 @@ class _Replay:
         if unit.parameters and ("whole", unit.path) not in held and ("gather", unit.path) not in held:
             size = unit.gathered_bytes(self.stage.plan.dp)
             self.ledger.hold(("gather", unit.path), size, "communication")
+            if self.away("parameters"):  # the shard's copy, from which the gather's buffer is filled
+                self.ledger.pulse(size // self.stage.plan.dp, "communication")
             if self.backend == "gloo":  # gloo gathers into a buffer of its own and copies it out
                 self.ledger.pulse(size, "communication")
 
@@ -286,7 +324,9 @@ class _Replay:
         ledger.hold("last scatter", whole, "communication")
         for p in unit.parameters[:-1]:
             self._free_gradient(p.name)
-        ledger.hold(("shard", unit.path), whole // plan.dp, "gradients")
+        if self.away("optimizer"):
+            ledger.pulse(whole // plan.dp, "gradients")
+        (self.host if self.away("optimizer") else ledger).hold(("shard", unit.path), whole // plan.dp, "gradients")
         if self.backend == "gloo":  # gloo all-reduces a copy of the whole buffer
             ledger.pulse(whole, "communication")
         self._free_gradient(unit.parameters[-1].name)  # a loop variable of torch's `foreach_reduce` keeps it until here
@@ -303,6 +343,10 @@ class _Replay:
         ledger.drop("last scatter")
         ledger.drop("last gather")
         ledger.place = ("optimizer", 0, "", "")
+        if self.away("optimizer"):
+            ledger = self.host
+            if not self.stage.units:
+                ledger.hold("gradients", self.owned_bytes, "gradients")
         whole = sum(t.bytes for t in graph.parameters.values())
         share = sum(p.bytes for p in self.stage.parameters.values()) / max(1, whole)
         for at, birth, s in optimizer_storages(graph):

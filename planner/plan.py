@@ -9,13 +9,14 @@ from math import prod
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-SCHEMA_VERSION = 3
-OLDER_SCHEMAS = (1, 2)  # read as plans without the fields that came later
+SCHEMA_VERSION = 4
+OLDER_SCHEMAS = (1, 2, 3)  # read as plans without the fields that came later
 DataParallel = Literal["ddp", "zero1", "zero2", "fsdp"]
 Schedule = Literal["gpipe", "1f1b"]
 Precision = Literal["fp32", "tf32", "fp16", "bf16", "fp8"]
 Sharding = Literal["colwise", "rowwise"]
 Kept = Literal["products", "attention"]
+Offloaded = Literal["parameters", "optimizer", "activations"]
 AXES = ("pp", "dp", "tp")
 
 
@@ -41,6 +42,9 @@ class ParallelPlan:
         none stands for all of them.
     recompute_keeps: kinds of ops in recomputed modules whose outputs are kept, not made again: "products" (matrix
         products and convolutions), "attention" (fused kernels). torch calls it selective checkpointing.
+    offload: what is kept in host memory: "parameters" (the shards of `fully_shard`, their gradients, and with them the
+        optimizer, as torch's CPUOffloadPolicy does it), "optimizer" (its state and its step alone, as ZeRO-Offload),
+        "activations" (what recomputed modules keep of their inputs).
     precision: "fp32", or "bf16" (autocast, fp32 parameters and gradients); "fp16", "tf32" and "fp8" (matrix products
         in 8 bits, the rest in bfloat16) for predictions.
     bucket_bytes: a DDP bucket closes once it holds this much; at the default 25 MiB the first one closes at 1 MiB,
@@ -70,6 +74,7 @@ class ParallelPlan:
     ep: int = 1
     recompute_first: tuple[int, ...] = ()
     recompute_keeps: tuple[Kept, ...] = ()
+    offload: tuple[Offloaded, ...] = ()
 
     def __post_init__(self) -> None:
         for axis in (*AXES, "cp", "ep", "vpp"):
@@ -93,6 +98,7 @@ class ParallelPlan:
         if self.tp > 1 and not self.shardings:
             raise ValueError(f"tp = {self.tp} needs shardings (module path and style), but none are given")
         self._check_recompute()
+        self._check_offload()
 
     def _check_recompute(self) -> None:
         first, kinds = self.recompute_first, get_args(Kept)
@@ -105,6 +111,20 @@ class ParallelPlan:
         if unknown := [kind for kind in self.recompute_keeps if kind not in kinds]:
             raise ValueError(f"recompute_keeps names {unknown[0]!r}; it knows {' and '.join(kinds)}")
 
+    def _check_offload(self) -> None:
+        kinds = get_args(Offloaded)
+        if unknown := [kind for kind in self.offload if kind not in kinds]:
+            raise ValueError(f"offload names {unknown[0]!r}; it knows {', '.join(kinds)}")
+        if "parameters" in self.offload and not self.fully_sharded:
+            raise ValueError(
+                "offload of parameters needs shards of them (CPUOffloadPolicy of fully_shard); use fsdp or zero2 with "
+                "dp of 2 or more, or offload the optimizer alone"
+            )
+        if "activations" in self.offload and not self.recompute:
+            raise ValueError(
+                "offload of activations moves what recomputed modules keep, but recompute is empty; add recompute"
+            )
+
     @property
     def world_size(self) -> int:
         return self.pp * self.dp * self.cp * self.tp
@@ -113,6 +133,11 @@ class ParallelPlan:
     def micro_batch(self) -> int:
         """Samples per micro-batch on one data-parallel rank."""
         return self.global_batch // (self.dp * self.micro_batches)
+
+    @property
+    def offloads_optimizer(self) -> bool:
+        """Whether the optimizer's state lives, and its step runs, on the host."""
+        return "optimizer" in self.offload or "parameters" in self.offload
 
     @property
     def fully_sharded(self) -> bool:
@@ -167,6 +192,7 @@ class ParallelPlan:
         if self.recompute:
             name += " recompute" + "/".join(str(n) for n in self.recompute_first)
             name += "".join(f" keep-{kind}" for kind in self.recompute_keeps)
+        name += "".join(" offload" if kind == "parameters" else f" offload-{kind}" for kind in self.offload)
         return name if self.precision == "fp32" else f"{name} {self.precision}"
 
     def to_dict(self) -> dict[str, Any]:
@@ -188,7 +214,7 @@ def plan_from_dict(data: dict[str, Any]) -> ParallelPlan:
         raise ValueError(f"unknown plan field(s) {', '.join(unknown)}; known fields are {', '.join(sorted(known))}")
     if "global_batch" not in data:
         raise ValueError("the plan has no global_batch; give the samples per optimizer step")
-    for name in ("cuts", "fsdp_units", "recompute", "recompute_first", "recompute_keeps"):
+    for name in ("cuts", "fsdp_units", "recompute", "recompute_first", "recompute_keeps", "offload"):
         data[name] = tuple(data.get(name, ()))
     data["shardings"] = tuple((str(path), style) for path, style in data.get("shardings", ()))
     return ParallelPlan(**data)

@@ -11,7 +11,8 @@ from costmodels.ops import peak_of
 from opgraph.graph import OpGraph
 from planner.host_thread import EAGER, HOST_ERROR, Running, assumptions, host_costs, host_notes
 from planner.lower import Lowered, lower
-from planner.memory import memory
+from planner.memory import RankMemory, memory
+from planner.offload import is_apart, offload_notes
 from planner.plan import ParallelPlan
 from simulator import Timeline, breakdown, overall, simulate
 
@@ -30,7 +31,8 @@ class Prediction:
     recomputation) per second over the peak of all devices. shares: of the time by kind of price. unpriced: ops that no
     model covers. tasks: simulated. at_peak: bytes by category (`memory_ledger.CATEGORIES`) at the worst moment of the
     fullest rank; resting_bytes: what it holds between steps. assumed: options that the step is assumed to run with;
-    fused: chains of ops that a compiled step runs as one kernel, and how often.
+    fused: chains of ops that a compiled step runs as one kernel, and how often. host_bytes: by category, what offload
+    keeps of the fullest rank in the host's memory at most, of which host_pinned_bytes are page-locked.
     """
 
     plan: ParallelPlan
@@ -49,6 +51,8 @@ class Prediction:
     resting_bytes: int = 0
     assumed: tuple[str, ...] = ()
     fused: dict[str, int] = field(default_factory=dict)
+    host_bytes: dict[str, int] = field(default_factory=dict)
+    host_pinned_bytes: int = 0
 
 
 def predict(
@@ -90,9 +94,9 @@ def _judge(
     total = sum(lowered.seconds_by_source.values()) or 1.0
     parts = asdict(overall(breakdown(timeline)))
     waited = parts["host"] / step if step else 0.0
-    said = host_notes(waited, host_costs(cluster, running))
+    said, away = host_notes(waited, host_costs(cluster, running)), offload_notes(plan, cluster)
     held = memory(lowered.stages, plan, cluster.backend)
-    peaks = tuple(m.peak for m in held)
+    peaks = device_peaks(held, cluster)
     fullest = max(held, key=lambda m: m.peak)
     capacity = memory_per_rank(cluster, plan)
     model_flops = graph.at_batch(plan.micro_batch).flops() * plan.micro_batches * plan.dp
@@ -110,13 +114,20 @@ def _judge(
         mfu=model_flops / (step * peak) if step else 0.0,
         shares={k: v / total for k, v in sorted(lowered.seconds_by_source.items())},
         unpriced=lowered.unpriced,
-        notes=tuple(dict.fromkeys((*graph.notes, *cluster.notes, *basis_of(cluster.device), *said))),
+        notes=tuple(dict.fromkeys((*graph.notes, *cluster.notes, *basis_of(cluster.device), *said, *away))),
         tasks=len(lowered.program),
         at_peak={str(category): size for category, size in fullest.at_peak.items()},
         resting_bytes=fullest.resting,
         assumed=assumptions(running),
         fused=lowered.fused,
+        host_bytes={str(category): size for category, size in fullest.host.items()},
+        host_pinned_bytes=fullest.pinned,
     )
+
+
+def device_peaks(held: tuple[RankMemory, ...], cluster: Cluster) -> tuple[int, ...]:
+    """Most bytes in the memory of every rank's device; what was sent to the host is still there where that is one."""
+    return tuple(m.peak + (0 if is_apart(cluster) else sum(m.host.values())) for m in held)
 
 
 def interval_of(seconds: float, waited: float, lowered: Lowered, cluster: Cluster) -> tuple[float, float]:

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from opgraph.graph import Op, Phase
+from planner.offload import down_at_once, up, waits
+from planner.offload_activations import Crossing
 from planner.orders import stage_order
 from planner.runtime_data import LocalParameter, Unit, ddp_buckets, padded, zero1_owners
 from planner.runtime_fsdp import FsdpBackward, gather, gather_root, scatter, unit_of
@@ -74,7 +76,9 @@ def _forward(stage: Stage) -> Iterator[Item]:
         yield Host("ddp_step", 1, "forward")
     yield from gather_root(stage, "forward")
     current: Unit | None = None
+    crossing = Crossing(stage)
     for op in stage.ops.forward:
+        yield from crossing.sends(op)
         unit = unit_of(stage, op)
         if unit is not current:
             yield from _leave(stage, current)
@@ -130,9 +134,10 @@ def _backward(stage: Stage, first: bool, last: bool) -> Iterator[Item]:
     buckets = _Buckets(stage) if ddp and last else None
     ready = {op: name for name, op in stage.ready.items()}
     recomputed: set[str] = set()
-    units = FsdpBackward(stage, last)
+    units, crossing = FsdpBackward(stage, last), Crossing(stage)
     for i, op in enumerate(stage.ops.backward):
         yield from units.before(op)
+        yield from crossing.loads(op)
         yield from _recompute(stage, op, recomputed)
         if not copies_nothing(stage.graph, stage.layout, op):
             yield stage.work(op)
@@ -253,11 +258,14 @@ def _update(stage: Stage, dp_index: int) -> Iterator[Item]:
     zero1 = plan.dp > 1 and plan.data_parallel == "zero1"
     owners = zero1_owners(owned, plan.dp) if zero1 else []
     mine = owners[dp_index] if zero1 else owned
+    yield from waits(stage)
+    yield from down_at_once(stage, mine)
     yield Host("optimizer_step", 1, "optimizer")
     yield Host("optimizer_param", len(mine), "optimizer")
     if stage.units:
         yield Host("fsdp_optimizer_param", len(mine), "optimizer")
     yield from optimizer_work(stage.graph, plan, {p.name: p for p in mine}, dp_index if stage.units else None)
+    yield from up(stage, mine)
     for root, parameters in enumerate(owners):
         if parameters:
             size = sum(p.bytes for p in parameters)

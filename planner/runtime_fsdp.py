@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from opgraph.graph import Op, Phase
+from planner.offload import down, fetch
 from planner.runtime_data import Unit, padded
 from planner.runtime_stage import Stage
 from planner.script import Host, Item, Message, Wait, copy_work
@@ -34,6 +35,10 @@ def gather(stage: Stage, unit: Unit, phase: Phase, module: str) -> Iterator[Item
         return
     yield from _start_gather(stage, unit, phase, module)
     yield from _finish_gather(stage, unit, phase, module)
+    if phase == "forward":  # the host thread runs ahead: the next unit's copy starts as soon as this one is whole
+        after = stage.units.index(unit) + 1
+        if after < len(stage.units) and stage.units[after].path not in stage.gathered:
+            yield from fetch(stage, stage.units[after], phase)
 
 
 def _start_gather(stage: Stage, unit: Unit, phase: Phase, module: str) -> Iterator[Item]:
@@ -41,7 +46,10 @@ def _start_gather(stage: Stage, unit: Unit, phase: Phase, module: str) -> Iterat
     share = sum(padded(p, dp) for p in unit.parameters) // dp
     yield Host(f"fsdp_param_{phase}", len(unit.parameters), phase)
     yield copy_work("fsdp.all_gather_copy_in.default", share, unit.parameters[0].dtype, phase, module)
-    yield Message("all_gather", unit.gathered_bytes(dp), "dp", phase, module, key=f"gather {unit.path}")
+    yield from fetch(stage, unit, phase)
+    stage.fetched.discard(unit.path)
+    key, after = f"gather {unit.path}", f"fetch {unit.path}" if "parameters" in stage.plan.offload else ""
+    yield Message("all_gather", unit.gathered_bytes(dp), "dp", phase, module, key=key, after=after)
     stage.gathered.add(unit.path)
 
 
@@ -59,6 +67,7 @@ def scatter(stage: Stage, unit: Unit) -> Iterator[Item]:
     yield Host("fsdp_param_backward", len(unit.parameters), "backward")
     yield copy_work("fsdp.chunk_cat.default", whole, unit.parameters[0].dtype, "backward", unit.path)
     yield Message("reduce_scatter", unit.gathered_bytes(dp), "dp", "backward", unit.path, key=f"scatter {unit.path}")
+    yield from down(stage, unit)
 
 
 class FsdpBackward:

@@ -18,7 +18,8 @@ KEPT: dict[Kept, tuple[str, ...]] = {"products": ("gemm", "conv"), "attention": 
 
 @dataclass(slots=True)
 class Stage:
-    """What is known about a stage while its script is written; `gathered` are the FSDP units that are whole now."""
+    """What is known about a stage while its script is written; `gathered` are the FSDP units that are whole now,
+    `fetched` those whose shards are on their way from the host; crossing: what `planner.offload` found out."""
 
     graph: OpGraph
     plan: ParallelPlan
@@ -32,6 +33,8 @@ class Stage:
     reductions: dict[int, list[Reduction]]
     works: dict[tuple[int, Phase], Work] = field(default_factory=dict)
     gathered: set[str] = field(default_factory=set)
+    fetched: set[str] = field(default_factory=set)
+    crossing: dict[str, Any] = field(default_factory=dict)
     unit_of_module: dict[str, Unit | None] = field(default_factory=dict)
     recomputed: dict[str, list[Op]] = field(default_factory=dict)
     segments: dict[Any, tuple[tuple[Item, ...], frozenset[str]]] = field(default_factory=dict)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from costmodels.ops import OpShape, is_causal, variant_of
 from opgraph.flops import flops_of
@@ -45,6 +46,7 @@ class Message:
     module: str = ""
     key: str = ""
     root: int = -1
+    after: str = ""  # key of a copy that must be over before
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,13 +61,33 @@ class Transfer:
 
 
 @dataclass(frozen=True, slots=True)
+class Copy:
+    """bytes that go to the host or to the device, beside the rank's work, once the message or copy `after` is over.
+    Where both share one memory nothing is copied."""
+
+    to: Literal["host", "device"]
+    bytes: int
+    phase: Phase
+    key: str
+    after: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class HostUpdate:
+    """The optimizer's step in host memory: bytes that it reads and writes."""
+
+    bytes: int
+    phase: Phase = "optimizer"
+
+
+@dataclass(frozen=True, slots=True)
 class Wait:
-    """The rank goes on when the message or transfer `key` is done."""
+    """The rank goes on when the message, transfer or copy `key` is done."""
 
     key: str
 
 
-Item = Work | Host | Message | Transfer | Wait
+Item = Work | Host | Message | Transfer | Copy | HostUpdate | Wait
 
 
 def transfer_key(t: Transfer) -> str:

@@ -213,7 +213,8 @@ def test_a_typed_label_is_the_plan_that_the_search_shows(parplan):
 
 
 def test_a_typed_plan_that_the_search_does_not_know(parplan):
-    for label in ("dp2 zero2 mb2", "pp2 1f1b mb2 recompute1/0 keep-products", "dp2 fsdp recompute1 keep-attention"):
+    for label in ("dp2 zero2 mb2", "pp2 1f1b mb2 recompute1/0 keep-products", "dp2 fsdp recompute1 keep-attention",
+                  "dp2 fsdp offload", "dp2 ddp recompute offload-optimizer offload-activations"):
         small = "gpt2:layers=2,hidden=32,heads=2,seq=16,vocab=64"
         found = parplan("simulate", small, "--plan", label, "--cluster", "dgx-h100", "-b", 8, "--json").data
         assert found["label"] == label

@@ -41,6 +41,7 @@ PLANS = [
     *(plan(dp=2, data_parallel=d, **PP, schedule="gpipe", micro_batches=4) for d in KINDS),
     *(plan(dp=2, data_parallel=d, **PP, schedule="1f1b", micro_batches=2) for d in KINDS),
     plan(dp=4, data_parallel="fsdp"),
+    plan(dp=2, data_parallel="fsdp", micro_batches=2, offload=("parameters",)),
     plan(dp=2, data_parallel="zero2", micro_batches=2, **TP, recompute=BLOCKS),
     plan(**TP, recompute=BLOCKS, recompute_keeps=("products",)),
     plan(**PP, schedule="1f1b", micro_batches=4, recompute=BLOCKS, recompute_first=(2, 1),

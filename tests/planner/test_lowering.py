@@ -30,6 +30,10 @@ KINDS = {
     "pp x zero1": {"pp": 2, "dp": 2, "micro_batches": 2, "data_parallel": "zero1"},
     "pp x fsdp": {"pp": 2, "dp": 2, "micro_batches": 2, "data_parallel": "fsdp"},
     "pp x zero2": {"pp": 2, "dp": 2, "micro_batches": 4, "data_parallel": "zero2"},
+    "fsdp offload": {"dp": 2, "data_parallel": "fsdp", "offload": ("parameters",)},
+    "zero2 offload x tp mb": {
+        "dp": 2, "tp": 2, "data_parallel": "zero2", "micro_batches": 2, "recompute": True, "offload": ("parameters",)
+    },
     "pp x tp": {"pp": 2, "tp": 2, "micro_batches": 2},
     "pp x ddp x tp": {"pp": 2, "dp": 2, "tp": 2, "micro_batches": 2},
     "pp x fsdp x tp": {"pp": 2, "dp": 2, "tp": 2, "micro_batches": 2, "data_parallel": "fsdp"},
