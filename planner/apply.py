@@ -141,7 +141,9 @@ def apply(
     check_executable(plan)
     device = torch.device(device)
     check(plan)
-    model, whole = _module(plan, workload, rank, device, materialize)
+    # fully_shard takes a model from the host unit by unit, so that it need never fit on the device
+    home = torch.device("cpu") if "parameters" in plan.offload and plan.tp == 1 else device
+    model, whole = _module(plan, workload, rank, home, materialize)
     with _disable_current_modes():
         mesh = make_mesh(plan, device)
     names = dict(model.original_fqn) if isinstance(model, StageModule) else {n: n for n, _ in model.named_parameters()}

@@ -34,3 +34,29 @@ def test_what_cannot_be_written(parplan, tmp_path):
     assert result.code == 2 and "only CUDA devices" in result.err and not (tmp_path / "m.pickle").exists()
     result = parplan(*words, tmp_path / "m.csv", "--cluster", "local", "--json")
     assert result.code == 0 and result.data["memory"]["reserved_bytes"] is None
+
+
+def test_a_model_that_fits_with_offload_only(parplan, tmp_path):
+    """A small Llama on four GPUs of 24 MB."""
+    (tmp_path / "small.toml").write_text(
+        'name = "small"\ndevice = "gpu.toml"\nnodes = 1\ndevices_per_node = 4\n'
+        '[intra]\nname = "wire"\nbandwidth = 20e9\nlatency = 1e-5\n'
+    )
+    (tmp_path / "gpu.toml").write_text(
+        'name = "small GPU"\nkind = "gpu"\nmemory_bytes = 24000000\nmemory_bandwidth = 1e12\n'
+        "pcie_bandwidth = 32e9\n[peak_flops]\nfloat32 = 50e12\n"
+    )
+    llama = "llama3-8b:layers=6,hidden=256,heads=8,kv_heads=4,ffn=768,seq=16,vocab=512"
+    words = ("simulate", llama, "--cluster", tmp_path / "small.toml", "-b", 4)
+    here = parplan(*words, "--plan", "dp4 fsdp", "--json").data
+    away = parplan(*words, "--plan", "dp4 fsdp offload", "--json").data
+    assert not here["fits"] and away["fits"]
+    assert here["memory"]["offload_peak_bytes"] == away["peak_bytes"] < 24_000_000 < here["peak_bytes"]
+    assert away["memory"]["offload_peak_bytes"] is None and not here["memory"]["host_bytes"]
+    held = away["memory"]["host_bytes"]
+    assert away["memory"]["host_pinned_bytes"] == held["parameters"] + held["gradients"] == 2 * held["parameters"]
+    assert away["step_seconds"] > here["step_seconds"]
+    shown = parplan(*words, "--plan", "dp4 fsdp").out
+    assert "DOES NOT FIT" in shown and "with offload" in shown and "would fit" in shown
+    shown = parplan(*words, "--plan", "dp4 fsdp offload").out
+    assert "host memory" in shown and "pinned" in shown and "DOES NOT FIT" not in shown
