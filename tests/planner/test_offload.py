@@ -19,7 +19,7 @@ from planner.predict import predict
 from planner.script import Copy
 from planner.software import HOST
 from simulator import simulate
-from tests.planner.conftest import GPT, model
+from tests.planner.conftest import GPT, LLAMA, model
 
 BLOCKS = model(GPT)[0].blocks
 FSDP = ParallelPlan(8, dp=2, data_parallel="fsdp", fsdp_units=BLOCKS)
@@ -160,6 +160,19 @@ def test_optimizers_on_the_host_keep_a_copy_of_what_they_update():
     assert held(without(CASES["single"]))[0].resting - found.resting == state
     owners = held(CASES["zero1"])
     assert sum(m.host["parameters"] for m in owners) == sum(m.host["gradients"] for m in owners) == size
+
+
+def test_stages_of_a_pipeline_keep_their_shards_on_the_host():
+    workload, graph = model(LLAMA)  # no weight is shared by two stages
+    plan = ParallelPlan(
+        8, pp=2, dp=2, micro_batches=2, data_parallel="fsdp", fsdp_units=workload.blocks, cuts=workload.blocks[1:],
+        offload=("parameters",),
+    )  # fmt: skip
+    found = memory(lower(graph, plan, cluster()).stages, plan, "nccl")
+    whole = sum(t.bytes for t in graph.parameters.values())
+    assert sum(m.host["parameters"] for m in found) == sum(m.host["gradients"] for m in found) == whole
+    times = [predict(graph, p, cluster(b)).step_seconds for p, b in ((plan, 1e8), (plan, 1e12), (without(plan), 1e12))]
+    assert times[0] > whole / 4 / link_bandwidth(cluster(1e8)) and times[0] > times[1] > times[2]
 
 
 def test_one_memory_copies_nothing_and_frees_nothing(uncalibrated):
