@@ -18,7 +18,7 @@ def prediction(plan: ParallelPlan, seconds: float = 0.010) -> Any:
         plan=plan, step_seconds=seconds, interval=(0.9 * seconds, 1.2 * seconds), peak_bytes=(2**20,) * plan.world_size,
         fits=True, memory_bytes=2**30, breakdown=PARTS, mfu=0.4, shares={"measured": 0.25, "roofline": 0.75},
         unpriced=("aten.odd",), notes=("a remark",), tasks=12, at_peak={"activations": 2**20}, resting_bytes=0,
-        assumed=(), fused={},
+        assumed=(), fused={}, host_bytes={}, host_pinned_bytes=0,
     )  # fmt: skip
 
 
