@@ -18,7 +18,9 @@ def simulate(
     model: Model,
     plan: Annotated[
         str,
-        typer.Option("--plan", "-p", help="A plan file, or degrees: dp2,tp2,mb4 or 'dp8 fsdp offload'.", show_default=False),
+        typer.Option(
+            "--plan", "-p", help="A plan file, or degrees: dp2,tp2,mb4 or 'dp8 fsdp offload'.", show_default=False
+        ),
     ],
     cluster: ClusterName,
     global_batch: Annotated[
