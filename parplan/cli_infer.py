@@ -75,7 +75,8 @@ def degrees(plan: str) -> tuple[int, int]:
     from parplan.inline_plan import parse
 
     wanted = parse("single" if plan in ("", "tp1") else plan)
-    if wanted["pp"] > 1 or wanted["micro_batches"] > 1 or wanted["recompute"] or wanted["data_parallel"] == "fsdp":
+    training = wanted["recompute"] or wanted["offload"] or wanted["data_parallel"] == "fsdp"
+    if wanted["pp"] > 1 or wanted["micro_batches"] > 1 or training:
         raise ValueError(f"--plan '{plan}' says more than inference knows; write tpN, dpN or both: 'dp2 tp4'")
     return wanted["tp"], wanted["dp"]
 

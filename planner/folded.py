@@ -61,6 +61,8 @@ def predict_folded(
         raise ValueError(f"the plan needs {plan.world_size} devices, but {cluster.name} has {cluster.size}")
     if plan.recompute_first or plan.recompute_keeps:
         raise ValueError("folded steps recompute a share that their software states; use recompute paths alone")
+    if plan.offload:
+        raise ValueError("folded steps keep everything on the device; use parplan simulate for a plan with offload")
     local = local_step(model.graph, plan, model.seq, model.vocab, software.vocab_parallel)
     parts = parts_of(local, pieces(model.graph), software, cluster)
     chunks = chunks_of(model, plan)

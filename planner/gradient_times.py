@@ -68,7 +68,7 @@ class Load:
 def step_work(graph: OpGraph, plan: ParallelPlan, cluster: Cluster, host: HostCosts | None = None) -> StepWork:
     """The work of one rank of a plan of pure data parallelism; host: of the thread that launches kernels (None: the
     device's own overheads only, as `planner.lower` has them)."""
-    if plan.world_size != plan.dp or plan.dp < 2 or plan.data_parallel != "ddp":
+    if plan.world_size != plan.dp or plan.dp < 2 or plan.data_parallel != "ddp" or plan.offload:
         raise ValueError(f"gradients of {plan.label} are not exchanged in buckets; give a plan like dp2")
     step, layout, stages = prepared_graph(graph, plan)
     stage = prepare(step, plan, layout, stages, 0)

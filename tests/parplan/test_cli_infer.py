@@ -40,6 +40,7 @@ def test_an_encoder_gets_a_prefill_and_a_reason(parplan):
         (("mlp",), "no dimension 'seq'"),
         (("gpt2", "--prompt", 1024), "1152"),
         ((SMALL, "--plan", "pp2"), "more than inference knows"),
+        ((SMALL, "--plan", "dp2 offload-optimizer"), "more than inference knows"),
         ((SMALL, "--batch", 0), "--batch is 0"),
         ((SMALL, "--generate", -1), "--generate is -1"),
         (("file.py:make",), "its own sequence length"),

@@ -192,6 +192,8 @@ def test_what_cannot_run_yet_is_refused_in_one_sentence() -> None:
     with pytest.raises(ValueError, match="vpp = 2"):
         lower(traced(), plan(pp=2, vpp=2), cluster())
     check_executable(plan(dp=2))
+    with pytest.raises(ValueError, match="simulate for a plan with offload"):
+        predict_folded(model(), plan(dp=2, offload=("optimizer",)), cluster(), FAST_HOST)
 
 
 def test_plans_of_the_first_schema_are_still_read() -> None:
