@@ -95,6 +95,8 @@ def compression_from(name: str) -> Compression:
     kind, number = cast(Kind, found[1]), found[2]
     try:
         if kind == "powersgd":
+            if not (number or "4").isdecimal():
+                raise ValueError(f"powersgd of rank {number}; give a whole number, as in powersgd4")
             return Compression(kind, rank=int(number or 4))
         if kind in ("topk", "dgc"):
             return Compression(kind, density=float(number or (0.01 if kind == "topk" else 0.001)))

@@ -36,7 +36,8 @@ def read_topology(path: Path) -> Cluster:
     try:
         text = path.read_text()
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: cannot be read ({error}); give a text file") from None
+        reason = getattr(error, "strerror", None) or "no text"
+        raise ValueError(f"{path}: cannot be read ({reason}); give a text file") from None
     if path.suffix == ".xml":
         return from_xml(text, str(path))
     return from_matrix(text, str(path))

@@ -26,6 +26,8 @@ def load_workload(spec: str) -> Workload:
     Llama families, same overrides), `file.py:factory` (see `opgraph.zoo.factory`; `file.py:factory:batch=8`).
     """
     head, _, rest = spec.strip().partition(":")
+    if not head:
+        raise ValueError(f"{spec!r} names no model: give a zoo name, a config.json or file.py:factory")
     if head in ZOO:
         return zoo_workload(spec, ZOO[head], parse_overrides(rest, spec))
     if head.endswith(".py"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
@@ -27,6 +28,7 @@ Compile = Annotated[
     bool, typer.Option("--compile", help="Assume torch.compile: pointwise and reductions fused, no eager dispatch.")
 ]
 CudaGraphs = Annotated[bool, typer.Option("--cuda-graphs", help="Assume CUDA graphs: no host thread to wait for.")]
+PICTURES = (".png", ".pdf", ".svg")  # what --plot draws
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
 
 
@@ -43,3 +45,19 @@ def positive(name: str, value: int | None) -> None:
     """ValueError for a count below 1."""
     if value is not None and value < 1:
         raise ValueError(f"{name} is {value}; give a whole number of 1 or more")
+
+
+def check_file(option: str, path: Path | None, *endings: str) -> None:
+    """ValueError, before any work is done, for a file that could not be written: of another ending than `endings`
+    where some are given, in no folder, or where this user may not write."""
+    from validation.report_files import check_writable
+
+    if path is None:
+        return
+    if endings and path.suffix not in endings:
+        raise ValueError(f"{option} {path} ends in none of {', '.join(endings)}; the ending says what to write")
+    if path.is_dir():
+        raise ValueError(f"{option} {path} is a folder; give the name of a file")
+    if not path.parent.is_dir():
+        raise ValueError(f"there is no folder {path.parent} to write {path.name} into; make it first")
+    check_writable(path)

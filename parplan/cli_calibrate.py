@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from parplan.arguments import Json
+from parplan.arguments import Json, check_file
 from parplan.console import emit, percent, seconds, show, table, working
 
 
@@ -32,7 +33,8 @@ def calibrate(
     """
     if out is not None and out.suffix != ".toml":
         raise ValueError(f"{out} is no TOML file; give a path that ends in .toml")
-    if budget <= 0:
+    check_file("--out", out)
+    if not 0 < budget < math.inf:
         raise ValueError(f"--budget is {budget:g}; give the seconds to spend, 90 is usual")
     if cluster is not None:
         _collectives(cluster, out, backend, json)

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from parplan.arguments import Json
+from parplan.arguments import Json, check_file
 from parplan.console import emit, number, seconds, show, table
 
 Name = Annotated[
@@ -31,6 +31,7 @@ def clusters(name: Name = None, out: Picture = None, json: Json = False) -> None
         raise ValueError("--out draws one cluster; name it, as in: parplan clusters dgx-h100 --out x.png")
     if out and out.suffix != ".png":
         raise ValueError(f"{out}: --out writes a PNG; give a name that ends in .png")
+    check_file("--out", out)
     if name and out:
         from costmodels.topology import expand
         from parplan.cluster_picture import draw

@@ -7,8 +7,9 @@ from typing import Annotated, Any
 
 import typer
 
-from parplan.arguments import Json
+from parplan.arguments import Json, check_file
 from parplan.console import emit, number, percent, remark, seconds, show, size, table, working
+from validation.report_files import check_writable
 
 BANDS = (("under_256KiB", "under 256 KiB"), ("256KiB_16MiB", "256 KiB - 16 MiB"), ("over_16MiB", "over 16 MiB"))
 
@@ -52,10 +53,21 @@ def collectives(
     """
     if (cases is None) == (cluster is None):
         raise ValueError("give either --cases with a CSV file or --cluster with a cluster")
+    if out is not None:
+        _check_out(out)
     if cases is not None:
         _score(cases, plain, out, json)
     elif cluster is not None:
         _prices(cluster, op, ranks, algorithm, out, json)
+
+
+def _check_out(out: Path) -> None:
+    if out.suffix == ".png":
+        check_file("--out", out)
+    elif out.is_file() or (out.suffix and not out.is_dir()):
+        raise ValueError(f"--out {out} is neither a .png nor a folder; give a name that ends in .png, or a folder's")
+    else:
+        check_writable(out)
 
 
 def _score(cases: Path, plain: bool, out: Path | None, json: bool) -> None:

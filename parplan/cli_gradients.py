@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from parplan.arguments import ClusterName, Json, Model, PrecisionName, positive, precision_of
+from parplan.arguments import PICTURES, ClusterName, Json, Model, PrecisionName, check_file, positive, precision_of
 from parplan.console import emit, number, remark, seconds, show, size, table, working
 
 ROWS = 24  # of the table that people read
@@ -50,8 +50,7 @@ def gradients(
     if ranks < 2:
         raise ValueError(f"--ranks is {ranks}; gradients are exchanged by 2 ranks or more")
     buckets = _buckets(bucket_mb)
-    if plot is not None and not plot.parent.is_dir():
-        raise ValueError(f"there is no folder {plot.parent} to write {plot.name} into; make it first")
+    check_file("--plot", plot, *PICTURES)
     with working() as progress:
         advice = _advice(model, cluster, ranks, global_batch, schemes, compressions, buckets, lossy,
                          precision_of(precision), progress)  # fmt: skip
@@ -69,7 +68,7 @@ def gradients(
 def _buckets(text: str) -> list[int]:
     try:
         found = [round(float(word) * 2**20) for word in text.split(",")]
-    except ValueError:
+    except (ValueError, OverflowError):  # no number, nan; infinity
         found = []
     if not found or min(found) < 1:
         raise ValueError(f"--bucket-mb is '{text}'; give sizes in MiB, as in 1,25")

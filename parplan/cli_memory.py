@@ -10,12 +10,6 @@ from parplan.console import percent, size
 SUFFIXES = (".csv", ".png", ".pickle")
 
 
-def check_memory_file(path: Path) -> None:
-    """ValueError for a file that --memory cannot write."""
-    if path.suffix not in SUFFIXES:
-        raise ValueError(f"--memory {path} ends in none of {', '.join(SUFFIXES)}; the ending says what to write")
-
-
 def memory_data(graph: Any, prediction: Any, cluster: Any, path: Path | None, title: str) -> dict[str, Any]:
     """The JSON of the fullest rank's memory, in bytes; writes the timeline, plot or snapshot to `path`.
 

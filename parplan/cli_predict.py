@@ -30,8 +30,13 @@ def predict(
     import time
 
     from validation.cases import read_cases
+    from validation.report_files import check_writable
 
     positive("--limit", limit)
+    if out is not None and out.is_file():
+        raise ValueError(f"--out {out} is a file; give the name of a folder")
+    if out is not None:
+        check_writable(out / "cases.csv")
     rows = read_cases(cases)
     if set_name is not None:
         known = list(dict.fromkeys(c.set for c in rows))

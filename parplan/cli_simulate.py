@@ -7,8 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
-from parplan.arguments import ClusterName, Compile, CudaGraphs, Json, Model, positive
-from parplan.cli_memory import check_memory_file, memory_data, memory_rows
+from parplan.arguments import PICTURES, ClusterName, Compile, CudaGraphs, Json, Model, check_file, positive
+from parplan.cli_memory import SUFFIXES, memory_data, memory_rows
 from parplan.console import emit, percent, remark, seconds, show, size, table, working
 
 MOST_CHAINS = 6
@@ -48,11 +48,9 @@ def simulate(
     import time
 
     positive("--global-batch", global_batch)
-    if memory is not None:
-        check_memory_file(memory)
-    for path in (trace_file, plot, memory):
-        if path is not None and not path.parent.is_dir():
-            raise ValueError(f"there is no folder {path.parent} to write {path.name} into; make it first")
+    check_file("--trace-file", trace_file)
+    check_file("--plot", plot, *PICTURES)
+    check_file("--memory", memory, *SUFFIXES)
     began = time.perf_counter()
     with working() as progress:
         prediction, timeline, graph, machine = _simulate(

@@ -39,7 +39,7 @@ def validate(
     """
     for option, value in (("--global-batch", global_batch), ("--plans", plans), ("--steps", steps)):
         positive(option, value)
-    if timeout <= 0:
+    if not timeout > 0:  # nor nan
         raise ValueError(f"--timeout is {timeout:g}; give seconds above 0")
     worlds, kind = read_ranks(ranks), precision_of(precision)
     target = out / (name or slug(model))

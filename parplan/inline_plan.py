@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +24,7 @@ WORDS: dict[str, dict[str, Any]] = {
     "single": {}, "x": {},
 }  # fmt: skip
 LISTS = ("recompute_keeps", "offload")  # words of these add up
+SHARED_OUT = ("zero1", "zero2", "zero3", "fsdp")
 NUMBERS = {"dp": "dp", "tp": "tp", "pp": "pp", "mb": "micro_batches"}
 Finish = Callable[["Workload", "OpGraph", "Cluster"], "ParallelPlan"]
 
@@ -53,9 +54,14 @@ def parse(text: str) -> dict[str, Any]:
         "dp": 1, "tp": 1, "pp": 1, "micro_batches": 1, "data_parallel": "ddp", "schedule": "1f1b", "precision": "fp32",
         "recompute": False, "recompute_first": (), "recompute_keeps": (), "offload": (),
     }  # fmt: skip
-    for word in re.split(r"[\s,]+", text.strip()):
+    seen: set[str] = set()
+    words = re.split(r"[\s,]+", text.strip())
+    for word in words:
         match = re.fullmatch(r"(dp|tp|pp|mb)([1-9]\d*)", word)
         if match:
+            if match[1] in seen:
+                raise ValueError(f"plan '{text}' gives {match[1]} twice; write each degree once")
+            seen.add(match[1])
             fields[NUMBERS[match[1]]] = int(match[2])
         elif first := re.fullmatch(r"recompute(\d+(?:/\d+)*)", word):
             fields |= {"recompute": True, "recompute_first": tuple(int(n) for n in first[1].split("/"))}
@@ -66,10 +72,20 @@ def parse(text: str) -> dict[str, Any]:
         else:
             raise ValueError(
                 f"'{word}' in plan '{text}' is no degree, and there is no such file; write for example dp2,tp2,mb4 "
-                "with any of dpN tpN ppN mbN ddp zero1 zero2 fsdp gpipe 1f1b recompute recomputeN keep-products "
+                "with any of dpN tpN ppN mbN ddp zero1 zero2 zero3 fsdp gpipe 1f1b recompute recomputeN keep-products "
                 "keep-attention offload offload-optimizer offload-activations bf16, or give a plan file"
             )
+    _check_words(words, text, fields)
     return fields
+
+
+def _check_words(words: Sequence[str], text: str, wanted: dict[str, Any]) -> None:
+    """ValueError for words that would change nothing: who wrote them means another plan."""
+    for word in words:
+        if word in SHARED_OUT and wanted["dp"] == 1:
+            raise ValueError(f"plan '{text}' has {word} but no data-parallel ranks to share out over; add dp2 or more")
+        if word.startswith("keep-") and not wanted["recompute"]:
+            raise ValueError(f"plan '{text}' has {word} but recomputes nothing; add recompute, or leave {word} out")
 
 
 def _check_batch(wanted: dict[str, Any], text: str, global_batch: int) -> None:

@@ -86,6 +86,8 @@ def read_cases(path: Path) -> list[Case]:
         raise ValueError(f"{path} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:
         raise ValueError(f"{path} is no text file; give a CSV file with a header line") from None
+    if not columns:
+        raise ValueError(f"{path} is empty; give a CSV file with a header line")
     kind = _kind(columns, path)
     if not rows:
         raise ValueError(f"{path} has a header line and no rows; give at least one case")

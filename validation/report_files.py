@@ -38,6 +38,22 @@ def check_replaceable(target: Path, marker: str) -> None:
         raise ValueError(f"{target} is a file; give the name of a folder")
     if target.is_dir() and any(target.iterdir()) and not (target / marker).is_file():
         raise ValueError(f"{target} holds other files (and no {marker}); give a new or an empty folder")
+    check_writable(target)
+
+
+def check_writable(target: Path) -> None:
+    """ValueError where nothing can be made at `target`, or in the nearest folder above it that exists: found out by a
+    temporary file, so that nobody waits for a result that cannot be kept."""
+    folder = Path(target).parent
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is a file, so {target} cannot be made in it; give a path in a folder")
+    try:
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise ValueError(f"nothing can be written into {folder} ({error.strerror}); give another path than {target}") \
+            from None
 
 
 def _swap(folder: Path, target: Path) -> None:

@@ -47,7 +47,7 @@ def _place(error: Exception, path: Path) -> str:
     said = " ".join(str(error).split()) or "no message"
     lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if Path(f.filename).name == path.name]
     line = error.lineno if isinstance(error, SyntaxError) else lines[-1] if lines else None
-    return f"{path}, line {line or '?'}: {type(error).__name__}: {said}"
+    return f"{path}{f', line {line}' if line else ''}: {type(error).__name__}: {said}"
 
 
 def _functions(module: ModuleType) -> list[str]:

@@ -175,6 +175,21 @@ def bad_inputs(folder: Path) -> dict[str, tuple[tuple[object, ...], str]]:
         "report": (("validate", MLP, "-b", 8, "--out", folder, "--name", "mine"), "holds other files"),
         "budget": (("calibrate", "--budget", 0), "--budget is 0"),
         "suffix": (("calibrate", "--out", folder / "device.json"), "ends in .toml"),
+        "no name": (("trace", ""), "names no model"),
+        "class": (("trace", f"{ROOT / 'examples' / 'own_model.py'}:Mixer"), "own_model.py: TypeError"),
+        "twice": ((*simulate, "dp2 dp4", "-b", 8), "gives dp twice"),
+        "alone": ((*simulate, "fsdp", "-b", 8), "no data-parallel ranks"),
+        "alone 2": ((*simulate, "tp2 zero2", "-b", 8), "no data-parallel ranks"),
+        "keeps": ((*simulate, "dp2 keep-products", "-b", 8), "recomputes nothing"),
+        "picture": ((*simulate, "dp2", "-b", 8, "--plot", folder / "x.docx"), "ends in none of .png"),
+        "a folder": ((*simulate, "dp2", "-b", 8, "--trace-file", folder), "is a folder"),
+        "endless": (("calibrate", "--budget", "nan"), "--budget is nan"),
+        "never": (("validate", MLP, "-b", 8, "--timeout", "nan"), "--timeout is nan"),
+        "calibrate there": (("calibrate", "--out", folder / "none" / "d.toml"), "no folder"),
+        "under a file": (("search", MLP, *on, "-b", 8, "--out", folder / "broken.toml" / "plans"), "is a file"),
+        "collectives out": (("collectives", *on, "--out", folder / "x.docx"), "neither a .png nor a folder"),
+        "predict out": (("predict", "--cases", folder / "none.csv", "--out", folder / "dp2.json"), "is a file"),
+        "topology": (("clusters", folder / "none.txt"), "cannot be read (No such file or directory)"),
     }  # fmt: skip
 
 

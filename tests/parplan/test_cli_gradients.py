@@ -34,7 +34,10 @@ def test_people_get_tables(parplan):
     ("words", "said"),
     [(("--ranks", "1"), "2 ranks"), (("--ranks", "2", "--schemes", "star"), "no known scheme"),
      (("--ranks", "2", "--compressions", "zip"), "no known compression"), (("--ranks", "99"), "99 devices"),
-     (("--ranks", "2", "--bucket-mb", "big"), "MiB"), (("--ranks", "2", "--compressions", "sign"), "--lossy"),
+     (("--ranks", "2", "--bucket-mb", "big"), "MiB"),
+     (("--ranks", "2", "--bucket-mb", "inf"), "MiB"), (("--ranks", "2", "--plot", "x.docx"), "ends in none of .png"),
+     (("--ranks", "2", "--compressions", "powersgd2.5"), "whole number"),
+     (("--ranks", "2", "--compressions", "sign"), "--lossy"),
      (("--ranks", "3", "-b", "8"), "8"), (("--ranks", "2", "--plot", "no/where.png"), "no folder")],
 )  # fmt: skip
 def test_mistakes_get_one_sentence(parplan, words, said):

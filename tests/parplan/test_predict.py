@@ -36,3 +36,6 @@ def test_a_file_that_is_none_gives_one_sentence(tmp_path: Path, capsys: pytest.C
     (tmp_path / "bad.csv").write_text("a,b\n1,2\n")
     assert main(["predict", "--cases", str(tmp_path / "bad.csv")]) == 2
     assert "lacks the column" in capsys.readouterr().err
+    (tmp_path / "bad.csv").write_text("")
+    assert main(["predict", "--cases", str(tmp_path / "bad.csv")]) == 2
+    assert "is empty" in capsys.readouterr().err

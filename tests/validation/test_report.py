@@ -12,7 +12,7 @@ import pytest
 from planner.plan import ParallelPlan
 from validation.compare import Comparison
 from validation.report import COLUMNS, MARKER, environment, write_report
-from validation.report_files import assembled, plain, replacing
+from validation.report_files import assembled, check_replaceable, check_writable, plain, replacing
 from validation.study import SearchNote, Study
 
 PLANS = {
@@ -86,6 +86,21 @@ def test_other_peoples_folders_are_not_replaced(tmp_path: Path):
         with pytest.raises(ValueError, match=words), assembled(tmp_path / name, MARKER):
             pass
     assert (tmp_path / "mine" / "thesis.tex").exists()
+
+
+def test_where_nobody_may_write_is_said_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    check_writable(tmp_path / "new" / "deeper")
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(ValueError, match="is a file"):
+        check_writable(tmp_path / "file" / "plans")
+
+    def refuse(dir: Path) -> None:
+        raise PermissionError(13, "Permission denied", str(dir))
+
+    monkeypatch.setattr("tempfile.TemporaryFile", refuse)
+    with pytest.raises(ValueError, match=r"nothing can be written into .* \(Permission denied\); give another"):
+        check_replaceable(tmp_path / "new" / "plans", MARKER)
 
 
 def test_files_appear_whole_or_not_at_all(tmp_path: Path):
