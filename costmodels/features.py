@@ -90,12 +90,13 @@ def gemm_dims(shape: OpShape) -> tuple[int, int, int, int]:
 
 def touched(shape: OpShape) -> int:
     """Bytes an op really moves: a gather reads the rows that it writes, not the whole table."""
-    if _gathers(shape.name):
+    if gathers(shape.name):
         return 2 * shape.bytes_written
     return shape.bytes_read + shape.bytes_written
 
 
-def _gathers(name: str) -> bool:
+def gathers(name: str) -> bool:
+    """Whether an op reads only those rows of its first input that it writes."""
     return base_name(name) in ("embedding", "index_select", "gather", "index", "take")
 
 
@@ -171,7 +172,7 @@ def _rnn(shape: OpShape) -> tuple[float, ...]:
 
 
 def _sides(shape: OpShape) -> tuple[float, ...]:
-    read = shape.bytes_written if _gathers(shape.name) else shape.bytes_read
+    read = shape.bytes_written if gathers(shape.name) else shape.bytes_read
     return (1.0, *_tiers(read), *_tiers(shape.bytes_written))
 
 

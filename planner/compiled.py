@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from math import prod
 
 from costmodels.families import COMPUTE, FREE, base_name, family
-from costmodels.features import touched
+from costmodels.features import gathers, touched
 from costmodels.ops import OpShape
 from opgraph.graph import OpGraph
 from planner.script import Host, Item, Work
@@ -204,6 +204,7 @@ def _shape(kernel: Kernel, graph: OpGraph, readers: dict[int, list[int]]) -> OpS
             s = graph.tensors[t].storage
             if s not in kernel.made:
                 part = graph.tensors[t].bytes * work.shape.bytes_read // max(whole, 1)
+                part = min(part, work.shape.bytes_written) if gathers(work.shape.name) else part
                 read[s] = max(read.get(s, 0), part)
         for t in outs:
             s = graph.tensors[t].storage

@@ -108,3 +108,16 @@ def test_bounds_of_compiled_steps_hold(kind):
     assert lower(graph, plan, H100, running).flops == lower(graph, plan, H100).flops
     without = predict(graph, plan, replace(H100, cache={}), compiled=True, cuda_graphs=True)
     assert without.step_seconds <= found.step_seconds
+
+
+def test_a_fused_gather_reads_its_rows_and_not_the_table():
+    """The first kernel of GPT-2 joins both embeddings with what follows: the table of words is larger than its rows."""
+    _, graph = model(GPT)
+    own = [w for w in works(graph) if family(w.shape.name) == "embedding"]
+    items, _ = fused_script(works(graph), graph)
+    joined = [i for i in items if isinstance(i, Work) and i.op < 0 and i.shape.bytes_read]
+    table = max(w.shape.bytes_read for w in own)
+    rows = max(w.shape.bytes_written for w in own)
+    assert own and joined
+    first = joined[0].shape.bytes_read
+    assert rows <= first < table, (rows, first, table)
