@@ -65,7 +65,7 @@ def _shipped_curve(group: Group, kind: str, algorithm: str) -> Curve:
 def curve_of(laws: Laws, group: Group, kind: str, algorithm: str = "") -> Curve:
     """The seconds of the best way at every size."""
     ways = _allowed(candidates(group, kind), algorithm)
-    factor = curve(laws, group, kind, SIZES)
+    factor = curve(laws, group, kind, SIZES, algorithm)
     times = np.array([_seconds(laws, group, kind, way) * factor for way in ways])
     times = np.maximum(times, np.array([_wire(way) for way in ways]))
     times = np.where(chosen(kind, ways, SIZES), times, np.inf)

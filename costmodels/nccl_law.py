@@ -10,12 +10,14 @@ bandwidth. The curve is a factor on top, of the size alone.
 
 A multiplier is the product of a common value and of what the family, the network, the kind of collective and the
 protocol say; what was never measured says 1. Fitted by `validation.fit_collectives`, marked there with their data.
+Families of which whole tables were measured on one node have a second curve for each number of ranks (`Laws.tables`,
+fitted by `validation.fit_nccl_tables`): what NCCL's choice of protocol and channels costs at that size.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
 
@@ -27,6 +29,8 @@ from costmodels.nccl_fabric import Group
 from costmodels.nccl_tuner import Candidate
 
 WHERE = CATALOGUE / "collectives" / "nccl.toml"
+TABLES = CATALOGUE / "collectives" / "nccl_tables.toml"
+Line = tuple[np.ndarray, np.ndarray]  # log2 of bytes, ln of the factor
 BANDS = ("under_256KiB", "256KiB_16MiB", "over_16MiB")
 TERMS = ("base", "hop", "crossing", "inside", "across", "ramp")
 CROSSING = 12e-6  # seconds of one network crossing beyond NCCL's own constant, before anything is fitted: ASSUMPTION
@@ -36,12 +40,14 @@ CROSSING = 12e-6  # seconds of one network crossing beyond NCCL's own constant, 
 class Laws:
     """values: "family.hopper.ramp" -> multiplier (common.crossing: seconds). curves: family, scope and class of
     collective -> (log2 of bytes, ln of the factor). errors: "family.scope" -> mean absolute relative error by band
-    of configurations that the fit did not see; "other" for families that were never measured. rows: points fitted."""
+    of configurations that the fit did not see; "other" for families that were never measured. rows: points fitted.
+    tables: family and class of collective on one node -> number of ranks -> a curve that is multiplied on top."""
 
     values: Mapping[str, float] = field(default_factory=dict)
-    curves: Mapping[tuple[str, str, str], tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)
+    curves: Mapping[tuple[str, str, str], Line] = field(default_factory=dict)
     errors: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     rows: int = 0
+    tables: Mapping[tuple[str, str], Mapping[int, Line]] = field(default_factory=dict)
 
 
 TUNER = Laws({"common.ramp": 0.0, "common.crossing": 0.0})  # NCCL's own constants alone
@@ -110,12 +116,25 @@ def terms(way: Candidate) -> tuple[float, ...]:
     return way.base, way.hops, way.net, way.crossings, way.inside, way.across, way.slow, way.cap, paced
 
 
-def curve(laws: Laws, group: Group, kind: str, sizes: np.ndarray) -> np.ndarray:
-    """The factor of the size: log-log between knots, level beyond them; 1 for what was never measured."""
+def curve(laws: Laws, group: Group, kind: str, sizes: np.ndarray, algorithm: str = "") -> np.ndarray:
+    """The factor of the size: log-log between knots, level beyond them; 1 for what was never measured. algorithm: the
+    one that is forced; tables hold what NCCL chose, and say nothing of others."""
     known = laws.curves.get((group.family, scope_of(group), class_of(kind)))
-    if known is None:
-        return np.ones(len(sizes))
-    return np.asarray(np.exp(np.interp(np.log2(sizes), *known)))
+    total = np.zeros(len(sizes)) if algorithm else table_curve(laws, group, kind, sizes)
+    return np.exp(total if known is None else total + np.interp(np.log2(sizes), *known))
+
+
+def table_curve(laws: Laws, group: Group, kind: str, sizes: np.ndarray) -> np.ndarray:
+    """ln of the factor that tables of one node say: linear in log2 of the ranks between two tables, level beyond."""
+    known = laws.tables.get((group.family, class_of(kind)), {}) if group.hosts == 1 else {}
+    if not known:
+        return np.zeros(len(sizes))
+    counts = sorted(known)
+    below = max((n for n in counts if n <= group.ranks), default=counts[0])
+    above = min((n for n in counts if n >= group.ranks), default=counts[-1])
+    share = 0.0 if below == above else np.log2(group.ranks / below) / np.log2(above / below)
+    low, high = (np.interp(np.log2(sizes), *known[n]) for n in (below, above))
+    return np.asarray(low + share * (high - low))
 
 
 def error_of(laws: Laws, group: Group, nbytes: float) -> float:
@@ -128,11 +147,18 @@ def error_of(laws: Laws, group: Group, nbytes: float) -> float:
 @cache
 def shipped() -> Laws:
     """The laws of the catalogue, fitted to all its sweeps."""
-    return laws_from(toml.read_toml(WHERE)) if WHERE.is_file() else Laws()
+    laws = laws_from(toml.read_toml(WHERE)) if WHERE.is_file() else Laws()
+    return replace(laws, tables=shipped_tables().tables)
+
+
+@cache
+def shipped_tables() -> Laws:
+    """What tables of one node say alone (nccl_tables.toml): values to start from, and the curves of `Laws.tables`."""
+    return laws_from(toml.read_toml(TABLES)) if TABLES.is_file() else Laws()
 
 
 def laws_from(data: Mapping[str, Any]) -> Laws:
-    """Laws from the content of nccl.toml."""
+    """Laws from the content of nccl.toml or nccl_tables.toml."""
     values: dict[str, float] = {}
     for section in ("common", "family", "network", "kind", "protocol", "all_to_all"):
         for key, value in data.get(section, {}).items():
@@ -143,7 +169,11 @@ def laws_from(data: Mapping[str, Any]) -> Laws:
         for row in data.get("curve", [])
     }
     errors = {row["where"]: tuple(row["error"]) for row in data.get("error", [])}
-    return Laws(values, curves, errors, int(data.get("rows", 0)))
+    tables: dict[tuple[str, str], dict[int, Line]] = {}
+    for row in data.get("table", []):
+        knots = row["first"] + np.arange(len(row["factor"]))
+        tables.setdefault((row["family"], row["collective"]), {})[row["ranks"]] = knots, np.log(row["factor"])
+    return Laws(values, curves, errors, int(data.get("rows", 0)), tables)
 
 
 def laws_data(laws: Laws) -> dict[str, Any]:

@@ -19,12 +19,27 @@ from scipy.optimize import least_squares
 
 from costmodels import tomlfile as toml
 from costmodels.nccl_fabric import Group, group_of
-from costmodels.nccl_law import BANDS, WHERE, Laws, class_of, combine, keys, laws_data, scope_of, terms
+from costmodels.nccl_law import (
+    BANDS,
+    WHERE,
+    Laws,
+    class_of,
+    combine,
+    keys,
+    laws_data,
+    scope_of,
+    shipped_tables,
+    table_curve,
+    terms,
+)
 from costmodels.nccl_tuner import Candidate, candidates, chosen
 from validation.collective_cases import SWEEPS, Setup, Sweep, setup_of, sweeps_data
 
 NOISE = 0.15  # expected spread of ln(measured / predicted) of one point
 SWEEP_POINTS = 10
+# Share of a prior's spread that is left where tables of 92 sweeps say the value: of 1, 0.5 and 0.25 the best on sweeps
+# left out one by one.
+TABLE_TRUST = 0.25
 # (mean, spread) of ln(multiplier): the longest key that begins the name counts. Means that are not 0 are ASSUMPTIONS
 # from shared/facts/communication.md: small messages take 10 to 25 us on one node and 30 to 75 us on two (A6: base, hop,
 # crossing), NICs give .73 to .95 (across), Simple's hops overlap (protocol.Simple), LL has no chunks to fill (ramp).
@@ -52,7 +67,8 @@ CLASSES = ("all_reduce", "gather", "all_to_all", "send")
 class Points:
     """All points of some sweeps, and for each all ways to run it. ways: (9, points, ways) of `nccl_law.terms`;
     products: which parameters each multiplier that occurs is a product of (a row of zeros and ones each); names:
-    (6, points, ways) rows of `products`; allowed: which ways NCCL may take there."""
+    (6, points, ways) rows of `products`; allowed: which ways NCCL may take there. base: what tables say already, and
+    table: ln of the factor of each point that it gives."""
 
     sweeps: tuple[Sweep, ...]
     setups: tuple[Setup, ...]
@@ -66,10 +82,13 @@ class Points:
     products: np.ndarray
     names: np.ndarray
     allowed: np.ndarray
+    base: Laws
+    table: np.ndarray
 
 
-def points_of(sweeps: Sequence[Sweep]) -> Points:
-    """The points of all sweeps that can be priced."""
+def points_of(sweeps: Sequence[Sweep], base: Laws | None = None) -> Points:
+    """The points of all sweeps that can be priced. base: laws to start from; by default those of the shipped tables."""
+    base = shipped_tables() if base is None else base
     setups = tuple(setup_of(s) for s in sweeps)
     groups = tuple(group_of(s.cluster, s.ranks) for s in setups)
     ways = [_ways(g, s) for g, s in zip(groups, setups, strict=True)]
@@ -82,12 +101,16 @@ def points_of(sweeps: Sequence[Sweep]) -> Points:
     names = [[*([place[t] for t in w] for w in sweep), *[[0] * 6] * (most - len(sweep))] for sweep in named]
     allowed = [_chosen(x.kind, w, s, most) for x, w, s in zip(setups, ways, sweeps, strict=True)]
     owner = np.repeat(np.arange(len(sweeps)), [len(s.bytes) for s in sweeps])
+    tables = [
+        np.zeros(len(w.bytes)) if s.algorithm else table_curve(base, g, s.kind, np.array(w.bytes))
+        for g, s, w in zip(groups, setups, sweeps, strict=True)
+    ]
     return Points(
         tuple(sweeps), setups, groups, owner,
         np.array([b for s in sweeps for b in s.bytes]), np.array([t for s in sweeps for t in s.seconds]),
         np.array([s.host for s in setups])[owner], parameters, np.moveaxis(np.array(rows)[owner], 2, 0),
         np.array([[name in term for name in parameters] for term in products], float),
-        np.moveaxis(np.array(names)[owner], 2, 0), np.concatenate(allowed),
+        np.moveaxis(np.array(names)[owner], 2, 0), np.concatenate(allowed), base, np.concatenate(tables),
     )  # fmt: skip
 
 
@@ -119,13 +142,28 @@ def predict(points: Points, values: np.ndarray) -> np.ndarray:
     """ln(seconds) of every point by the best way, host time of the measurement included."""
     by = np.exp(points.products @ values)[points.names]
     times = combine(points.sizes[:, None], points.ways, by, 0.0)
-    return np.asarray(np.log(np.where(points.allowed, times, np.inf).min(1) + points.host))
+    best = np.where(points.allowed, times, np.inf).min(1)
+    return np.asarray(np.log(best * np.exp(points.table) + points.host))
 
 
 def fit(points: Points, use: np.ndarray) -> Laws:
     """The laws that `use` (a mask of points) says."""
-    part = _subset(points, use)
-    priors = np.array([prior(name) for name in points.parameters])
+    part = subset(points, use)
+    found = solve(part, np.array([start(name, points.base) for name in points.parameters]))
+    values = {name: float(np.exp(v)) for name, v in zip(points.parameters, found, strict=True)}
+    values |= {name: float(np.exp(PRIORS[name.replace("other", "*")][0])) for name in ("network.other.ramp",)}
+    curves = _curves(part, np.log(part.seconds) - predict(part, found))
+    return Laws(values, curves, rows=int(use.sum()), tables=points.base.tables)
+
+
+def start(name: str, base: Laws) -> tuple[float, float]:
+    """`prior`, moved to what the tables say, which a sweep moves less (`TABLE_TRUST`)."""
+    mean, spread = prior(name)
+    return (log(base.values[name]), spread * TABLE_TRUST) if name in base.values else (mean, spread)
+
+
+def solve(part: Points, priors: np.ndarray) -> np.ndarray:
+    """The logarithms of the most likely parameters. priors: (parameters, 2), mean and spread of each."""
     measured = np.log(part.seconds)
     count = np.bincount(part.owner)[part.owner]
     weight = np.sqrt(np.minimum(1.0, SWEEP_POINTS / count))
@@ -135,16 +173,14 @@ def fit(points: Points, use: np.ndarray) -> Laws:
         off = np.sign(off) * 2 * np.sqrt(np.log1p(off * off / 4))
         return np.concatenate([weight * off, (values - priors[:, 0]) / priors[:, 1]])
 
-    found = least_squares(residuals, priors[:, 0], x_scale=priors[:, 1], max_nfev=40, ftol=1e-4, xtol=1e-5).x
-    values = {name: float(np.exp(v)) for name, v in zip(points.parameters, found, strict=True)}
-    values |= {name: float(np.exp(PRIORS[name.replace("other", "*")][0])) for name in ("network.other.ramp",)}
-    return Laws(values, _curves(part, measured - predict(part, found)), rows=int(use.sum()))
+    found = least_squares(residuals, priors[:, 0], x_scale=priors[:, 1], max_nfev=40, ftol=1e-4, xtol=1e-5)
+    return np.asarray(found.x)
 
 
-def _subset(points: Points, use: np.ndarray) -> Points:
+def subset(points: Points, use: np.ndarray) -> Points:
     return replace(
         points, owner=points.owner[use], sizes=points.sizes[use], seconds=points.seconds[use], host=points.host[use],
-        ways=points.ways[:, use], names=points.names[:, use], allowed=points.allowed[use],
+        ways=points.ways[:, use], names=points.names[:, use], allowed=points.allowed[use], table=points.table[use],
     )  # fmt: skip
 
 
