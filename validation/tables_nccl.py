@@ -43,7 +43,7 @@ def table_sweeps(folder: Path) -> list[Sweep]:
     files = sorted(folder.rglob("nccl_perf.parquet"))
     if not files:
         raise ValueError(f"{folder} holds no nccl_perf.parquet; unpack {WHEEL} there")
-    found = []
+    found: list[Sweep] = []
     for system in SYSTEMS:
         mine = [f for f in files if f.parts[-5] == system and version_of(f.parent.name) >= OLDEST]
         if mine:
@@ -63,12 +63,13 @@ def _system_sweeps(system: str, files: list[Path]) -> Iterator[Sweep]:
     rows = rows[rows.num_gpus <= MOST.get(system, 8)]
     versions = ", ".join(f.parent.name for f in files)
     gpu, wires = SYSTEMS[system]
-    for (op, count), one in rows.groupby(["op_name", "num_gpus"]):
+    for key, one in rows.groupby(["op_name", "num_gpus"]):
+        op, count = str(key[0]), int(str(key[1]))
         adds = op in ("all_reduce", "reduce_scatter")
         notes = f"{'half' if adds else 'half and int8'}, NCCL {versions}"
         times = (one[one.nccl_dtype == "half"] if adds else one).groupby("bytes").seconds.median()
         sizes, seconds = tuple(map(float, times.index)), tuple(times.tolist())
-        yield Sweep(f"{system}-{count}g-{op}", gpu, int(count), 1, wires, str(op), sizes, seconds, WHEEL, notes)
+        yield Sweep(f"{system}-{count}g-{op}", gpu, count, 1, wires, op, sizes, seconds, WHEEL, notes)
 
 
 def _read(path: Path) -> pd.DataFrame:
