@@ -169,7 +169,9 @@ def markdown(rows: list[Row], about: dict[str, Any]) -> str:
     lines += [
         "Each row carries its commit in `memory.csv`.",
         "Bytes of tensors alive at the worst moment of a steady step, of the rank where predicted and measured differ",
-        "most. Measured: running sum of the profiler's memory events, from before the model is built.", "",
+        "most. Measured: running sum of the profiler's memory events, from before the model is built. gloo's threads",
+        "may let go of a message's buffer late: rarely one rank shows exactly one message more, none when repeated.",
+        "",
         "| model | plan | predicted MiB | measured MiB | error |", "|---|---|--:|--:|--:|",
     ]  # fmt: skip
     for r in rows:
