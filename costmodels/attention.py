@@ -1,10 +1,10 @@
 """Attention: flash kernels by their tiles, memory-efficient kernels by a share of them, unfused attention by its parts.
 
 A flash kernel gives each tile of 128 queries of one head to a block of threads, which walks over the keys in steps of
-64; under a causal mask it stops at the diagonal. Its time is the launch, plus the work of all blocks shared out among
-the units, joined (a norm) with the longest block, which nothing can shorten but a split over the keys, and with the
-memory's time for what exceeds the last cache. What a tile costs beyond its steps (loading queries, storing results)
-does not overlap with them.
+64 (a section may state other tiles); under a causal mask it stops at the diagonal. Its time is the launch, plus the
+work of all blocks shared out among the units, joined (a norm) with the longest block, which nothing can shorten but a
+split over the keys, and with the memory's time for what exceeds the last cache. What a tile costs beyond its steps
+(loading queries, storing results) does not overlap with them.
 
 Fitted by `validation.fit_kernels` to the bfloat16 tables of aiconfigurator-core 0.12 (prefill and encoder attention:
 FlashAttention-2 on A100 and L40S, FlashAttention-3 on H100 and H200, TensorRT-LLM's kernels on Blackwell); errors in
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 Array = NDArray[np.float64]
 Kernel = Literal["flash", "flash2", "efficient", "math", "decode"]
 
-QUERIES, KEYS = 128, 64  # rows of a tile, and keys of one step
+QUERIES, KEYS = 128, 64  # rows of a tile, and keys of one step, where a section states no `tile_rows`, `tile_keys`
 SPLITS = (2, 4, 8)  # parts of the keys that a small grid is split over
 
 # Backward passes make 2.5 times the FLOP of the forward (five products for two) at .75 to .85 of its rate, and move
@@ -154,18 +154,17 @@ def kernel_seconds(constants: Mapping[str, Any], device: Device, dtype: str, ker
     return flash_seconds(constants, device, dtype, calls, share * (EFFICIENT_SHARE if kernel == "efficient" else 1.0))
 
 
-def flash_seconds(
-    constants: Mapping[str, Any], device: Device, dtype: str, calls: Calls, share: float = 1.0
-) -> Array:
+def flash_seconds(constants: Mapping[str, Any], device: Device, dtype: str, calls: Calls, share: float = 1.0) -> Array:
     """Seconds of a flash kernel that reaches `share` of the fitted rate. FlashAttention-3 `packs`: where a head has no
     more queries than a tile has rows, query heads of one key head share a tile."""
     c = calls
     step = _step_seconds(constants, device, dtype, c) / share
-    best = _blocks(constants, device, dtype, c, step, (c.heads, c.queries, *_steps(c)))
+    high, (steps, along) = tile_rows(constants), _steps(constants, c)
+    best = _blocks(constants, device, dtype, c, step, (c.heads, c.queries, steps, along))
     if constants.get("packs"):
-        rows, along = c.queries * c.heads / c.kv_heads, np.ceil(c.keys / KEYS)
-        packed = _blocks(constants, device, dtype, c, step, (c.kv_heads, rows, np.ceil(rows / QUERIES) * along, along))
-        best = np.where(c.queries <= QUERIES, np.minimum(best, packed), best)
+        rows = c.queries * c.heads / c.kv_heads
+        packed = _blocks(constants, device, dtype, c, step, (c.kv_heads, rows, np.ceil(rows / high) * along, along))
+        best = np.where(c.queries <= high, np.minimum(best, packed), best)
     missed = _missed(device, _size(dtype), c) / float(constants["memory"])
     launches = np.where(c.backward, BACKWARD_LAUNCHES, 1.0)
     seconds: Array = launches * float(constants["launch"]) + _joined(float(constants["memory_join"]), best, missed)
@@ -177,11 +176,11 @@ def _blocks(
     grid: tuple[Array, Array, Array, Array],
 ) -> Array:  # fmt: skip
     """Seconds of all blocks; `grid` is heads, rows of a head, steps of all its tiles, and steps of the longest one."""
-    heads, rows, steps, longest = grid
-    tiles = np.ceil(rows / QUERIES)
+    (heads, rows, steps, longest), high = grid, tile_rows(constants)
+    tiles = np.ceil(rows / high)
     # A tile of few rows costs less than a full one, by a fitted power: rows that are not there are not computed.
-    part = (np.minimum(rows, QUERIES) / QUERIES) ** float(constants["short"])
-    loaded = np.minimum(rows, QUERIES) * (c.width + c.value_width) * _size(dtype)
+    part = (np.minimum(rows, high) / high) ** float(constants["short"])
+    loaded = np.minimum(rows, high) * (c.width + c.value_width) * _size(dtype)
     loaded = loaded * np.where(c.backward, BACKWARD_BYTES, 1.0)
     stream = float(constants["tile_stream"]) * device.memory_bandwidth / device.units
     tile, step = float(constants["tile"]) * part + loaded / stream, step * part
@@ -201,10 +200,11 @@ def _joined(power: float, a: Array, b: Array) -> Array:
 
 
 def _step_seconds(constants: Mapping[str, Any], device: Device, dtype: str, c: Calls) -> Array:
-    """Seconds of one step (128 queries by 64 keys) on one unit; the wider of the widths sets the rate."""
+    """Seconds of one step (a tile's queries by a step's keys) on one unit; the wider of the widths sets the rate."""
     from costmodels.ops import peak_of
 
-    flops = 2.0 * QUERIES * KEYS * (c.width + c.value_width) * np.where(c.backward, BACKWARD_FLOPS / BACKWARD_RATE, 1.0)
+    pairs = tile_rows(constants) * step_keys(constants, c)
+    flops = 2.0 * pairs * (c.width + c.value_width) * np.where(c.backward, BACKWARD_FLOPS / BACKWARD_RATE, 1.0)
     rates = head_rate(constants, np.maximum(c.width, c.value_width))
     seconds: Array = flops / (peak_of(device, dtype) / device.units * rates)
     return seconds
@@ -220,11 +220,30 @@ def head_rate(constants: Mapping[str, Any], width: Array) -> Array:
     return found
 
 
-def _steps(c: Calls) -> tuple[Array, Array]:
+def tile_rows(constants: Mapping[str, Any]) -> float:
+    """Queries of one tile of the kernel that a section describes."""
+    return float(constants.get("tile_rows", QUERIES))
+
+
+def step_keys(constants: Mapping[str, Any], c: Calls) -> Array:
+    """Keys of one step: `tile_keys` has one entry for each of `head_dims`; a width takes that of the next larger."""
+    if "tile_keys" not in constants:
+        return np.full(len(c.keys), float(KEYS))
+    own = np.searchsorted(np.array(constants["head_dims"], float), np.maximum(c.width, c.value_width))
+    keys: Array = np.array(constants["tile_keys"], float)[np.minimum(own, len(constants["tile_keys"]) - 1)]
+    return keys
+
+
+def _steps(constants: Mapping[str, Any], c: Calls) -> tuple[Array, Array]:
     """Steps of all tiles of one head, and of its longest tile. A causal mask halves them where queries and keys are the
-    same tokens; tiles on the diagonal are whole."""
-    tiles, along = np.ceil(c.queries / QUERIES), np.ceil(c.keys / KEYS)
-    triangle = (QUERIES // KEYS) * tiles * (tiles + 1) / 2
+    same tokens; steps on the diagonal are whole."""
+    rows, keys = tile_rows(constants), step_keys(constants, c)
+    tiles, along = np.ceil(c.queries / rows), np.ceil(c.keys / keys)
+    # Steps of tile i: i rows / keys, rounded up: i times `each` where a tile has more rows than a step has keys, else
+    # one more for every `shared` tiles.
+    each, shared = np.maximum(rows / keys, 1), np.maximum(keys / rows, 1)
+    full = np.floor(tiles / shared)
+    triangle = each * (shared * full * (full + 1) / 2 + (tiles - full * shared) * (full + 1))
     steps: Array = np.where(c.causal & (c.queries == c.keys), np.minimum(triangle, tiles * along), tiles * along)
     return steps, along
 

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 Array = NDArray[np.float64]
 FULL_TILE = 128 * 256  # elements of the tile whose rate `compute` states
 THROTTLE_FROM, THROTTLE_DECADES = 1e-4, 3.0  # seconds at the peak from which clocks sink; decades that tables reach
-K_STEP = 32  # elements of k that a block loads at once; k is rounded up to it
+UNITS_JOIN = 3.0  # exponent of the norm that joins a unit's waves with what a lone block takes; fits give 2.5 to 4
 CHUNK = 64  # products priced at once: their candidates stay in a core's own cache (1024: twice as slow)
 
 
@@ -57,6 +57,9 @@ class Constants:
     throttle: share of the rate lost per decade of duration above `THROTTLE_FROM`. odd: share by which compute slows
     where n or k is no multiple of 16 bytes. resident: share of the last cache up to which operands and result stay
     there from run to run (L40S: 14 of 96 MB); hot: how many times faster than the memory they are then read.
+    k_step: elements of k that a block loads at once, k is rounded up to it (tensor cores 32, float32's SIMT kernels 8).
+    alone: waves that a unit's lone block takes, because only several blocks at once hide each other's latency
+    (Turing's float32: 3); 0: exactly one wave.
     """
 
     compute: float
@@ -74,6 +77,8 @@ class Constants:
     odd: float = 0.0
     resident: float = 0.0
     hot: float = 1.0
+    k_step: float = 32.0
+    alone: float = 0.0
 
 
 CONSTANTS = tuple(f.name for f in fields(Constants))
@@ -160,8 +165,12 @@ def _compute(c: Constants, hw: Hardware, cand: Menu, fill: Array, dims: Array) -
     """Seconds of the waves of tiles."""
     b, m, n, k = (dims[:, i : i + 1] for i in range(4))
     rate = hw.peak / hw.units * c.compute * np.minimum(1.0, cand.rows * cand.columns / FULL_TILE) ** c.area
-    steps = np.ceil(k / cand.parts / K_STEP) * K_STEP + c.prologue
-    waves = np.maximum((1 - c.smooth) * np.ceil(fill) + c.smooth * fill, 1.0)
+    steps = np.ceil(k / cand.parts / c.k_step) * c.k_step + c.prologue
+    waves = (1 - c.smooth) * np.ceil(fill) + c.smooth * fill
+    if c.alone:
+        waves = (waves**UNITS_JOIN + c.alone**UNITS_JOIN) ** (1 / UNITS_JOIN)
+    else:
+        waves = np.maximum(waves, 1.0)
     decades = np.clip(np.log10(2 * b * m * n * k / (hw.peak * THROTTLE_FROM)), 0.0, THROTTLE_DECADES)
     vector = 16 / hw.operand_bytes
     slower = (1 + c.throttle * decades) * (1 + c.odd * ((n % vector != 0) | (k % vector != 0)))

@@ -24,9 +24,23 @@ FIT_ROWS = 4000  # rows that a fit looks at: its constants change by less than 1
 
 
 @dataclass(frozen=True, slots=True)
+class Tiles:
+    """Rows of a tile, and keys of a step for head dims of up to 64, up to 128, and above."""
+
+    rows: int
+    keys: tuple[int, int, int]
+
+
+# FlashAttention-2 on a paged cache runs its split-KV kernel, whose blocks are the same on every device: 64 queries by
+# 256, 128 or 64 keys (its source, flash_fwd_launch_template.h).
+PAGED = Tiles(64, (256, 128, 64))
+
+
+@dataclass(frozen=True, slots=True)
 class Table:
     """system: folder of the tables. device: file stem. framework: whose kernel stands for the device. kernel: its name.
-    encoder: whether the table of non-causal attention is of the same kernel and joins the fit."""
+    encoder: whether the table of non-causal attention is of the same kernel and joins the fit. tiles: of kernels whose
+    tiles are not the law's defaults."""
 
     system: str
     device: str
@@ -34,13 +48,14 @@ class Table:
     kernel: str
     sources: tuple[str, ...]
     encoder: bool = False
+    tiles: Tiles | None = None
 
 
 TABLES = (
     Table("a100_sxm", "a100-sxm-80gb", "sglang", "FlashAttention-2", ("flash_attention",)),
     Table("h100_sxm", "h100-sxm", "vllm", "FlashAttention-3", ("vllm_flash_attn_fa3",), True),
     Table("h200_sxm", "h200", "vllm", "FlashAttention-3", ("vllm_flash_attn_fa3",), True),
-    Table("l40s", "l40s", "vllm", "FlashAttention-2", ("vllm_flash_attn_fa2",)),
+    Table("l40s", "l40s", "vllm", "FlashAttention-2", ("vllm_flash_attn_fa2",), tiles=PAGED),
     Table("b200_sxm", "b200", "vllm", "TensorRT-LLM", ("vllm_flashinfer_trtllmprefill",)),
     Table("b300_sxm", "b300", "vllm", "TensorRT-LLM", ("vllm_flashinfer_trtllmprefill",)),
     Table("gb200", "gb200", "vllm", "TensorRT-LLM", ("vllm_flashinfer_trtllmprefill",)),
@@ -105,14 +120,14 @@ def _fit_device(table: Table, rows: pd.DataFrame, decode: pd.DataFrame) -> Fitte
     device = load_device(table.device)
     scored, measured = _scored(rows), rows.latency.to_numpy() * 1e-3
     widths = sorted(int(w) for w in rows.head_dim.unique())
-    packs = table.kernel == "FlashAttention-3"
-    law = _law(device, rows, widths, packs)
+    stated = stated_of(table, widths)
+    law = _law(device, rows, widths, stated)
     rates = tuple(Constant(f"rate{w}", 0.6, True) for w in widths)
     wanted = (*CONSTANTS, *rates, *(ENCODER if table.encoder else ()))
     fitting = _some(~scored)
     x = fit_constants(wanted, lambda x: law(x, fitting), measured[fitting], STARTS)
     predicted = law(x, np.ones(len(rows), bool))
-    constants = section_of(x, widths, packs) | {"kernel": table.kernel}
+    constants = section_of(x, widths, stated) | {"kernel": table.kernel}
     extra: dict[str, float] = {}
     if len(decode):
         more, error, n = _fit_decode(device, decode)
@@ -143,8 +158,17 @@ def _some(fitting: Flags) -> Flags:
     return flags
 
 
+def stated_of(table: Table, widths: list[int]) -> dict[str, Any]:
+    """What is known of a table's kernel without fitting: whether it packs heads, and its tiles."""
+    stated: dict[str, Any] = {"packs": table.kernel == "FlashAttention-3"}
+    if table.tiles:
+        keys = [table.tiles.keys[(w > 64) + (w > 128)] for w in widths]
+        stated |= {"tile_rows": table.tiles.rows, "tile_keys": keys}
+    return stated
+
+
 def _law(
-    device: Device, rows: pd.DataFrame, widths: list[int], packs: bool
+    device: Device, rows: pd.DataFrame, widths: list[int], stated: Mapping[str, Any]
 ) -> Callable[[dict[str, float], Flags], Array]:
     """Seconds of the rows under a mask, by the law that prices ops and the writing of keys and values to the cache."""
     calls = calls_of_rows(rows)
@@ -154,17 +178,17 @@ def _law(
     def law(x: dict[str, float], mask: Flags) -> Array:
         cache = stored.to_numpy(float)[mask] / device.memory_bandwidth / x["cache_stream"]
         cache = cache + x.get("cache_launch", 0.0) * calls.causal[mask] + x.get("pad_launch", 0.0) * padded[mask]
-        seconds: Array = flash_seconds(section_of(x, widths, packs), device, DTYPE, masked(calls, mask)) + cache
+        seconds: Array = flash_seconds(section_of(x, widths, stated), device, DTYPE, masked(calls, mask)) + cache
         return seconds
 
     return law
 
 
-def section_of(x: dict[str, float], widths: list[int], packs: bool) -> dict[str, Any]:
+def section_of(x: dict[str, float], widths: list[int], stated: Mapping[str, Any]) -> dict[str, Any]:
     """The constants as a section of a kernels file has them. A norm's exponent below 1 would make work disappear."""
     plain = {c.name: x[c.name] for c in (*CONSTANTS, *ENCODER) if c.name in x}
     plain |= {name: 1 + x[name] for name in ("join", "memory_join")}
-    return {**plain, "packs": packs, "head_dims": widths, "rates": [x[f"rate{w}"] for w in widths]}
+    return {**plain, **stated, "head_dims": widths, "rates": [x[f"rate{w}"] for w in widths]}
 
 
 def calls_of_rows(rows: pd.DataFrame) -> Calls:

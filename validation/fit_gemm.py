@@ -26,7 +26,7 @@ from costmodels.gemm import borrowed_pricing
 from costmodels.gemm_correction import factors
 from costmodels.gemm_law import law_seconds
 from costmodels.relatives import measured, relatives
-from validation.fit_gemm_law import Array, Fit, Mask, calibration_half, fit, predictions, section_values
+from validation.fit_gemm_law import Array, Fit, Mask, calibration_half, fit, in_table, predictions, section_values
 from validation.tables_gemm import Table, download, eager_tables, kernel_tables, library_rows
 
 REGIONS = {"m < 64": (1, 64), "64 <= m < 512": (64, 512), "512 <= m < 1024": (512, 1024), "m >= 1024": (1024, 10**9)}
@@ -198,12 +198,13 @@ def _borrowed_scores(table: Table) -> list[dict[str, Any]]:
     near = next((d for d in relatives(device) if table.section in d.kernels.get("gemm", {})), None)
     if near is None:
         return []
-    host = float(device.kernels["gemm"][table.section].get("host_in_table", 0.0))
+    own = device.kernels["gemm"][table.section]
+    host, issue = (float(own.get(name, 0.0)) for name in ("host_in_table", "issue_in_table"))
     pricing = borrowed_pricing(device, near, table.section)
     bare = law_seconds(pricing.constants, pricing.hardware, pricing.menu, table.dims)
     assert pricing.correction is not None, "every fitted section has a correction"
-    rows = _scores(table, ~mask, bare + host, {"split": "shape", "law": "bare", "from": near.name})
-    corrected = bare * factors(pricing.correction, table.dims) + host
+    rows = _scores(table, ~mask, in_table(bare, host, issue), {"split": "shape", "law": "bare", "from": near.name})
+    corrected = in_table(bare * factors(pricing.correction, table.dims), host, issue)
     return rows + _scores(table, ~mask, corrected, {"split": "shape", "law": "corrected", "from": near.name})
 
 

@@ -27,9 +27,13 @@ RANGES = {
     "stream": (0.85, 0.5, 1.0), "in_flight": (60, 10, 256), "reread": (0.3, 0.0, 5.0), "overlap": (4, 1.1, 12),
     "floor": (2.5e-6, 2e-7, 2e-5), "split_floor": (2e-6, 0.0, 5e-6), "split_bytes": (0.1, 0.0, 5.0),
     "throttle": (0.03, 0.0, 0.5), "odd": (0.03, 0.0, 1.0), "resident": (0.15, 0.01, 1.0), "hot": (1.5, 1.0, 8.0),
-    "host": (4e-5, 0.0, 3e-4),
+    "host": (4e-5, 0.0, 3e-4), "alone": (1.0, 0.2, 6.0),
 }  # fmt: skip
-EAGER_IN_FLIGHT = (60, 10, 100)
+# float32's SIMT kernels (maxwell_, volta_, ampere_sgemm) start fast and load 8 elements of k at once.
+EAGER_RANGES = {"in_flight": (60, 10, 100), "prologue": (8, 0, 200), "host": (2e-5, 0.0, 3e-4)}
+EAGER_K_STEP = 8.0
+LONGEST_ISSUE = 3e-4  # seconds; the module calls of the tables take 30 to 70 us
+ISSUE_JOIN = 16.0  # exponent of the norm of issue and kernel in eager times; fitted freely: 13 to 40
 TENSOR_TILES = [
     "16x64", "16x128", "32x64", "32x128", "64x32", "64x64", "64x128", "64x256", "128x32", "128x64", "128x128",
     "128x256", "256x64", "256x128",
@@ -46,7 +50,7 @@ RARE = 0.01  # a tile is on the menu if it has this share of the calibration hal
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Fit:
-    """A fitted table. host: seconds of the eager launch in the table's times, no part of the law."""
+    """A fitted table. host, issue: seconds of the launch in an eager table (`in_table`), no part of the law."""
 
     constants: Constants
     hardware: Hardware
@@ -54,6 +58,7 @@ class Fit:
     tiles: list[str]
     splits: list[int]
     host: float
+    issue: float
     correction: Correction
 
 
@@ -83,14 +88,32 @@ def fit(table: Table, mask: Mask, rows: int = ROWS) -> Fit:
     dims, seconds = table.dims[mask], table.seconds[mask]
     candidates = menu(tiles, splits)
     # What a kind of table cannot show is not fitted to it.
-    eager = {"floor": EAGER_FLOOR, "resident": 0.0, "hot": 1.0}
-    fixed = eager if table.eager else {"odd": 0.0, "host": 0.0}
-    constants, host = _fit_constants(hardware, candidates, dims, seconds, fixed, rows)
-    left = np.log(np.maximum(seconds - host, 0.2 * seconds) / law_seconds(constants, hardware, candidates, dims))
-    # Where the launch is most of a measured time, the rest tells little of the kernel.
-    weights = (1 - np.minimum(host / seconds, 0.95)) ** 2
-    correction = _choose_correction(dims, left, weights)
-    return Fit(constants, hardware, candidates, tiles, splits, host, correction)
+    eager = {"floor": EAGER_FLOOR, "resident": 0.0, "hot": 1.0, "k_step": EAGER_K_STEP}
+    fixed = eager if table.eager else {"odd": 0.0, "host": 0.0, "issue": 0.0, "alone": 0.0}
+    constants, host, issue = _fit_constants(hardware, candidates, dims, seconds, fixed, rows)
+    kernel = law_seconds(constants, hardware, candidates, dims)
+    left, share = _left(kernel, host, issue, seconds)
+    correction = _choose_correction(dims, left, share**2)
+    return Fit(constants, hardware, candidates, tiles, splits, host, issue, correction)
+
+
+def in_table(kernel: Array, host: float, issue: float) -> Array:
+    """Seconds that a table shows for a kernel. Eager tables time between two events that the host issues around the
+    op: between them pass the launch and the kernel (`host` + kernel), but no less than the host takes to issue the op
+    (`issue`), which runs beside them. V100: 28 us and 48 us, so that kernels of up to 20 us do not show at all."""
+    both = host + kernel
+    larger, smaller = np.maximum(both, issue), np.minimum(both, issue)
+    seconds: Array = larger * (1.0 + (smaller / larger) ** ISSUE_JOIN) ** (1.0 / ISSUE_JOIN)
+    return seconds
+
+
+def _left(kernel: Array, host: float, issue: float, seconds: Array) -> tuple[Array, Array]:
+    """ln(measured / law) of the kernels, and the kernel's share of each measured time: where the launch or the host is
+    most of it, the rest tells little of the kernel."""
+    shown = in_table(kernel, host, issue)
+    share = ((host + kernel) / shown) ** ISSUE_JOIN * kernel / (host + kernel)
+    left: Array = np.clip(np.log(seconds / shown) / np.maximum(share, 0.05), -1.0, 1.0)
+    return left, share
 
 
 def _menu_of(table: Table, mask: Mask) -> tuple[list[str], list[int]]:
@@ -110,23 +133,24 @@ def _fit_constants(
     seconds: Array,
     fixed: dict[str, float],
     rows: int,
-) -> tuple[Constants, float]:
+) -> tuple[Constants, float, float]:
     """Least squares of ln(law / measured), large errors counted linearly; coarse, then fine steps, because minima and
-    waves make the law jump. Returns the constants and the seconds of the launch in the times."""
+    waves make the law jump. Returns the constants, and launch and issue in the times (`in_table`)."""
     pick = np.random.default_rng(0).permutation(len(dims))[:rows]
     dims, seconds = dims[pick], seconds[pick]
-    names = [n for n in RANGES if n not in fixed]
-    ranges = RANGES | ({"in_flight": EAGER_IN_FLIGHT} if "floor" in fixed else {})
+    least = min(float(np.quantile(seconds, 0.02)), LONGEST_ISSUE / 2)
+    ranges = RANGES | {"issue": (least, 0.0, 1.6 * least)} | (EAGER_RANGES if "floor" in fixed else {})
+    names = [n for n in ranges if n not in fixed]
     start, low, high = np.array([ranges[n] for n in names]).T
 
-    def constants(unit: Array) -> tuple[Constants, float]:
+    def constants(unit: Array) -> tuple[Constants, float, float]:
         values = dict(zip(names, (low + (high - low) * unit).tolist())) | fixed
-        host = values.pop("host")
-        return Constants(**values), host
+        host, issue = values.pop("host"), values.pop("issue")
+        return Constants(**values), host, issue
 
     def errors(unit: Array) -> Array:
-        made, host = constants(unit)
-        return np.log((law_seconds(made, hw, candidates, dims) + host) / seconds)
+        made, host, issue = constants(unit)
+        return np.log(in_table(law_seconds(made, hw, candidates, dims), host, issue) / seconds)
 
     at = (start - low) / (high - low)
     for step in (0.02, 0.004):
@@ -202,7 +226,8 @@ def _roughness(axes: tuple[Array, ...], stiffness: tuple[float, ...]) -> Any:
 def predictions(fitted: Fit, dims: Array) -> tuple[Array, Array]:
     """Measured times that the bare law, and the law with its correction, expect: the eager launch included."""
     bare = law_seconds(fitted.constants, fitted.hardware, fitted.menu, dims)
-    return bare + fitted.host, bare * factors(fitted.correction, dims) + fitted.host
+    corrected = bare * factors(fitted.correction, dims)
+    return in_table(bare, fitted.host, fitted.issue), in_table(corrected, fitted.host, fitted.issue)
 
 
 def section_values(table: Table, fitted: Fit, mask: Mask) -> dict[str, Any]:
@@ -222,7 +247,7 @@ def section_values(table: Table, fitted: Fit, mask: Mask) -> dict[str, Any]:
         "tiles": fitted.tiles,
         "splits": fitted.splits,
         **asdict(fitted.constants),
-        **({"host_in_table": fitted.host} if table.eager else {}),
+        **({"host_in_table": fitted.host, "issue_in_table": fitted.issue} if table.eager else {}),
         "low": calibration.min(axis=0).tolist(),
         "high": calibration.max(axis=0).tolist(),
         **stored,

@@ -189,12 +189,12 @@ def attention_section(device: Device, name: str, rows: Sequence[Row], data: str)
     wanted = (*(c for c in CONSTANTS if c.name != "cache_stream"), *(Constant(f"rate{w}", 0.5, True) for w in widths))
 
     def seconds(x: dict[str, float], some: Calls) -> Array:
-        return flash_seconds(section_of(x, widths, False), device, name, some)
+        return flash_seconds(section_of(x, widths, {"packs": False}), device, name, some)
 
     fitting = masked(calls, ~scored)
     found = fit_constants(wanted, lambda x: seconds(x, fitting), measured[~scored], STARTS[:3])
     about = _about(data, seconds(found, calls), measured, scored)
-    return {**about, **section_of(found, widths, False), "kernel": "FlashAttention-2"}
+    return {**about, **section_of(found, widths, {"packs": False}), "kernel": "FlashAttention-2"}
 
 
 def conv_section(device: Device, name: str, rows: Sequence[Row], data: str) -> dict[str, Any]:
