@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -45,6 +46,11 @@ ROWS = 2000  # sampled rows of the calibration half to which the constants are f
 # calibration half, to which the candidates are not fitted.
 NODES = ((6, 30, 16, 12), (5, 12, 12, 10))
 STIFFNESS = (0.01, 0.03, 0.1, 0.3)
+# Where tables name tiles, one candidate more has nodes along m and n on both sides of the tiles' edges, where the
+# number of tiles, and so the library's choice among them, jumps; most nodes along batches and k, and its stiffness.
+EDGES = (32, 64, 96, 128, 192, 256)
+EDGE_NODES, EDGE_STIFFNESS = (8, 6), (0.003, 0.01, 0.03)
+LEAST_GAP = 0.15  # ln units: what a slope counts as its width at least, so that the table may jump at an edge
 RARE = 0.01  # a tile is on the menu if it has this share of the calibration half
 
 
@@ -93,7 +99,7 @@ def fit(table: Table, mask: Mask, rows: int = ROWS) -> Fit:
     constants, host, issue = _fit_constants(hardware, candidates, dims, seconds, fixed, rows)
     kernel = law_seconds(constants, hardware, candidates, dims)
     left, share = _left(kernel, host, issue, seconds)
-    correction = _choose_correction(dims, left, share**2)
+    correction = _choose_correction(dims, left, share**2, table.eager)
     return Fit(constants, hardware, candidates, tiles, splits, host, issue, correction)
 
 
@@ -161,20 +167,39 @@ def _fit_constants(
     return constants(at)
 
 
-def _choose_correction(dims: Array, left: Array, weights: Array) -> Correction:
+def _choose_correction(dims: Array, left: Array, weights: Array, edges: bool = False) -> Correction:
     """The correction of the candidate that predicts a quarter of the rows best from the other three."""
     inner = (np.arange(len(dims)) % 4 > 0)[np.random.default_rng(1).permutation(len(dims))]
     best, chosen = np.inf, None
+    for axes, stiffness, gap in _candidates(dims, edges):
+        table = smooth_table(axes, dims[inner], left[inner], weights[inner], stiffness, gap)
+        errors = abs(factors(table, dims[~inner]) * np.exp(-left[~inner]) - 1)
+        error = float((np.sqrt(weights[~inner]) * errors).mean())  # an error of the kernel counts by its share
+        if error < best:
+            best, chosen = error, (axes, stiffness, gap)
+    assert chosen is not None, "the errors of all candidates are finite"
+    return smooth_table(chosen[0], dims, left, weights, *chosen[1:])
+
+
+def _candidates(dims: Array, edges: bool) -> Iterator[tuple[tuple[Array, ...], float, float]]:
+    """Axes, stiffness and least gap of the corrections to try."""
     for counts in NODES:
         axes = tuple(_nodes(x, count) for x, count in zip(dims.T, counts))
-        for stiffness in STIFFNESS:
-            table = smooth_table(axes, dims[inner], left[inner], weights[inner], stiffness)
-            errors = abs(factors(table, dims[~inner]) * np.exp(-left[~inner]) - 1)
-            error = float((np.sqrt(weights[~inner]) * errors).mean())  # an error of the kernel counts by its share
-            if error < best:
-                best, chosen = error, (axes, stiffness)
-    assert chosen is not None, "the errors of all candidates are finite"
-    return smooth_table(chosen[0], dims, left, weights, chosen[1])
+        yield from ((axes, stiffness, 0.0) for stiffness in STIFFNESS)
+    if edges:
+        batches, m, n, k = dims.T
+        jumps = (_nodes(batches, EDGE_NODES[0]), _edge_nodes(m), _edge_nodes(n), _nodes(k, EDGE_NODES[1]))
+        yield from ((jumps, stiffness, LEAST_GAP) for stiffness in EDGE_STIFFNESS)
+
+
+def _edge_nodes(values: Array) -> Array:
+    """Both sides of each tile edge, powers of two elsewhere, and the least and the largest of the values."""
+    low, high = values.min(), values.max()
+    sides = np.array([x for edge in EDGES for x in (edge, edge + 1)], float)
+    wide = 2.0 ** np.arange(17)
+    picked = np.unique(np.concatenate([sides, wide[(wide < EDGES[0] / 1.5) | (wide > EDGES[-1])], [low, high]]))
+    nodes: Array = np.log(picked[(picked >= low) & (picked <= high)])
+    return nodes
 
 
 def _nodes(values: Array, count: int) -> Array:
@@ -189,14 +214,17 @@ def _nodes(values: Array, count: int) -> Array:
     return apart
 
 
-def smooth_table(axes: tuple[Array, ...], dims: Array, left: Array, weights: Array, stiffness: float) -> Correction:
+def smooth_table(
+    axes: tuple[Array, ...], dims: Array, left: Array, weights: Array, stiffness: float, gap: float = 0.0
+) -> Correction:
     """The table that is near `left` and smooth: weighted squares plus `stiffness` times the squared slopes between
-    neighbouring nodes (three times that along n and k, where tables are coarser), large residuals counted linearly."""
+    neighbouring nodes (three times that along n and k, where tables are coarser), large residuals counted linearly.
+    Nodes nearer than `gap` (ln units) count as that far apart."""
     indices, shares = corners(axes, np.log(dims))
     rows = np.repeat(np.arange(len(dims)), indices.shape[1])
     size = int(np.prod([len(a) for a in axes]))
     matrix = sparse.csr_matrix((shares.ravel(), (rows, indices.ravel())), shape=(len(dims), size))
-    rough = _roughness(axes, tuple(stiffness * f for f in (1, 1, 3, 3))) + 0.05 * sparse.identity(size)
+    rough = _roughness(axes, tuple(stiffness * f for f in (1, 1, 3, 3)), gap) + 0.05 * sparse.identity(size)
     values, robust = np.zeros(size), np.ones(len(dims))
     for _ in range(2):
         scale = sparse.diags(weights * robust)
@@ -207,13 +235,13 @@ def smooth_table(axes: tuple[Array, ...], dims: Array, left: Array, weights: Arr
     return Correction(axes, values)
 
 
-def _roughness(axes: tuple[Array, ...], stiffness: tuple[float, ...]) -> Any:
+def _roughness(axes: tuple[Array, ...], stiffness: tuple[float, ...], gap: float) -> Any:
     """Sum over axes of stiffness times the squared slope in the log of that axis."""
     total: Any = 0
     for i, axis in enumerate(axes):
         if len(axis) == 1:
             continue
-        width = np.sqrt(np.diff(axis))
+        width = np.sqrt(np.maximum(np.diff(axis), gap))
         slope: Any = sparse.diags_array((-1 / width, 1 / width), offsets=(0, 1), shape=(len(axis) - 1, len(axis)))
         term: Any = sparse.identity(1)
         for j, other in enumerate(axes):
