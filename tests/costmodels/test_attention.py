@@ -10,7 +10,16 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from costmodels.attention import HEAD_DIMS, attention_price, attention_prices, head_rate, kernel_of
+from costmodels.attention import (
+    HEAD_DIMS,
+    _steps,
+    attention_price,
+    attention_prices,
+    calls_of,
+    head_rate,
+    kernel_of,
+    step_keys,
+)
 from costmodels.device import Device, load_device
 from costmodels.ops import OpShape, price, shape_of
 from opgraph.trace import trace
@@ -149,3 +158,30 @@ def test_traced_attentions_know_their_mask(causal: bool) -> None:
     masks = {op.phase: shape_of(graph, op).causal for op in graph.ops if "attention" in op.name}
     assert masks == {"forward": causal, "backward": causal}
     assert not any(shape_of(graph, op).causal for op in graph.ops if "attention" not in op.name)
+
+
+@pytest.mark.parametrize("rows, keys", [(128, 64), (64, 256), (64, 128), (64, 64)])
+@pytest.mark.parametrize("tokens", [1, 63, 64, 65, 300, 1024, 1025])
+def test_steps_under_a_causal_mask_are_those_of_a_count(rows: int, keys: int, tokens: int) -> None:
+    section = {"tile_rows": rows, "head_dims": [128], "tile_keys": [keys]}
+    calls = calls_of([call(1, 1, tokens, 128, causal=c) for c in (True, False)])
+    steps, longest = _steps(section, calls)
+    tiles, along = -(-tokens // rows), -(-tokens // keys)
+    # A tile walks to the end of its last row, by whole steps, but never past the keys.
+    counted = sum(min(-(-(i + 1) * rows // keys), along) for i in range(tiles))
+    assert longest.tolist() == [along, along] and steps[1] == tiles * along
+    assert counted <= steps[0] <= counted + max(rows // keys - 1, 0)
+
+
+def test_head_dims_have_their_own_steps_and_default_to_64_keys() -> None:
+    calls = calls_of([call(1, 1, 128, width) for width in (32, 64, 96, 128, 256, 512)])
+    section = {"head_dims": [64, 128, 256], "tile_keys": [256, 128, 64]}
+    assert step_keys(section, calls).tolist() == [256, 256, 128, 128, 64, 64]
+    assert step_keys({}, calls).tolist() == [64] * 6
+
+
+def test_a_paged_kernel_computes_whole_steps_of_its_keys() -> None:
+    """L40S's table is of a kernel that walks 256 keys at a time at head dim 64: fewer cost as much."""
+    l40s = load_device("l40s")
+    times = [seconds(l40s, call(8, 32, 64, 64, keys=keys)) for keys in (64, 256, 512)]
+    assert times[0] == pytest.approx(times[1]) and times[2] > 1.1 * times[1]

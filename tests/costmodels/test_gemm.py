@@ -64,6 +64,25 @@ def test_small_operands_come_from_the_cache() -> None:
     assert seconds(warm, CHIP, large)[0] == pytest.approx(seconds(PLAIN, CHIP, large)[0], rel=1e-3)
 
 
+def test_k_is_rounded_up_to_the_step_of_the_kernel() -> None:
+    compute_only = replace(PLAIN, prologue=0, floor=0.0)
+    fast_memory = replace(CHIP, bandwidth=1e17)
+    for step, ratio in ((8.0, 4.0), (32.0, 1.0)):
+        short, long = seconds(replace(compute_only, k_step=step), fast_memory, (1, 64, 64, 8), (1, 64, 64, 32))
+        assert long / short == pytest.approx(ratio, rel=1e-3)
+
+
+def test_a_lone_block_takes_as_long_as_several_at_once() -> None:
+    """Waves w of a unit take (w**3 + alone**3)**(1/3) of them: one 3 times as long, many no longer."""
+    alone, fast_memory = replace(PLAIN, alone=3.0, floor=0.0), replace(CHIP, bandwidth=1e17)
+    dims = np.array([[waves * 100, 128, 128, 8192] for waves in (1, 2, 100)], float)
+    tile = menu(["128x128"], [1])
+    whole = law_seconds(replace(alone, alone=0.0), fast_memory, tile, dims)
+    ratio = law_seconds(alone, fast_memory, tile, dims) / whole
+    waves = np.array([1, 2, 100])
+    assert ratio == pytest.approx((waves**3 + 27) ** (1 / 3) / waves, rel=1e-6)
+
+
 def test_misaligned_lengths_slow_compute() -> None:
     odd = replace(PLAIN, odd=0.3)
     aligned, misaligned = seconds(odd, CHIP, (1, 4096, 4096, 4096), (1, 4096, 4095, 4096))

@@ -9,13 +9,16 @@ import pandas as pd
 import pytest
 
 from costmodels.device import load_device
+from costmodels.gemm_correction import factors
 from costmodels.gemm_law import Constants, hardware_of, law_seconds, menu
 from validation.fit_gemm import main
 from validation.fit_gemm_law import (
     SPLITS,
     TENSOR_TILES,
+    _edge_nodes,
     calibration_half,
     fit,
+    in_table,
     predictions,
     section_values,
     smooth_table,
@@ -119,3 +122,28 @@ def test_bad_input_gives_one_sentence_and_2(tmp_path: Path, capsys: pytest.Captu
     assert main(["--ops", str(tmp_path), "--out", str(tmp_path)]) == 2
     assert "gemm_fp32.csv.gz" in capsys.readouterr().err
     assert main(["--out", str(tmp_path)]) == 2
+
+
+def test_an_eager_table_shows_launch_and_kernel_but_no_less_than_the_issue() -> None:
+    kernel = np.array([1e-6, 10e-6, 60e-6, 1.0])
+    shown = in_table(kernel, 30e-6, 50e-6)
+    assert shown[:2] == pytest.approx([50e-6, 50e-6], rel=1e-2) and shown[1] > shown[0] > 50e-6
+    assert shown[2:] == pytest.approx(kernel[2:] + 30e-6, rel=1e-3)
+    assert in_table(kernel, 30e-6, 0.0) == pytest.approx(kernel + 30e-6)
+    assert in_table(kernel, 0.0, 0.0) == pytest.approx(kernel)
+
+
+def test_a_correction_may_jump_at_a_tiles_edge() -> None:
+    """Products that take 1.5 times as long from 65 rows on: nodes on both sides of the edge follow."""
+    rng = np.random.default_rng(2)
+    dims = np.column_stack([np.ones(1500), *rng.integers(1, 300, (2, 1500)), np.full(1500, 256)]).astype(float)
+    left = np.where(dims[:, 1] > 64, np.log(1.5), 0.0)
+    near = abs(dims[:, 1] - 64.5) < 6
+    errors = []
+    for m_nodes, gap in ((_edge_nodes(dims[:, 1]), 0.15), (np.linspace(0, np.log(300), 12), 0.0)):
+        axes = (np.zeros(1), m_nodes, np.log([1.0, 300.0]), np.log([256.0]))
+        table = smooth_table(axes, dims, left, np.ones(len(dims)), 0.01, gap)
+        errors.append(float(abs(np.log(factors(table, dims)) - left)[near].mean()))
+    assert errors[0] < 0.05 < 0.1 < errors[1]
+    nodes = np.rint(np.exp(_edge_nodes(dims[:, 1]))).astype(int).tolist()
+    assert {64, 65, 128, 129} <= set(nodes) and nodes[0] == dims[:, 1].min() and nodes[-1] == dims[:, 1].max()

@@ -105,7 +105,7 @@ def test_the_attention_fit_finds_rates_again(monkeypatch: pytest.MonkeyPatch) ->
         "num_heads": rng.integers(1, 64, 800), "head_dim": 128, "causal": True,
     }).assign(num_key_value_heads=lambda t: t.num_heads)  # fmt: skip
     truth = {c.name: c.start for c in fit_attention.CONSTANTS} | {"rate128": 0.66}
-    law = fit_attention._law(device, rows, [128], False)
+    law = fit_attention._law(device, rows, [128], {"packs": False})
     rows["latency"] = noisy(law(truth, np.ones(800, bool))) * 1e3
     fit = fit_attention._fit_device(fit_attention.TABLES[0], rows, pd.DataFrame())
     assert float(np.abs(fit.errors).mean()) < 2 * NOISE
