@@ -96,6 +96,8 @@ def fit(table: Table, mask: Mask, rows: int = ROWS) -> Fit:
     # What a kind of table cannot show is not fitted to it.
     eager = {"floor": EAGER_FLOOR, "resident": 0.0, "hot": 1.0, "k_step": EAGER_K_STEP}
     fixed = eager if table.eager else {"odd": 0.0, "host": 0.0, "issue": 0.0, "alone": 0.0}
+    if table.eager and not (dims[:, 2:] % 4).any():  # aligned all (16 bytes): `odd` would drift anywhere
+        fixed = {**fixed, "odd": RANGES["odd"][0]}
     constants, host, issue = _fit_constants(hardware, candidates, dims, seconds, fixed, rows)
     kernel = law_seconds(constants, hardware, candidates, dims)
     left, share = _left(kernel, host, issue, seconds)

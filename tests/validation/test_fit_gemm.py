@@ -147,3 +147,12 @@ def test_a_correction_may_jump_at_a_tiles_edge() -> None:
     assert errors[0] < 0.05 < 0.1 < errors[1]
     nodes = np.rint(np.exp(_edge_nodes(dims[:, 1]))).astype(int).tolist()
     assert {64, 65, 128, 129} <= set(nodes) and nodes[0] == dims[:, 1].min() and nodes[-1] == dims[:, 1].max()
+
+
+def test_what_aligned_products_cannot_show_is_not_fitted_to_them() -> None:
+    rng = np.random.default_rng(7)
+    dims = np.column_stack([np.full(200, 8), *4 * rng.integers(8, 200, (3, 200))]).astype(float)
+    hardware = hardware_of(load_device("v100-pcie-32gb"), "float32", 4)
+    kernel = law_seconds(TRUTH, hardware, menu(["128x128"], [1]), dims)
+    made = Table("v100-pcie-32gb", "float32_batched", "models", "made", dims, kernel + 30e-6, True, ("128x128",) * 200)
+    assert fit(made, np.ones(200, bool)).constants.odd == 0.03
