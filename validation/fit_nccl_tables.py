@@ -17,7 +17,7 @@ import numpy as np
 from costmodels import tomlfile as toml
 from costmodels.nccl_law import BANDS, TABLES, Laws, Line, class_of, laws_data
 from validation.fit_collectives import Points, points_of, predict, prior, solve, subset
-from validation.tables_gemm import WHEEL
+from validation.tables_gemm import WHEEL, download
 from validation.tables_nccl import table_sweeps
 
 # Gaussian process of what is left of one family, class and number of ranks: spread, length in log2 bytes, spread of a
@@ -91,7 +91,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Scores a fit to half of the sizes on the other half, fits all, writes nccl_tables.toml."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("folder", type=Path, help=f"where {WHEEL} is unpacked")
-    points = points_of(table_sweeps(parser.parse_args(arguments).folder), Laws())
+    parser.add_argument("--download", action="store_true", help="fetch and unpack it there first (82 MB)")
+    given = parser.parse_args(arguments)
+    points = points_of(table_sweeps(download(given.folder) if given.download else given.folder), Laws())
     away = np.round(np.log2(points.sizes)) % 2 == 1  # every second size: each lies between two that are fitted
     errors = errors_of(points, fit_tables(points, ~away), away)
     laws = fit_tables(points, np.ones(len(points.sizes), bool))

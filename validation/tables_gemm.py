@@ -65,7 +65,7 @@ def download(folder: Path) -> Path:
     subprocess.run(command, check=True)
     wheel = next(folder.glob("aiconfigurator_core-*.whl"))
     with zipfile.ZipFile(wheel) as archive:
-        archive.extractall(folder, [n for n in archive.namelist() if "/gemm/" in n])
+        archive.extractall(folder, [n for n in archive.namelist() if "/gemm/" in n or "/nccl/" in n])
     return folder
 
 

@@ -42,7 +42,7 @@ def table_sweeps(folder: Path) -> list[Sweep]:
     """The sweeps of the unpacked wheel below `folder`; ValueError where it holds none."""
     files = sorted(folder.rglob("nccl_perf.parquet"))
     if not files:
-        raise ValueError(f"{folder} holds no nccl_perf.parquet; unpack {WHEEL} there")
+        raise ValueError(f"{folder} holds no nccl_perf.parquet; unpack {WHEEL} there, or add --download")
     found: list[Sweep] = []
     for system in SYSTEMS:
         mine = [f for f in files if f.parts[-5] == system and version_of(f.parent.name) >= OLDEST]
