@@ -128,7 +128,11 @@ def _reduce_border(graph: OpGraph, run: list[Op], placements: list[int], reducti
         for t in op.outputs:
             if placements[t] == PARTIAL:
                 partial[graph.tensors[t].storage] = t
-    reductions.extend(Reduction(run[-1].id, tensor) for tensor in partial.values())
+    cast = {  # autocast's backward casts partial sums inside the island: only what it makes of them leaves
+        graph.tensors[t].storage for op in run if not op.is_view for t in op.inputs
+        if placements[t] == PARTIAL and any(placements[made] == PARTIAL for made in op.outputs)
+    }  # fmt: skip
+    reductions.extend(Reduction(run[-1].id, tensor) for storage, tensor in partial.items() if storage not in cast)
     reduced = set(partial)
     for op in run:
         for t in op.outputs:

@@ -53,16 +53,21 @@ def _linears(graph: OpGraph) -> dict[str, tuple[int, int]]:
     found = {}
     for path, ops in calls.items():
         products = [op for op in ops if op.name.split(".")[1] in ("mm", "addmm")]
-        if len(products) == 1 and all(op.is_view or op is products[0] for op in ops):
+        if len(products) == 1 and all(_moves(op) or op is products[0] for op in ops):
             reads = products[0].inputs[-2]
             found[path] = (_first_read(ops, reads), ops[-1].outputs[0])
     return found
 
 
+def _moves(op: Op) -> bool:
+    """A view, or a cast, as autocast puts before each product."""
+    return op.is_view or op.name == "aten._to_copy.default"
+
+
 def _first_read(ops: list[Op], tensor: int) -> int:
-    """Follows views inside the module back to what it was called with."""
+    """Follows views and casts inside the module back to what it was called with."""
     for op in reversed(ops):
-        if op.is_view and tensor in op.outputs:
+        if _moves(op) and tensor in op.outputs:
             tensor = op.inputs[0]
     return tensor
 

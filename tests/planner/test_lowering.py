@@ -2,6 +2,7 @@
 
 import pytest
 
+from opgraph.batch import trace_workload
 from planner.check import compare
 from planner.dryrun import dry_run
 from planner.lower import lower
@@ -59,6 +60,10 @@ CASES += [(spec, "keep products") for spec in (LLAMA, VIT)]
 
 def plan_of(spec, kind):
     workload, graph = model(spec)
+    return plan_on(workload, graph, kind)
+
+
+def plan_on(workload, graph, kind, precision="fp32"):
     options = dict(KINDS[kind])
     if options.get("pp", 1) > 1:
         options["cuts"] = (workload.blocks[len(workload.blocks) // 2],)
@@ -68,7 +73,7 @@ def plan_of(spec, kind):
         options["fsdp_units"] = workload.blocks
     if options.pop("recompute", False):
         options["recompute"] = workload.blocks
-    return ParallelPlan(8, **options)
+    return ParallelPlan(8, precision=precision, **options)
 
 
 @pytest.mark.parametrize(("spec", "kind"), CASES, ids=[f"{s.partition(':')[0]}-{k}" for s, k in CASES])
@@ -82,6 +87,20 @@ def test_messages_ops_and_peak_equal_the_dry_run(spec, kind, uncalibrated):
         assert not mismatch, mismatch
         exact = 0.01 if spec == GPT else 0.05  # fake tensors know no scratch memory of convolutions
         assert peaks[rank] == pytest.approx(run.peak_bytes, rel=exact)
+
+
+@pytest.mark.parametrize("spec", [GPT, LLAMA], ids=["gpt2", "llama"])
+def test_autocast_keeps_tensor_parallelism(spec, uncalibrated):
+    """Casts stand around each product: the same pairs are found, and partial sums are reduced once, after the cast."""
+    workload, whole = model(spec)
+    graph = trace_workload(workload, precision="bf16")
+    assert tp_shardings(graph, 2) == tp_shardings(whole, 2) != ()
+    for kind in ("ddp x tp", "fsdp x tp", "pp x tp", "recompute tp"):
+        plan = plan_on(workload, graph, kind, "bf16")
+        run = dry_run(plan, workload, 0)
+        mismatch = compare(graph, plan, 0, run.records)
+        assert not mismatch, f"{kind}: {mismatch}"
+        assert peak_bytes(lower(graph, plan, uncalibrated).stages, plan)[0] == pytest.approx(run.peak_bytes, rel=0.01)
 
 
 def test_an_output_that_changes_in_place_cannot_be_kept(uncalibrated):
