@@ -55,6 +55,8 @@ def with_length(spec: str, tokens: int) -> Workload:
     head, _, rest = spec.strip().partition(":")
     if head.endswith(".py"):
         raise ValueError(f"{head} chooses its own sequence length; give a zoo name or a config.json")
+    if head in ZOO and not hasattr(ZOO[head], "seq"):
+        raise ValueError(f"{head} takes no sequence of tokens, so it has no prompt; give a language model such as gpt2")
     others = [part for part in rest.split(",") if part.partition("=")[0].strip() not in ("", "seq")]
     return load_workload(f"{head}:{','.join([*others, f'seq={tokens}'])}")
 

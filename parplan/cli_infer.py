@@ -59,9 +59,10 @@ def _infer(
     from planner.inference_graph import no_decode, trace_forward
 
     batch, prompt, generate = lengths
-    with_length(model, prompt + generate)  # says at once where the model has fewer positions
     whole = trace_forward(with_length(model, prompt), kind)
     decodes = generate > 0 and not no_decode(whole)
+    if decodes:
+        with_length(model, prompt + generate)  # says where the model has fewer positions
     token = trace_forward(with_length(model, 1), kind) if decodes else None
     progress("simulating", 0.6)
     return predict(
@@ -137,7 +138,8 @@ def _print(data: dict[str, Any], found: Any) -> None:
             ("  prices", prices(found.decode)),
             (f"a token at {found.prompt + found.generate:,}", spread(found.last)),
             ("decoding", f"{number(found.tokens_per_second, 'tokens/s')}, "
-                         f"{'HOST-BOUND' if found.decode.host_bound else 'not host-bound'}"),
+                         f"{'HOST-BOUND' if found.decode.host_bound else 'not host-bound'} "
+                         f"({percent(found.decode.breakdown['host'] / found.decode.seconds)} waits for the host)"),
             ("whole request", seconds(found.request_seconds)),
         ]  # fmt: skip
     rows += [
