@@ -29,7 +29,7 @@ def test_compiled_decode_is_faster(parplan):
 
 
 def test_an_encoder_gets_a_prefill_and_a_reason(parplan):
-    model = "bert-base:layers=2,hidden=64,heads=2,vocab=128,positions=40"  # room for the prompt, and none is needed beyond
+    model = "bert-base:layers=2,hidden=64,heads=2,vocab=128,positions=40"  # no room beyond the prompt
     result = parplan("infer", model, *ON, "--prompt", 32, "--json")
     assert result.code == 0 and "no decoder" in result.err
     assert result.data["decode_seconds_per_token"] is None and result.data["prefill_seconds"] > 0
