@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from costmodels.cluster import Cluster
+from costmodels.device import Device
 from costmodels.families import FREE, family
 from planner.host_queue import EMPTY, Run, run_of
 from planner.script import Copy, Host, Item, Message, Transfer, Work
@@ -24,6 +25,8 @@ from simulator import ProgramBuilder
 HOST_ERROR = 0.43 / 1.645
 # Seconds of a compiled region's guards and its call: ASSUMPTION (range 10 to 100 us, by the number of inputs).
 GUARDS = 30e-6
+# Kinds of host work to the keys of `Device.host` under which a calibration of a GPU machine keeps their seconds.
+MEASURED = {"op": "launch_op", "backward": "launch_backward", "view": "launch_view", "module": "launch_module"}
 WORTH_A_NOTE = 0.02  # share of a step
 CLOSE = 1e-12  # s; what two sums of the same seconds in another order may differ by
 
@@ -42,6 +45,12 @@ class Running:
 EAGER = Running()
 
 
+def eager_costs(device: Device) -> HostCosts:
+    """What eager torch pays on the host of this device: as measured there (`MEASURED`), else as assumed."""
+    found = {kind: device.host[key] for kind, key in MEASURED.items() if key in device.host}
+    return replace(HOST["torch"], **found)
+
+
 def host_costs(cluster: Cluster, running: Running = EAGER) -> HostCosts | None:
     """What the host thread of a rank pays; None where prices of ops contain it (CPUs and calibrated devices), where
     CUDA graphs are replayed, and for accelerators whose software builds graphs of steps (TPUs) or is unknown."""
@@ -50,7 +59,7 @@ def host_costs(cluster: Cluster, running: Running = EAGER) -> HostCosts | None:
         return None
     if running.compiled:
         return HOST["static graph"]
-    costs = HOST["torch"]
+    costs = eager_costs(device)
     # An op's autograd node costs about what the op itself does (`planner.software.HOST`).
     return costs if running.autograd else replace(costs, op=costs.op / 2)
 

@@ -24,6 +24,7 @@ from costmodels.names import device_named
 from costmodels.ops import OpShape, price_many
 from costmodels.relatives import find
 from costmodels.rowwise import kind_of, norm_terms, seconds_of, softmax_terms, work_of
+from planner.host_thread import MEASURED
 from validation.fit_attention import CONSTANTS, STARTS, masked, section_of
 from validation.fit_common import Array, Constant, Flags, fit_constants, fit_terms, score
 from validation.fit_conv import algorithm_constants
@@ -34,7 +35,6 @@ from validation.tables_gemm import Table
 
 LEAST = {"gemm": 80, "attention": 24, "conv": 16, "rowwise": 12}  # rows that a section is fitted to at the least
 KINDS = ("stream", "norm", "softmax")
-HOST_KEYS = {"op": "launch_op", "backward": "launch_backward", "view": "launch_view", "module": "launch_module"}
 
 
 def fit_run(out: Path, say: Callable[[str], None]) -> dict[str, Any]:
@@ -111,7 +111,7 @@ def with_host(device: Device, about: dict[str, Any], host: dict[str, float], cop
     """The device with the measured host thread, and with the measured link to the host where there is one."""
     from validation.gpu_calibrate import copy_bandwidth
 
-    named = {HOST_KEYS[kind]: seconds for kind, seconds in host.items() if kind in HOST_KEYS}
+    named = {MEASURED[kind]: seconds for kind, seconds in host.items() if kind in MEASURED}
     pcie = copy_bandwidth(copies) if about["device"] == "cuda" else device.pcie_bandwidth
     note = f"host thread and copies measured on {about['name']} by validation.gpu_suite"
     return replace(

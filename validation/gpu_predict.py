@@ -24,23 +24,23 @@ from opgraph.graph import OpGraph
 from opgraph.models import load_workload
 from opgraph.workload import Workload
 from planner.host_queue import run_of
+from planner.host_thread import eager_costs
 from planner.lower import prepared_graph
 from planner.memory import memory_events
 from planner.memory_timeline import MOST_EVENTS, memory_timeline, with_cublas
 from planner.plan import ParallelPlan
-from planner.predict import predict
+from planner.predict import Prediction, predict
 from planner.runtime import stage_segments
 from planner.runtime_stage import prepare
 from planner.script import Work
-from planner.software import HOST, HostCosts
+from planner.software import HostCosts
 from validation.gpu_environment import commit
 from validation.gpu_files import Budget, Row, Rows, read_json, sentence, utc
-from validation.gpu_fit import HOST_KEYS, calibrated_device, catalogue_device, measured_rows
+from validation.gpu_fit import calibrated_device, catalogue_device, measured_rows
 from validation.gpu_models import Run
 
 NEEDED = 30.0  # seconds that must be left for another model: the slowest trace took 6 on two cores
 LINK = Link("none", 1e11, 1e-6, "a single device sends nothing")
-NOT_COMPILED = "predictions of compiled steps are not in the op-by-op lowering yet"
 
 
 def predict_runs(
@@ -93,17 +93,14 @@ def devices_of(out: Path, lent: Path | None) -> dict[str, Device]:
 
 def predicted_row(row: Row, run: Run, graphs: dict[tuple[str, str], OpGraph], devices: dict[str, Device]) -> Row:
     """The row with what every set of constants says, and with the memory, which constants do not change."""
-    if run.variant.compiled:
-        said = {name: {"at": utc(), "commit": commit()} for name in devices}
-        return {**row, "predictions": {**said, **row["predictions"]}, "reason": NOT_COMPILED, "memory": {}}
     workload = load_workload(run.spec)
     plan = run.plan(workload)
     graph = traced(run, workload, plan, graphs)
-    if "memory" not in row:
-        row["memory"] = memory_of(graph, plan, next(iter(devices.values())).name)
+    if "memory" not in row:  # what a compiled step keeps is not predicted
+        row["memory"] = {} if run.variant.compiled else memory_of(graph, plan, next(iter(devices.values())).name)
     for name, device in devices.items():
         if name not in row["predictions"]:
-            said = step_of(graph, plan, device, run.variant.precision == "tf32")
+            said = step_of(graph, plan, device, run.variant.precision == "tf32", run.variant.compiled)
             row["predictions"][name] = {"at": utc(), "commit": commit(), **said}
     return row
 
@@ -118,20 +115,28 @@ def traced(run: Run, workload: Workload, plan: ParallelPlan, graphs: dict[tuple[
     return graphs[key]
 
 
-def step_of(graph: OpGraph, plan: ParallelPlan, device: Device, tf32: bool) -> dict[str, Any]:
-    """Seconds of the step and their interval, what device and host alone would take, and what the prices rest on."""
+def step_of(graph: OpGraph, plan: ParallelPlan, device: Device, tf32: bool, compiled: bool) -> dict[str, Any]:
+    """Seconds of the step and their interval, what device and host alone would take (for a compiled step, what
+    computing and waiting for the host make of it), and what the prices rest on."""
     work = works(graph, plan)
     if tf32:
         device = in_tf32(device, [w.shape for w in work])
     cluster = Cluster(device.name, device, 1, 1, LINK, LINK)
-    prediction = predict(graph, plan, cluster)
-    costs = host_costs_of(device)
+    prediction = predict(graph, plan, cluster, compiled=compiled)
+    if compiled:
+        parts = prediction.breakdown
+        return _said(prediction, prediction.step_seconds, parts["compute"], parts["host"])
+    costs = eager_costs(device)
     seconds = np.array([p.seconds for p in price_many(device, [w.shape for w in work])])
     queue = run_of(host_seconds(work, costs), seconds)
-    step = max(prediction.step_seconds, queue.alone)
+    # On a GPU the prediction has the host thread already; where it has none (a CPU in tests) the queue brings it.
+    return _said(prediction, max(prediction.step_seconds, queue.alone), queue.device, queue.host)
+
+
+def _said(prediction: Prediction, step: float, device: float, host: float) -> dict[str, Any]:
     low, high = (bound / prediction.step_seconds * step for bound in prediction.interval)
     return {
-        "seconds": step, "low": low, "high": high, "device_seconds": queue.device, "host_seconds": queue.host,
+        "seconds": step, "low": low, "high": high, "device_seconds": device, "host_seconds": host,
         "shares": prediction.shares, "unpriced": prediction.unpriced,
     }  # fmt: skip
 
@@ -141,13 +146,6 @@ def works(graph: OpGraph, plan: ParallelPlan) -> list[Work]:
     step, layout, stages = prepared_graph(graph, plan)
     segments = stage_segments(prepare(step, plan, layout, stages, 0))
     return [item for segment in segments for item in segment if isinstance(item, Work)]
-
-
-def host_costs_of(device: Device) -> HostCosts:
-    """What the host thread pays: as measured, else what `planner.software` assumes of torch."""
-    assumed = HOST["torch"]
-    found = {kind: device.host[key] for kind, key in HOST_KEYS.items() if key in device.host}
-    return replace(assumed, **found)
 
 
 def host_seconds(work: Sequence[Work], costs: HostCosts) -> np.ndarray:
