@@ -206,7 +206,7 @@ def _sends(group: Group) -> list[Candidate]:
         return [Candidate("p2p", "Simple", base, hop, 0.0, 0, inside, 0.0)]
     first = max(P2P_CHANNELS // max(group.per_host, 8), 1)
     slow, cap = 1 / (first * P2P_CHANNEL_RATE), P2P_CHANNEL_BYTES / P2P_CHANNEL_RATE
-    by_ll = max(P2P_CHANNELS / first / LL_CAP[group.generation][0], inside / LL_SHARE)
+    by_ll = max(slow / TREE_LL_SHARE, inside / LL_SHARE)  # LL on few channels moves what it moves on those of a tree
     return [
         Candidate("p2p", "LL", base, hop, 0.0, 0, by_ll, 0.0),
         Candidate("p2p", "Simple", base, hop, 0.0, 0, inside, 0.0, slow, cap),
