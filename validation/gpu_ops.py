@@ -161,6 +161,37 @@ def _convolution(case: Case, device: str) -> tuple[Make, str, int]:
     return make, "convolution" + "_backward" * backward, flops * (1 + backward)
 
 
+def _layer_norm_backward(gradient: Any, x: Any, w: Any) -> tuple[Callable[[], Any], Sequence[Any]]:
+    import torch
+
+    ops: Any = torch.ops.aten
+    width, mask = [x.shape[-1]], [True, True, True]
+    _, mean, rstd = ops.native_layer_norm(x, width, w, w, 1e-5)
+    read = (gradient, x, mean, rstd, w, w)
+    return lambda: ops.native_layer_norm_backward(gradient, x, width, mean, rstd, w, w, mask), read
+
+
+def _batch_norm(x: Any) -> tuple[Callable[[], Any], Sequence[Any]]:
+    import torch
+
+    ops: Any = torch.ops.aten
+    w = torch.ones(x.shape[1], device=x.device)
+    return lambda: ops.native_batch_norm(x, w, w, None, None, True, 0.1, 1e-5), (x, w, w)
+
+
+def _adamw(*tensors: Any) -> tuple[Callable[[], Any], Sequence[Any]]:
+    """An update of one tensor: itself, its gradient and its two moments."""
+    import torch
+
+    ops: Any = torch.ops.aten
+    lists = [[t] for t in tensors]
+    lists[3][0].abs_()
+    steps = [torch.ones((), device=tensors[0].device)]
+    options = {"lr": 1e-3, "beta1": 0.9, "beta2": 0.999, "weight_decay": 0.01, "eps": 1e-8}
+    more = {"amsgrad": False, "maximize": False}
+    return lambda: ops._fused_adamw_(*lists, [], steps, **options, **more), [t for one in lists for t in one]
+
+
 def _rowwise(case: Case, device: str) -> tuple[Make, str, int]:
     import torch
 
@@ -180,29 +211,6 @@ def _rowwise(case: Case, device: str) -> tuple[Make, str, int]:
     def plain(op: Callable[..., Any], *inputs: Any) -> tuple[Callable[[], Any], Sequence[Any]]:
         return lambda: op(*inputs), [t for t in inputs if _is_tensor(t)]
 
-    def layer_norm_backward() -> tuple[Callable[[], Any], Sequence[Any]]:
-        x, w = full(), full(columns)
-        _, mean, rstd = ops.native_layer_norm(x, [columns], w, w, 1e-5)
-        gradient = full()
-        mask = [True, True, True]
-        run = lambda: ops.native_layer_norm_backward(gradient, x, [columns], mean, rstd, w, w, mask)  # noqa: E731
-        return run, (gradient, x, mean, rstd, w, w)
-
-    def batch_norm() -> tuple[Callable[[], Any], Sequence[Any]]:
-        x = image()
-        w = torch.ones(16, device=device)
-        run = lambda: ops.native_batch_norm(x, w, w, None, None, True, 0.1, 1e-5)  # noqa: E731
-        return run, (x, w, w)
-
-    def adamw() -> tuple[Callable[[], Any], Sequence[Any]]:
-        lists = [[full(rows, columns)] for _ in range(4)]
-        lists[3][0].abs_()
-        steps = [torch.ones((), device=device)]
-        options = {"lr": 1e-3, "beta1": 0.9, "beta2": 0.999, "weight_decay": 0.01, "eps": 1e-8}
-        more = {"amsgrad": False, "maximize": False}
-        run = lambda: ops._fused_adamw_(*lists, [], steps, **options, **more)  # noqa: E731
-        return run, [t for one in lists for t in one]
-
     makers: dict[str, tuple[str, Make]] = {
         "add": ("add", lambda: plain(ops.add.Tensor, full(), full())),
         "mul": ("mul", lambda: plain(ops.mul.Tensor, full(), full())),
@@ -211,7 +219,8 @@ def _rowwise(case: Case, device: str) -> tuple[Make, str, int]:
         "cast": ("_to_copy", lambda: plain(lambda x: x.to(torch.bfloat16), full())),
         "layer_norm": ("native_layer_norm",
                        lambda: plain(ops.native_layer_norm, full(), [columns], full(columns), full(columns), 1e-5)),
-        "layer_norm_backward": ("native_layer_norm_backward", layer_norm_backward),
+        "layer_norm_backward": ("native_layer_norm_backward",
+                                lambda: _layer_norm_backward(full(), full(), full(columns))),
         "softmax": ("_softmax", lambda: plain(ops._softmax, full(), -1, False)),
         "log_softmax": ("_log_softmax", lambda: plain(ops._log_softmax, full(), -1, False)),
         "sum": ("sum", lambda: plain(lambda x: x.sum(0), full())),
@@ -219,9 +228,9 @@ def _rowwise(case: Case, device: str) -> tuple[Make, str, int]:
         "embedding_backward": ("embedding_dense_backward", lambda: plain(
             lambda g, i: ops.embedding_dense_backward(g, i, 32000, -1, False), full(), index(32000))),
         "cat": ("cat", lambda: plain(lambda a, b: torch.cat((a, b)), full(), full())),
-        "batch_norm": ("native_batch_norm", batch_norm),
+        "batch_norm": ("native_batch_norm", lambda: _batch_norm(image())),
         "max_pool": ("max_pool2d_with_indices", lambda: plain(ops.max_pool2d_with_indices, image(), [2, 2])),
-        "adamw": ("_fused_adamw_", adamw),
+        "adamw": ("_fused_adamw_", lambda: _adamw(full(), full(), full(), full())),
         "nll_loss": ("nll_loss_forward", lambda: plain(
             lambda x, t: ops.nll_loss_forward(x, t, None, 1, -100), full(), index(columns))),
     }  # fmt: skip
