@@ -30,9 +30,11 @@ class NotAffineError(ValueError):
 def fit_batch(first: OpGraph, second: OpGraph) -> OpGraph:
     """`first` with the batch coefficients that `second` (another batch size) reveals.
 
+    Sizes that depend on data (traces on real tensors) grow by the rounded mean of these two batches, and never shrink.
     Raises NotAffineError where the two steps do not run the same ops.
     """
     step = second.batch - first.batch
+    loose = first.traced_on == "real"
     if step == 0:
         raise ValueError(f"both traces have batch {first.batch}; trace at two different batch sizes")
     for a, b in zip_longest(first.ops, second.ops):
@@ -45,7 +47,7 @@ def fit_batch(first: OpGraph, second: OpGraph) -> OpGraph:
         raise NotAffineError(
             f"{first.name} keeps other tensors at batch {second.batch} than at {first.batch}; fix the plan's batch size"
         )
-    tensors = tuple(_fit_tensor(a, b, step) for a, b in zip(first.tensors, second.tensors))
+    tensors = tuple(_fit_tensor(a, b, step, loose) for a, b in zip(first.tensors, second.tensors))
     square = next((t for t in tensors if _is_square(t)), None)
     note = "" if square is None else (
         f"tensors such as {square.shape} at batch {first.batch} grow with the square of the batch; other batch sizes "
@@ -56,7 +58,7 @@ def fit_batch(first: OpGraph, second: OpGraph) -> OpGraph:
         ops=tuple(_fit_op(a, b, step) for a, b in zip(first.ops, second.ops)),
         tensors=tensors,
         notes=(*first.notes, note) if note else first.notes,
-        storages=tuple(_fit_storage(a, b, step) for a, b in zip(first.storages, second.storages)),
+        storages=tuple(_fit_storage(a, b, step, loose) for a, b in zip(first.storages, second.storages)),
     )
 
 
@@ -68,7 +70,9 @@ def _lifetime(storage: Storage) -> tuple[Any, ...]:
     return storage.role, storage.birth, storage.death
 
 
-def _slope(low: int, high: int, step: int, what: str) -> int:
+def _slope(low: int, high: int, step: int, what: str, loose: bool) -> int:
+    if loose:
+        return max(0, round((high - low) / step))
     slope, rest = divmod(high - low, step)
     if rest:
         raise NotAffineError(f"{what} does not grow by whole numbers with the batch ({low} -> {high} for {step} more)")
@@ -91,11 +95,11 @@ def _arg_slopes(low: Any, high: Any, step: int) -> Any:
     return 0
 
 
-def _fit_tensor(a: Tensor, b: Tensor, step: int) -> Tensor:
+def _fit_tensor(a: Tensor, b: Tensor, step: int, loose: bool) -> Tensor:
     if a.shape == b.shape and a.strides == b.strides:
         return a
-    per_batch = tuple(_slope(m, n, step, f"a dim of tensor {a.id}") for m, n in zip(a.shape, b.shape))
-    strides = tuple(_slope(m, n, step, f"a stride of tensor {a.id}") for m, n in zip(a.strides, b.strides))
+    per_batch = tuple(_slope(m, n, step, f"a dim of tensor {a.id}", loose) for m, n in zip(a.shape, b.shape))
+    strides = tuple(_slope(m, n, step, f"a stride of tensor {a.id}", loose) for m, n in zip(a.strides, b.strides))
     return replace(a, per_batch=per_batch, strides_per_batch=strides if any(strides) else ())
 
 
@@ -104,8 +108,8 @@ def _is_square(t: Tensor) -> bool:
     return sum(map(bool, t.per_batch)) > 1
 
 
-def _fit_storage(a: Storage, b: Storage, step: int) -> Storage:
-    slope = _slope(a.bytes, b.bytes, step, f"storage {a.id}")
+def _fit_storage(a: Storage, b: Storage, step: int, loose: bool) -> Storage:
+    slope = _slope(a.bytes, b.bytes, step, f"storage {a.id}", loose)
     return replace(a, bytes_per_batch=slope) if slope else a
 
 
@@ -116,13 +120,13 @@ def rescaled(graph: OpGraph, batch: int) -> OpGraph:
     """`graph` at another batch size."""
     step = batch - graph.batch
     tensors = tuple(_rescaled_tensor(t, step) for t in graph.tensors)
-    square = {
+    square = {  # a graph that was made for prices alone has no storages
         t.storage: t
         for t, before in zip(tensors, graph.tensors)
-        if _is_square(t) and before.bytes == graph.storages[t.storage].bytes
+        if graph.storages and _is_square(t) and before.bytes == graph.storages[t.storage].bytes
     }
     storages = tuple(
-        replace(s, bytes=square[s.id].bytes if s.id in square else s.bytes + step * s.bytes_per_batch)
+        replace(s, bytes=square[s.id].bytes if s.id in square else max(0, s.bytes + step * s.bytes_per_batch))
         if s.bytes_per_batch
         else s
         for s in graph.storages
@@ -139,7 +143,7 @@ def _rescaled_op(op: Op, graph: OpGraph, tensors: tuple[Tensor, ...], step: int)
     if flops and base_name(op.name) in FORMULAS and flops == _formula(op, graph.tensors):
         flops = _formula(replace(op, args=args), tensors)
     elif flops:  # the user's formula, which the graph does not hold
-        flops += step * op.flops_per_batch
+        flops = max(0, flops + step * op.flops_per_batch)
     return replace(op, flops=flops, args=args)
 
 
@@ -157,7 +161,7 @@ def _shifted(value: Any, slope: Any, step: int) -> Any:
 def _rescaled_tensor(t: Tensor, step: int) -> Tensor:
     if not any(t.per_batch) and not t.strides_per_batch:
         return t
-    shape = tuple(n + k * step for n, k in zip(t.shape, t.per_batch))
+    shape = tuple(max(0, n + k * step) for n, k in zip(t.shape, t.per_batch))  # data may leave a small batch nothing
     strides = tuple(n + k * step for n, k in zip(t.strides, t.strides_per_batch)) if t.strides_per_batch else t.strides
     return replace(t, shape=shape, strides=strides)
 
@@ -185,10 +189,12 @@ def trace_workload(
 
     def build(device: str) -> nn.Module:
         with torch.random.fork_rng(devices=[]), torch.device(device), WithoutMetaInit():
+            torch.manual_seed(0)  # sizes that depend on data are the same at every trace
             return workload.build()
 
     def at(batch: int, module: nn.Module) -> OpGraph:
         with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
             inputs, targets = workload.batch(batch)
             return trace(
                 module, inputs, targets, loss=workload.loss, optimizer=workload.optimizer, precision=precision,
@@ -196,7 +202,9 @@ def trace_workload(
             )  # fmt: skip
 
     def fitted(module: nn.Module) -> OpGraph:
-        return fit_batch(at(low, module), at(low + 1, module)).at_batch(workload.batch_size)
+        first = at(low, module)
+        second = 2 * low if first.traced_on == "real" else low + 1  # twice as many: what depends on data evens out
+        return fit_batch(first, at(second, module)).at_batch(workload.batch_size)
 
     def folded(module: nn.Module, repeat: Fold) -> OpGraph | None:
         try:

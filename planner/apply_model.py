@@ -12,6 +12,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from planner.plan import ParallelPlan
@@ -116,6 +117,8 @@ def _checkpointed(forward: Callable[..., Any], path: str, contexts: Any = None) 
     def run(*args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
             return forward(*args, **kwargs)
+        # a caller may go on filling a list that it passed (DenseNet); the second run must see it as the first one did
+        args, kwargs = tree_map(lambda leaf: leaf, (args, kwargs))
         return checkpoint(inner, *args, use_reentrant=False, **options, **kwargs)
 
     return run

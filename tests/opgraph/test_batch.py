@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -63,8 +64,8 @@ def test_there_and_back() -> None:
         graph.at_batch(0)
 
 
-def workload_of(build: type[nn.Module]) -> Workload:
-    return Workload("w", build, lambda n: ((torch.randn(n, 4),), ()), mean_square, adamw, 2)
+def workload_of(build: Callable[[], nn.Module], batch: int = 2) -> Workload:
+    return Workload("w", build, lambda n: ((torch.randn(n, 4),), ()), mean_square, adamw, batch)
 
 
 class Fickle(nn.Linear):
@@ -121,3 +122,39 @@ def test_two_traces_of_one_batch_fit_nothing() -> None:
     graph = direct(load_workload("mlp"), 3)
     with pytest.raises(ValueError, match="both traces have batch 3"):
         fit_batch(graph, graph)
+
+
+class Sorted(nn.Module):
+    """Tokens go to one of two layers, as the data says."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.experts = nn.Linear(4, 2), nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        chosen = self.gate(x).argmax(-1)
+        y = torch.zeros_like(x)
+        for i, expert in enumerate(self.experts):
+            rows = torch.where(chosen == i)[0]
+            y = y.index_add(0, rows, expert(x[rows]))
+        return y
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_sizes_that_depend_on_data_follow_the_batch(seed: int) -> None:
+    torch.manual_seed(seed)  # tracing draws its own numbers
+    graph = trace_workload(workload_of(Sorted, 20))
+    assert graph.traced_on == "real" and graph == trace_workload(workload_of(Sorted, 20))
+    for batch in (1, 40, 400):
+        at = graph.at_batch(batch)
+        assert min(n for t in at.tensors for n in t.shape) >= 0 <= min(s.bytes for s in at.storages)
+        routed = [at.tensors[op.outputs[0]].shape[0] for op in at.ops if op.phase == "forward" and "experts" in op.module
+                  and "addmm" in op.name]  # fmt: skip
+        assert sum(routed) == pytest.approx(batch, abs=4 + batch / 20)
+
+
+def test_squares_need_no_storages() -> None:
+    """The planner prices a graph without storages at other batches."""
+    graph = trace_workload(workload_of(Pairs))
+    prices = replace(graph, storages=()).at_batch(6)
+    assert prices.tensors == graph.at_batch(6).tensors and (6, 6) in {t.shape for t in prices.tensors}

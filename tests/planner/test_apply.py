@@ -8,6 +8,7 @@ import statistics
 import pytest
 import torch
 
+from opgraph.workload import Workload, adamw, mean_square
 from planner.apply import apply
 from planner.dryrun import dry_run, to_json
 from planner.plan import ParallelPlan
@@ -153,3 +154,37 @@ def test_paths_that_a_cut_divides():
         dry_run(ParallelPlan(global_batch=8, **PP, micro_batches=2, recompute=("blocks",)), gpt(), 0)
     with pytest.raises(ValueError, match="fsdp unit 'nothing' is no module path"):
         dry_run(ParallelPlan(global_batch=8, dp=2, data_parallel="fsdp", fsdp_units=("nothing",)), gpt(), 0)
+
+
+class Dense(torch.nn.Module):
+    """Every block gets the list of all outputs before it, which its caller goes on filling."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = torch.nn.ModuleList(Join(n) for n in (4, 8, 12))
+
+    def forward(self, x):
+        found = [x]
+        for block in self.blocks:
+            found.append(block(found))
+        return found[-1]
+
+
+class Join(torch.nn.Linear):
+    def __init__(self, width):
+        super().__init__(width, 4)
+
+    def forward(self, found):
+        return super().forward(torch.cat(found, -1)).relu()
+
+
+def test_recomputation_sees_lists_as_they_were():
+    workload = Workload("dense", Dense, lambda n: ((torch.ones(n, 4),), ()), mean_square, adamw, 2)
+    torch.manual_seed(0)
+    step = apply(ParallelPlan(2, recompute=("blocks.0", "blocks.1", "blocks.2")), workload, 0)
+    step.backward_only(*workload.batch(2))
+    expected = [p.grad for p in step.model.parameters()]
+    torch.manual_seed(0)
+    plain = apply(ParallelPlan(2), workload, 0)
+    plain.backward_only(*workload.batch(2))
+    assert all(torch.equal(a, p.grad) for a, p in zip(expected, plain.model.parameters(), strict=True))
