@@ -148,8 +148,8 @@ def test_sizes_that_depend_on_data_follow_the_batch(seed: int) -> None:
     for batch in (1, 40, 400):
         at = graph.at_batch(batch)
         assert min(n for t in at.tensors for n in t.shape) >= 0 <= min(s.bytes for s in at.storages)
-        routed = [at.tensors[op.outputs[0]].shape[0] for op in at.ops if op.phase == "forward" and "experts" in op.module
-                  and "addmm" in op.name]  # fmt: skip
+        products = (op for op in at.ops if op.phase == "forward" and "addmm" in op.name and "experts" in op.module)
+        routed = [at.tensors[op.outputs[0]].shape[0] for op in products]
         assert sum(routed) == pytest.approx(batch, abs=4 + batch / 20)
 
 
