@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
@@ -134,7 +135,8 @@ def rescaled(graph: OpGraph, batch: int) -> OpGraph:
     ops = tuple(
         _rescaled_op(op, graph, tensors, step) if op.flops or op.args_per_batch else op for op in graph.ops
     )
-    return replace(graph, batch=batch, tensors=tensors, storages=storages, ops=ops)
+    other = graph.on_accelerators and graph.on_accelerators.at_batch(batch)
+    return replace(graph, batch=batch, tensors=tensors, storages=storages, ops=ops, on_accelerators=other)
 
 
 def _rescaled_op(op: Op, graph: OpGraph, tensors: tuple[Tensor, ...], step: int) -> Op:
@@ -170,14 +172,36 @@ def _rescaled_tensor(t: Tensor, step: int) -> Tensor:
 
 
 def trace_workload(
-    workload: Workload, *, precision: str = "fp32", flops: Mapping[str, Formula] | None = None, fold: bool = True
-) -> OpGraph:
+    workload: Workload, *, precision: str = "fp32", flops: Mapping[str, Formula] | None = None, fold: bool = True,
+    accelerator: bool | None = None,
+) -> OpGraph:  # fmt: skip
     """The workload's step at its own batch size, exact at every other one.
 
     Built on the meta device (nothing allocated) where the model allows it, else with real weights. With `fold`, a
     list of at least `opgraph.fold.LEAST` identical blocks is traced with four of them and unfolded (`graph.repeats`
     says so); the graph is the one that the whole model's trace gives, and models without such a list are traced whole.
+    A model with recurrent layers is traced twice: as a CPU runs it, and as accelerators do (`OpGraph.run_by`);
+    `accelerator` says that only the one (False) or the other (True) is wanted, as tracing many steps takes long.
     """
+    from opgraph.recurrent import has_recurrent, with_accelerated
+
+    recurrent = list[bool]()
+    made = partial(_traced, workload, precision, flops, fold, lambda module: recurrent.append(has_recurrent(module)))
+    if accelerator:
+        try:
+            return made(True)
+        except ValueError:
+            if not recurrent[-1]:
+                raise
+    graph = made(False)
+    return with_accelerated(graph, lambda: made(True)) if recurrent[-1] and accelerator is not False else graph
+
+
+def _traced(
+    workload: Workload, precision: str, flops: Mapping[str, Formula] | None, fold: bool,
+    see: Callable[[nn.Module], None], accelerator: bool,
+) -> OpGraph:  # fmt: skip
+    """One of the two; `see` gets the module."""
     import torch
 
     from opgraph.fold import Fold, find_fold, shortened
@@ -190,7 +214,9 @@ def trace_workload(
     def build(device: str) -> nn.Module:
         with torch.random.fork_rng(devices=[]), torch.device(device), WithoutMetaInit():
             torch.manual_seed(0)  # sizes that depend on data are the same at every trace
-            return workload.build()
+            module = workload.build()
+        see(module)
+        return module
 
     def at(batch: int, module: nn.Module) -> OpGraph:
         with torch.random.fork_rng(devices=[]):
@@ -198,7 +224,7 @@ def trace_workload(
             inputs, targets = workload.batch(batch)
             return trace(
                 module, inputs, targets, loss=workload.loss, optimizer=workload.optimizer, precision=precision,
-                name=workload.name, flops=flops,
+                name=workload.name, flops=flops, accelerator=accelerator,
             )  # fmt: skip
 
     def fitted(module: nn.Module) -> OpGraph:

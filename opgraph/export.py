@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 FORMAT, VERSION = "parplan op graph", 1
+KINDS: tuple[tuple[str, type[Any]], ...] = (("ops", Op), ("tensors", Tensor), ("storages", Storage))
 
 
 def to_networkx(graph: OpGraph) -> nx.DiGraph[int]:
@@ -94,11 +95,7 @@ def _shapes(graph: OpGraph, tensors: tuple[int, ...]) -> tuple[tuple[int, ...], 
 
 def save(graph: OpGraph, path: str | os.PathLike[str]) -> None:
     """Writes the graph as compressed JSON; the file is whole or not there."""
-    data = {f.name: getattr(graph, f.name) for f in fields(graph)}
-    for name, kind in (("ops", Op), ("tensors", Tensor), ("storages", Storage)):
-        names = [f.name for f in fields(kind)]
-        data[name] = {"fields": names, "rows": [[_json(getattr(x, n)) for n in names] for x in data[name]]}
-    data = {"format": FORMAT, "version": VERSION, **data}
+    data = {"format": FORMAT, "version": VERSION, **_data(graph)}
     target = Path(path)
     handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
     try:
@@ -112,6 +109,15 @@ def save(graph: OpGraph, path: str | os.PathLike[str]) -> None:
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+def _data(graph: OpGraph) -> dict[str, Any]:
+    data = {f.name: getattr(graph, f.name) for f in fields(graph)}
+    for name, kind in KINDS:
+        names = [f.name for f in fields(kind)]
+        data[name] = {"fields": names, "rows": [[_json(getattr(x, n)) for n in names] for x in data[name]]}
+    other = data.pop("on_accelerators")
+    return data if other is None else data | {"on_accelerators": _data(other)}
 
 
 def _umask() -> int:
@@ -133,13 +139,19 @@ def load_graph(path: str | os.PathLike[str]) -> OpGraph:
     if version != VERSION:
         raise ValueError(f"{path} has version {version} of the format; this Parplan reads {VERSION}: trace again")
     try:
-        for name, kind in (("ops", Op), ("tensors", Tensor), ("storages", Storage)):
-            names = data[name]["fields"]
-            data[name] = tuple(kind(**dict(zip(names, map(_plain, row)))) for row in data[name]["rows"])
-        rest = {k: v if k in ("ops", "tensors", "storages") else _plain(v) for k, v in data.items()}
-        return OpGraph(**rest)
+        return _graph(data)
     except (KeyError, TypeError) as error:
         raise ValueError(f"{path} lacks parts of an op graph ({error})") from error
+
+
+def _graph(data: dict[str, Any]) -> OpGraph:
+    found: dict[str, Any] = {}
+    for name, kind in KINDS:
+        rows = data.pop(name)
+        found[name] = tuple(kind(**dict(zip(rows["fields"], map(_plain, row)))) for row in rows["rows"])
+    other = data.pop("on_accelerators", None)
+    rest = {k: _plain(v) for k, v in data.items()}
+    return OpGraph(**found, **rest, on_accelerators=None if other is None else _graph(other))
 
 
 def _json(value: Any) -> Any:

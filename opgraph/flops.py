@@ -87,6 +87,15 @@ def _rnn_layer_backward(ins: list[Shape], outs: list[Shape], args: tuple[Any, ..
     return 2 * _rnn_layer(ins, outs, args)
 
 
+def _recurrent(ins: list[Shape], outs: list[Shape], args: tuple[Any, ...]) -> int:
+    """All layers and directions at once: every weight meets every step of every sample."""
+    return 2 * prod(ins[0][:-1]) * sum(prod(w) for w in ins[1:] if len(w) == 2)
+
+
+def _recurrent_backward(ins: list[Shape], outs: list[Shape], args: tuple[Any, ...]) -> int:
+    return 2 * _recurrent(ins, outs, args)
+
+
 def _fft(ins: list[Shape], outs: list[Shape], args: tuple[Any, ...]) -> int:
     size = max(prod(ins[0]), prod(outs[0]))
     length = prod(ins[0][d] for d in args[1])
@@ -160,6 +169,7 @@ FORMULAS: dict[str, Formula] = {
     "_scaled_dot_product_cudnn_attention_backward": _attention_backward,
     "_scaled_dot_product_fused_attention_overrideable_backward": _attention_backward,
     "mkldnn_rnn_layer": _rnn_layer, "mkldnn_rnn_layer_backward": _rnn_layer_backward,
+    "_cudnn_rnn": _recurrent, "_cudnn_rnn_backward": _recurrent_backward,
     "_fft_r2c": _fft, "_fft_c2c": _fft, "_fft_c2r": _fft,
     "_cdist_forward": _pairwise, "_euclidean_dist": _pairwise, "_cdist_backward": _pairwise_backward,
 }  # fmt: skip

@@ -20,8 +20,10 @@ if TYPE_CHECKING:
 LEAST = 6  # fewer blocks than this are not worth folding
 KEPT = 4
 
-# Attributes of nn.Module that are compared one by one below, or that say nothing about what it computes.
-OWN = {"_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", "_is_full_backward_hook"}
+# Attributes of nn.Module that are compared one by one below, or that say nothing about what it computes; the flat ones
+# are a recurrent layer's parameters once more.
+OWN = {"_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", "_is_full_backward_hook", "_flat_weights",
+       "_flat_weight_refs"}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)

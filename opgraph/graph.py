@@ -103,6 +103,7 @@ class OpGraph:
     last one of that gradient. `precision` is the autocast dtype name or "fp32"; `traced_on` is "fake" or "real";
     `notes` are sentences that every report about this graph must show. `repeats` are groups of block paths that
     tracing found alike: same modules, and all but the first and last of a group run the same ops on the same shapes.
+    `on_accelerators` is the same step as accelerators run it where that differs (recurrent layers); see `run_by`.
     """
 
     name: str
@@ -115,6 +116,7 @@ class OpGraph:
     traced_on: Literal["fake", "real"] = "fake"
     notes: tuple[str, ...] = field(default=())
     repeats: tuple[tuple[str, ...], ...] = ()
+    on_accelerators: OpGraph | None = None
 
     @cached_property
     def parameters(self) -> dict[str, Tensor]:
@@ -143,6 +145,10 @@ class OpGraph:
         if op.is_view:
             return 0
         return sum(self.tensors[t].bytes for t in dict.fromkeys((*op.outputs, *op.mutates)))
+
+    def run_by(self, kind: str) -> OpGraph:
+        """The step as a device of this kind ("cpu", "gpu", "tpu", "npu") runs it. What prices a graph asks for it."""
+        return self if kind == "cpu" or self.on_accelerators is None else self.on_accelerators
 
     def at_batch(self, batch: int) -> OpGraph:
         """The same step at another batch size; exact for every dim that is affine in the batch."""

@@ -10,6 +10,7 @@ import inspect
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,6 +25,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from opgraph.flops import Formula
 from opgraph.graph import OpGraph, Storage
+from opgraph.recurrent import has_recurrent, one_call, with_accelerated
 from opgraph.tracer import LOSS as LOSS
 from opgraph.tracer import StepTracer, module_hooks, plain_path
 from opgraph.workload import adamw, mean_square
@@ -127,6 +129,7 @@ def _record(
     make_optimizer: MakeOptimizer | None,
     precision: str,
     flops: Mapping[str, Formula] | None,
+    accelerator: bool,
 ) -> StepTracer:
     tracer = StepTracer({id(m): plain_path(path) for path, m in module.named_modules()}, flops)
     parameters = [p for p in module.parameters() if p.requires_grad]
@@ -134,7 +137,8 @@ def _record(
     _register(tracer, module, (inputs, targets), optimizer)
     dtype = PRECISIONS[precision]
     casting = torch.autocast("cpu", dtype) if dtype is not None else nullcontext()
-    with module_hooks(tracer), tracer, torch.compiler.set_stance("force_eager"):
+    kernels = one_call() if accelerator else nullcontext()
+    with module_hooks(tracer), kernels, tracer, torch.compiler.set_stance("force_eager"):
         with casting:  # no name holds the model's output: the executed step frees it with the loss, too
             if isinstance(inputs, Mapping):
                 value = loss(module(**inputs), *targets)
@@ -177,6 +181,7 @@ def trace(
     precision: str = "fp32",
     name: str = "",
     flops: Mapping[str, Formula] | None = None,
+    accelerator: bool | None = None,
 ) -> OpGraph:
     """One training step of `module` at one batch size (dim 0 of the first input).
 
@@ -184,6 +189,9 @@ def trace(
     Nothing is allocated or run: weights are replaced by fake tensors while tracing, and the module is left as it
     was. A model whose control flow depends on data is traced on real tensors instead (`graph.traced_on == "real"`,
     with a note). Use `trace_workload` for a graph that holds at every batch size.
+
+    accelerator: as an accelerator runs it (True), as a CPU does (False), or, by default, the latter, with the former
+    beside it where the module has recurrent layers (`OpGraph.run_by`).
 
     Raises TraceError (a ValueError) naming the line of the model that cannot be traced, NoFormulaError for a heavy
     op that nobody can count.
@@ -193,10 +201,16 @@ def trace(
     if isinstance(inputs, torch.Tensor):
         raise ValueError("inputs is a tensor; give a tuple of the module's arguments: (x,)")
     inputs, targets = (dict(inputs) if isinstance(inputs, Mapping) else tuple(inputs)), tuple(targets)
+    recurrent = has_recurrent(module)
+    if accelerator is None and recurrent:
+        of = partial(
+            trace, module, inputs, targets, loss=loss, optimizer=optimizer, precision=precision, name=name, flops=flops
+        )
+        return with_accelerated(of(accelerator=False), lambda: of(accelerator=True))
     first = next((t for t in tree_leaves(inputs) if isinstance(t, torch.Tensor) and t.dim()), None)
     batch = int(first.shape[0]) if first is not None else 1
     name = name or type(module).__name__
-    rest = (loss, optimizer, precision, flops)
+    rest = (loss, optimizer, precision, flops, bool(accelerator) and recurrent)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     try:
         with _naming_lines(name), _fake_weights(module, mode):
@@ -208,6 +222,8 @@ def trace(
         reason = f"control flow or shapes depend on data ({error.func}) at {_user_line(error)}"
     except DynamicOutputShapeException as error:
         reason = f"an output's shape depends on data ({error.func}) at {_user_line(error)}"
+    if accelerator and recurrent:
+        raise TraceError(f"{name}: {reason}")
     if any(t.is_meta for t in (*module.parameters(), *module.buffers())):
         raise TraceError(
             f"{name}: {reason}; build the module with real weights (not on meta) to trace it on real tensors"
@@ -237,7 +253,7 @@ def _naming_lines(name: str) -> Iterator[None]:
 
 def _user_line(error: BaseException) -> str:
     """The innermost frame outside torch and outside the tracer."""
-    tracing = (f"{HERE}/trace.py", f"{HERE}/tracer.py", f"{HERE}/batch.py")
+    tracing = tuple(f"{HERE}/{name}.py" for name in ("trace", "tracer", "batch", "recurrent"))
     frames = traceback.extract_tb(error.__traceback__)
     mine = [f for f in frames if "/torch/" not in f.filename and f.filename not in tracing]
     mine = [f for f in mine if not f.filename.endswith("contextlib.py")]

@@ -96,7 +96,7 @@ def _advice(
     from planner.plan import ParallelPlan
 
     workload = load_workload(model)
-    graph = trace_workload(workload, precision=precision)
+    graph = trace_workload(workload, precision=precision, accelerator=machine.device.kind != "cpu")
     plan = ParallelPlan(global_batch=batch or workload.batch_size * ranks, dp=ranks, precision=precision)
     progress("comparing exchanges", 0.6)
     return advise(graph, plan, machine, chosen, kinds, buckets, lossy)

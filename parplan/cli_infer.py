@@ -59,11 +59,12 @@ def _infer(
     from planner.inference_graph import no_decode, trace_forward
 
     batch, prompt, generate = lengths
-    whole = trace_forward(with_length(model, prompt), kind)
+    fast = cluster.device.kind != "cpu"
+    whole = trace_forward(with_length(model, prompt), kind, fast)
     decodes = generate > 0 and not no_decode(whole)
     if decodes:
         with_length(model, prompt + generate)  # says where the model has fewer positions
-    token = trace_forward(with_length(model, 1), kind) if decodes else None
+    token = trace_forward(with_length(model, 1), kind, fast) if decodes else None
     progress("simulating", 0.6)
     return predict(
         whole, token, cluster, batch=batch, prompt=prompt, generate=generate, tp=tp, dp=dp,

@@ -19,6 +19,7 @@ def memory_data(graph: Any, prediction: Any, cluster: Any, path: Path | None, ti
     from costmodels.allocator import CachingAllocator
     from planner.memory_timeline import MOST_EVENTS, memory_timeline, with_cublas
 
+    graph = graph.run_by(cluster.device.kind)
     peaks = prediction.peak_bytes
     rank = peaks.index(max(peaks))
     data: dict[str, Any] = {

@@ -85,7 +85,7 @@ def _search(
 
     check_devices(cluster, devices)
     workload = load_workload(model)
-    graph = trace_workload(workload, precision=kind)
+    graph = trace_workload(workload, precision=kind, accelerator=cluster.device.kind != "cpu")
     result = search_plans(
         workload, graph, cluster, global_batch, devices=devices, precision=kind, compiled=options[0],
         cuda_graphs=options[1], progress=progress,

@@ -94,7 +94,7 @@ def _simulate(
     except ValueError as error:
         raise ValueError(f"plan {plan}: {error}") from None
     workload = load_workload(model)
-    graph = trace_workload(workload, precision=precision)
+    graph = trace_workload(workload, precision=precision, accelerator=cluster.device.kind != "cpu")
     progress("simulating", 0.7)
     running = Running(options[0], compiled=options[1])
     prediction, timeline = simulate_plan(graph, finish(workload, graph, cluster), cluster, running)

@@ -70,7 +70,7 @@ def step_work(graph: OpGraph, plan: ParallelPlan, cluster: Cluster, host: HostCo
     device's own overheads only, as `planner.lower` has them)."""
     if plan.world_size != plan.dp or plan.dp < 2 or plan.data_parallel != "ddp" or plan.offload:
         raise ValueError(f"gradients of {plan.label} are not exchanged in buckets; give a plan like dp2")
-    step, layout, stages = prepared_graph(graph, plan)
+    step, layout, stages = prepared_graph(graph.run_by(cluster.device.kind), plan)
     stage = prepare(step, plan, layout, stages, 0)
     buckets = ddp_buckets(plan, [stage.parameters[name] for name in stage.ready])
     if wrong := next((p for b in buckets for p in b if p.dtype != "float32"), None):

@@ -22,9 +22,9 @@ from planner.script import Item, Work
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 
 
-def trace_forward(workload: Workload, precision: str) -> OpGraph:
+def trace_forward(workload: Workload, precision: str, accelerator: bool | None = None) -> OpGraph:
     """The forward pass of the module in eval mode, as it runs under no_grad with its weights in `precision`; exact at
-    every batch. The output lives until the pass is over."""
+    every batch. The output lives until the pass is over. accelerator: as for `trace_workload`."""
     import torch
     from torch import nn
 
@@ -38,7 +38,7 @@ def trace_forward(workload: Workload, precision: str) -> OpGraph:
         inputs, _ = workload.batch(n)
         return tuple(t.to(dtype) if t.is_floating_point() else t for t in inputs), ()
 
-    return trace_workload(replace(workload, build=build, batch=batch, loss=_output))
+    return trace_workload(replace(workload, build=build, batch=batch, loss=_output), accelerator=accelerator)
 
 
 def _output(output: Any, *targets: Any) -> Any:

@@ -54,7 +54,7 @@ def lower(graph: OpGraph, plan: ParallelPlan, cluster: Cluster, running: Running
     """The program of one step. ValueError where the plan does not fit the model (a shape that does not divide, a cut
     that is not reached, an op that cannot be sharded)."""
     check_executable(plan)
-    graph, layout, stages = prepared_graph(graph, plan)
+    graph, layout, stages = prepared_graph(graph.run_by(cluster.device.kind), plan)
     prepared = tuple(prepare(graph, plan, layout, stages, i) for i in range(plan.pp))
     own = range(plan.dp) if plan.data_parallel == "zero1" else (0,)
     return lower_scripts([[stage_segments(s, dp) for dp in own] for s in prepared], prepared, plan, cluster, running)

@@ -73,6 +73,7 @@ def simulate_plan(
             f"the plan computes in {plan.precision}, but the graph was traced in {graph.precision}; "
             f"trace with precision={plan.precision!r}"
         )
+    graph = graph.run_by(cluster.device.kind)
     lowered = lower(graph, plan, cluster, running)
     timeline = simulate(lowered.program)
     return _judge(graph, plan, cluster, running, lowered, timeline), timeline

@@ -103,8 +103,8 @@ def search(
     state = _State(space, estimates, np.zeros(len(space.plans), bool))
     _drop_what_cannot_fit(state, cluster)
     if limit is None:  # there are at most 23 families, so that each has its best among them
-        limit = DEFAULT_LIMIT // (2 if len(graph.ops) > MANY_OPS else 1)
-    _simulate(state, graph, cluster, limit, progress)
+        limit = DEFAULT_LIMIT // (2 if len(space.costs.graph.ops) > MANY_OPS else 1)
+    _simulate(state, space.costs.graph, cluster, limit, progress)
     infeasible = sum(count for _, _, count in state.short.values())
     rejected = (*space.rejected, *_memory_rejections(state), *_refusals(state))
     if not state.found:

@@ -36,6 +36,7 @@ class StepCosts:
 
 def step_costs(graph: OpGraph, cluster: Cluster, running: Running = EAGER) -> StepCosts:
     """What estimates of this graph on this cluster share; keep it, it fills with every plan."""
+    graph = graph.run_by(cluster.device.kind)
     count = sum(op.phase == "forward" for op in graph.ops)
     assert all(op.phase == "forward" for op in graph.ops[:count]), "the forward comes first"
     spans: dict[str, tuple[int, int]] = {}

@@ -111,7 +111,7 @@ def traced(run: Run, workload: Workload, plan: ParallelPlan, graphs: dict[tuple[
     if key not in graphs:
         if any(spec != run.model.spec for spec, _ in graphs):
             graphs.clear()
-        graphs[key] = trace_workload(workload, precision=plan.precision)
+        graphs[key] = trace_workload(workload, precision=plan.precision).run_by("gpu")
     return graphs[key]
 
 

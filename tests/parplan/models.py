@@ -54,3 +54,19 @@ class Untraceable(nn.Module):
 
 def untraceable():
     return Untraceable(), torch.randn(4, 8)
+
+
+class Gru(nn.Module):
+    """A language model of two recurrent layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(100, 64), nn.Linear(64, 100)
+        self.rnn = nn.GRU(64, 64, num_layers=2, batch_first=True)
+
+    def forward(self, ids):
+        return self.head(self.rnn(self.embed(ids))[0])
+
+
+def gru():
+    return Gru(), torch.randint(0, 100, (4, 24))

@@ -39,3 +39,13 @@ def test_a_file_that_is_none_gives_one_sentence(tmp_path: Path, capsys: pytest.C
     (tmp_path / "bad.csv").write_text("")
     assert main(["predict", "--cases", str(tmp_path / "bad.csv")]) == 2
     assert "is empty" in capsys.readouterr().err
+
+
+def test_a_recurrent_model_runs_as_kernels_on_gpus_and_step_by_step_on_cpus(parplan):
+    model = f"{Path(__file__).parent / 'models.py'}:gru"
+    gpu = parplan("simulate", model, "--cluster", "dgx-h100", "--plan", "single", "-b", 4, "--json").data
+    cpu = parplan("simulate", model, "--cluster", "local", "--plan", "single", "-b", 4, "--json").data
+    assert "aten._cudnn_rnn.default" in gpu["unpriced"] and gpu["step_seconds"] < 0.02
+    assert not any("cudnn" in name for name in cpu["unpriced"])
+    found = parplan("search", model, "--cluster", "dgx-h100", "-b", 4, "--devices", 2, "--json").data
+    assert all("aten._cudnn_rnn.default" in p["unpriced"] for p in found["plans"])
