@@ -153,7 +153,8 @@ def fused_script(items: Sequence[Item], graph: OpGraph) -> tuple[tuple[Item, ...
             if isinstance(kernel, Work):
                 result.append(kernel)
                 continue
-            result.append(Work(_shape(kernel, graph, readers), kernel.works[0].phase, kernel.works[0].module))
+            first = kernel.works[0]
+            result.append(Work(_shape(kernel, graph, readers), first.phase, first.module, share=first.share))
             if len(kernel.works) > 1:
                 fused[kernel.label] += 1
         stretch.clear()

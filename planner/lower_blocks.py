@@ -100,13 +100,15 @@ def _merge(
         if isinstance(item, Work):
             module = item.module
             found, slowdown = next(prices)
+            issue *= item.share
             per_op = host.get("op_backward" if item.phase == "backward" else "op_forward", 0.0)
-            seconds = found.seconds + (per_op if item.phase != "optimizer" else 0.0)
-            slowed = seconds + found.seconds * (slowdown - 1)
-            tally.by_source[found.source] += found.seconds
-            tally.by_source["measured"] += seconds - found.seconds
-            tally.by_law[item.shape.name] += found.seconds * found.error
-            tally.flops += item.shape.flops
+            own = found.seconds * item.share
+            seconds = own + (per_op * item.share if item.phase != "optimizer" else 0.0)
+            slowed = seconds + own * (slowdown - 1)
+            tally.by_source[found.source] += own
+            tally.by_source["measured"] += seconds - own
+            tally.by_law[item.shape.name] += own * found.error
+            tally.flops += round(item.shape.flops * item.share)
             if found.seconds > 0 and (not is_known(item.shape.name) or found.source == "roofline"):
                 tally.unpriced.add(item.shape.name)
         elif isinstance(item, Host):

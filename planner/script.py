@@ -16,13 +16,15 @@ from planner.rules import local_shape
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """One local op: what it is priced by, where it belongs, and whether it only makes a view."""
+    """One local op: what it is priced by, where it belongs, whether it only makes a view, and how often it runs in the
+    mean of many passes (experts that are not always chosen)."""
 
     shape: OpShape
     phase: Phase
     module: str
     is_view: bool = False
     op: int = -1  # the traced op, -1 for what a runtime adds
+    share: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -141,7 +141,7 @@ def _enumerate_batch(
     cuts: tuple[str, ...] = ()
     if pp > 1:
         probe = ParallelPlan(b.global_batch, 1, dp, tp, m, shardings=shardings)
-        candidates = _uncut_by_tp(b, probe)
+        candidates = uncut_by_tp(b.costs, b.cuts, probe)
         found = balanced_cuts(b.costs, probe, candidates, pp)
         if found is None:
             reason = f"pp = {pp} needs {pp - 1} cuts, but the model has {len(candidates)} places to cut"
@@ -182,17 +182,17 @@ def _shardings(b: _Builder, tp: int) -> tuple[tuple[tuple[str, Sharding], ...], 
     return pairs, reason
 
 
-def _uncut_by_tp(b: _Builder, plan: ParallelPlan) -> tuple[Cut, ...]:
+def uncut_by_tp(costs: StepCosts, cuts: tuple[Cut, ...], plan: ParallelPlan) -> tuple[Cut, ...]:
     """Cuts that no sharded activation crosses: a stage sends whole tensors only."""
     if plan.tp == 1:
-        return b.cuts
+        return cuts
     key = ("uncut", plan.tp)
-    if key not in b.costs.cache:
-        graph = b.costs.graph
+    if key not in costs.cache:
+        graph = costs.graph
         placed = propagate(graph, plan).placements
         split = {t.storage for t in graph.tensors if placed[t.id] >= 0}
-        b.costs.cache[key] = tuple(c for c in b.cuts if not split & set(crossings(b.costs, c.start)))
-    found: tuple[Cut, ...] = b.costs.cache[key]
+        costs.cache[key] = tuple(c for c in cuts if not split & set(crossings(costs, c.start)))
+    found: tuple[Cut, ...] = costs.cache[key]
     return found
 
 

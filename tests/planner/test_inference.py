@@ -11,7 +11,7 @@ import torch
 
 from costmodels.cluster import load_cluster
 from opgraph.models import load_workload, with_length
-from planner.inference import Inference, infer, stage_of
+from planner.inference import Inference, infer, stages_of
 from planner.inference_graph import DTYPES, no_decode, trace_forward
 from planner.inference_graph import decode_items as decode
 from planner.plan import ParallelPlan
@@ -138,7 +138,7 @@ def test_what_does_not_fit_together_is_said():
 
 def test_decode_runs_the_ops_of_a_real_step_with_a_cache():
     """Attention of one query over a cache of 40 tokens: the shapes that torch's own op gets."""
-    stage = stage_of(graphs(SMALL_LLAMA, 16, "fp32")[1], ParallelPlan(8))
+    (stage,) = stages_of(graphs(SMALL_LLAMA, 16, "fp32")[1], ParallelPlan(8))
     items = decode(forward_script(stage), 40, stage.graph)
     works = [w for w in items if isinstance(w, Work) and "attention" in w.shape.name]
     q, k, v = torch.empty(8, 4, 1, 32), torch.empty(8, 2, 40, 32), torch.empty(8, 2, 40, 32)
