@@ -16,13 +16,15 @@ def infer(
     batch: Annotated[int, typer.Option("--batch", "-b", help="Sequences at once, over all replicas.")] = 1,
     prompt: Annotated[int, typer.Option("--prompt", help="Tokens of every prompt.")] = 512,
     generate: Annotated[int, typer.Option("--generate", help="Tokens generated for every prompt.")] = 128,
-    plan: Annotated[str, typer.Option("--plan", "-p", help="Tensor parallelism and replicas: tp8, 'dp2 tp4'.")] = "tp1",
+    plan: Annotated[str, typer.Option("--plan", "-p", help="Degrees: tp8, 'dp2 tp4', 'pp2 tp4 mb2'.")] = "tp1",
     precision: PrecisionName = "bf16",
     compile_: Compile = False,
     cuda_graphs: CudaGraphs = False,
     json: Json = False,
 ) -> None:
     """Predict inference: prefill and decode with a KV cache, forward passes only.
+
+    Stages of a pipeline (ppN) work at once where the sequences go through it in micro-batches (mbN).
 
     Example: parplan infer llama3-70b --cluster dgx-h100 --plan tp8 --batch 1 --prompt 2048 --generate 256
     """
@@ -51,7 +53,7 @@ def _infer(
     from costmodels.cluster import load_cluster
 
     kind = precision_of(precision)
-    tp, dp = degrees(plan)
+    wanted = degrees(plan)
     cluster = load_cluster(name)
     progress(f"tracing {model}", 0.1)
     from opgraph.models import with_length
@@ -67,20 +69,20 @@ def _infer(
     token = trace_forward(with_length(model, 1), kind, fast) if decodes else None
     progress("simulating", 0.6)
     return predict(
-        whole, token, cluster, batch=batch, prompt=prompt, generate=generate, tp=tp, dp=dp,
+        whole, token, cluster, batch=batch, prompt=prompt, generate=generate, **wanted,
         compiled=options[0], cuda_graphs=options[1],
     )  # fmt: skip
 
 
-def degrees(plan: str) -> tuple[int, int]:
-    """tp and dp of a typed plan. ValueError for what inference does not know."""
+def degrees(plan: str) -> dict[str, int]:
+    """The degrees of a typed plan. ValueError for what inference does not know."""
     from parplan.inline_plan import parse
 
     wanted = parse("single" if plan in ("", "tp1") else plan)
     training = wanted["recompute"] or wanted["offload"] or wanted["data_parallel"] == "fsdp"
-    if wanted["pp"] > 1 or wanted["micro_batches"] > 1 or training:
-        raise ValueError(f"--plan '{plan}' says more than inference knows; write tpN, dpN or both: 'dp2 tp4'")
-    return wanted["tp"], wanted["dp"]
+    if training:
+        raise ValueError(f"--plan '{plan}' says more than inference knows; write tpN, dpN, ppN, mbN: 'dp2 tp4'")
+    return {name: wanted[name] for name in ("tp", "dp", "pp", "micro_batches")}
 
 
 def inference_data(found: Any) -> dict[str, Any]:

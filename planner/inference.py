@@ -47,8 +47,8 @@ class Pass:
 
     @property
     def host_bound(self) -> bool:
-        """Whether most of the pass is waiting for the host thread."""
-        return self.breakdown["host"] > 0.5 * self.seconds
+        """Whether a rank waits for its host thread in most of the time in which it does not wait for other stages."""
+        return self.breakdown["host"] > 0.5 * (self.seconds - self.breakdown["bubble"] - self.breakdown["idle"])
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,6 +28,17 @@ def test_compiled_decode_is_faster(parplan):
     assert compiled["assumed"] == ["torch.compile"] and compiled["kv_cache_bytes"] == eager["kv_cache_bytes"]
 
 
+def test_a_pipeline_and_experts_are_said(parplan):
+    words = ("infer", SMALL, *ON, "--prompt", 64, "--generate", 16, "--batch", 4, "--json", "--cuda-graphs")
+    one, two, four = (parplan(*words, "--plan", plan).data for plan in ("single", "pp2", "pp2 mb2"))
+    assert two["label"] == "pp2 gpipe" and four["label"] == "pp2 gpipe mb2"
+    assert two["decode_seconds_per_token"] > one["decode_seconds_per_token"] > 0
+    assert two["kv_cache_bytes"] == one["kv_cache_bytes"] > two["kv_cache_bytes_per_rank"]
+    model = "mixtral-8x7b:layers=2,hidden=64,heads=4,kv_heads=2,ffn=128,vocab=512"
+    found = parplan("infer", model, *ON, "--prompt", 64, "--generate", 16, "--json").data
+    assert found["assumed"] == ["uniform routing: 1 tokens choose 2 of 8 experts a layer"]
+
+
 def test_an_encoder_gets_a_prefill_and_a_reason(parplan):
     model = "bert-base:layers=2,hidden=64,heads=2,vocab=128,positions=40"  # no room beyond the prompt
     result = parplan("infer", model, *ON, "--prompt", 32, "--json")
@@ -40,7 +51,10 @@ def test_an_encoder_gets_a_prefill_and_a_reason(parplan):
     [
         (("mlp",), "mlp takes no sequence of tokens, so it has no prompt"),
         (("gpt2", "--prompt", 1024), "1152"),
-        ((SMALL, "--plan", "pp2"), "more than inference knows"),
+        ((SMALL, "--plan", "mb2"), "there is none; add pp2"),
+        ((SMALL, "--plan", "pp8"), "places to cut"),
+        ((SMALL, "--plan", "pp2 mb2", "--batch", 3), "use a multiple of 2"),
+        ((SMALL, "--plan", "pp2 recompute"), "more than inference knows"),
         ((SMALL, "--plan", "dp2 offload-optimizer"), "more than inference knows"),
         ((SMALL, "--batch", 0), "--batch is 0"),
         ((SMALL, "--generate", -1), "--generate is -1"),
