@@ -148,9 +148,11 @@ def _record(
             _check_loss(value)
             tracer.part = "backward"
             value.backward()
-        for p in parameters:
+        for name, p in module.named_parameters() if parameters else ():
             if p.grad is not None:
                 tracer.mark(p.grad, "gradient")
+            elif p.requires_grad:
+                tracer.idle.append(plain_path(name))
         if optimizer:
             tracer.part = "optimizer"
             optimizer.step()
@@ -166,6 +168,12 @@ def _finish(tracer: StepTracer, name: str, batch: int, precision: str, on: str, 
         for i, s in enumerate(tracer.storages)
     )
     gradients = tuple(sorted(tracer.gradient_ops.items(), key=lambda item: item[1]))
+    if tracer.idle:
+        others = " and others" if len(tracer.idle) > 1 else ""
+        notes += (
+            f"no gradient reaches {tracer.idle[0]}{others}: torch's DistributedDataParallel stops at such parameters; "
+            f"freeze them with requires_grad_(False)",
+        )
     return OpGraph(
         name, batch, tuple(tracer.ops), tuple(tracer.tensors), storages, gradients, precision, cast(Any, on), notes
     )

@@ -45,6 +45,7 @@ class StepTracer(TorchDispatchMode):
         self.storages: list[dict[str, Any]] = []
         self.part: Phase = "forward"  # which part of the step is running; recompute is told apart in `_place`
         self.gradient_ops: dict[str, int] = {}  # parameter -> last op of its gradient accumulation
+        self.idle: list[str] = []  # trainable parameters that got no gradient
         self._stack: list[str] = []
         self._live: dict[int, int] = {}  # storage address -> index into self.storages
         self._views: dict[tuple[Any, ...], int] = {}  # how a tensor looks at its storage -> tensor id

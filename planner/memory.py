@@ -16,7 +16,7 @@ from planner.offload_activations import Crossing, moved
 from planner.orders import stage_order
 from planner.plan import Offloaded, ParallelPlan
 from planner.runtime_data import Unit, zero1_owners
-from planner.runtime_fsdp import unit_of
+from planner.runtime_fsdp import unit_of, without_gradient_input
 from planner.runtime_stage import Stage, is_kept
 from planner.stages import LOSS
 
@@ -200,6 +200,7 @@ class _Replay:
         last_of = {path_of(stage, op): i for i, op in enumerate(stage.ops.backward)}
         self.ledger.place = ("backward", micro, "", "")
         crossing = Crossing(stage)
+        late = {"", *without_gradient_input(stage)} if stage.units else set()
         for i, op in enumerate(stage.ops.backward):
             unit = unit_of(stage, op)
             if stage.units and "" not in entered and op.module != LOSS:
@@ -223,22 +224,17 @@ class _Replay:
             if op.id in ready and micro > 0:
                 for s in self._gradients_of(ready[op.id]):
                     self._free(s, micro)
-            if unit is not None and last_of[unit.path] == i and plan.pp == 1:
-                if micro == plan.micro_batches - 1 or plan.data_parallel == "fsdp":
-                    self.ledger.drop(("whole", unit.path))
-                if micro == plan.micro_batches - 1:
-                    self._scatter(unit)
+            if unit is not None and last_of[unit.path] == i and unit.path not in late:
+                self._leave_backward(unit, micro)
         for s in [s for s in self.alive.get(micro, ()) if s not in self.times.gradients]:
             self._free(s, micro)
         sent = sum(stage.graph.tensors[t].bytes for t in received(stage)) if plan.schedule == "1f1b" else 0
         self._warm_up_send(micro)
         if sent:  # the schedule keeps the list of its last send, and with it the gradients that the stage before got
             self.ledger.hold("sent", sent, "communication")
-        if stage.units and plan.pp == 1:
-            if micro == plan.micro_batches - 1 or plan.data_parallel == "fsdp":
-                self.ledger.drop(("whole", ""))
-            if micro == plan.micro_batches - 1:
-                self._scatter(stage.units[0])
+        for unit in stage.units:
+            if unit.path in late:
+                self._leave_backward(unit, micro)
 
     def _run_again(self, region: Region, micro: int) -> None:
         """A checkpointed region's forward, with the generator's present state put aside."""
@@ -293,6 +289,13 @@ class _Replay:
         """After a unit's forward."""
         if unit is not None and self.stage.plan.data_parallel == "fsdp":
             self.ledger.drop(("whole", unit.path))
+
+    def _leave_backward(self, unit: Unit, micro: int) -> None:
+        plan = self.stage.plan
+        if plan.pp == 1 and (micro == plan.micro_batches - 1 or plan.data_parallel == "fsdp"):
+            self.ledger.drop(("whole", unit.path))
+        if plan.pp == 1 and micro == plan.micro_batches - 1:
+            self._scatter(unit)
 
     def _at(self, message: str, unit: Unit) -> None:
         phase, micro, _, _ = self.ledger.place

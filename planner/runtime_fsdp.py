@@ -78,7 +78,7 @@ class FsdpBackward:
         self.entered: set[str] = set()
         self.started: set[str] = set()
         ends: dict[str, tuple[int, Unit]] = {}
-        self.unhooked = _without_gradient_input(stage)
+        self.unhooked = without_gradient_input(stage)
         for i, op in enumerate(stage.ops.backward):
             if (unit := unit_of(stage, op)) is not None:
                 ends[unit.path] = (i, unit)
@@ -137,7 +137,7 @@ class FsdpBackward:
                     yield from scatter(self.stage, unit)
 
 
-def _without_gradient_input(stage: Stage) -> set[str]:
+def without_gradient_input(stage: Stage) -> set[str]:
     """Units that read nothing that needs a gradient (the first layer of a CNN): FSDP learns that their backward is
     over only when the whole backward is, after the root."""
     needing = {t.id for t in stage.graph.tensors if t.role == "parameter"}

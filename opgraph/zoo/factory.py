@@ -31,6 +31,9 @@ KEYS = ("module", "inputs", "targets", "loss", "optimizer", "batch")
 # What makes integers from integers where no dtype says otherwise, and what does so only where one does.
 INTEGER_MAKERS = (torch.randint, torch.randperm, torch.arange, torch.tensor, torch.full)
 OTHER_MAKERS = (torch.zeros, torch.ones, torch.empty)
+UNIFORM = (torch.rand, torch.rand_like)
+KEEPING = frozenset("float double half to type view reshape flatten unsqueeze squeeze clone detach contiguous".split())  # noqa: SIM905
+WITHIN_ONE = "_parplan_within_one"
 Tensors = tuple[torch.Tensor, ...]
 
 
@@ -132,8 +135,14 @@ def find_blocks(module: nn.Module) -> tuple[str, ...]:
 
 
 def rows_like(example: torch.Tensor, rows: int, spec: str) -> torch.Tensor:
-    """`rows` random rows on the CPU: normal where `example` is floating, else uniform between its extremes."""
+    """`rows` random rows on the CPU: normal where `example` is floating, else uniform between its extremes.
+
+    Floating examples between 0 and 1 (probabilities, pictures) stay there; whole ones (labels) are 0 or 1.
+    """
     shape = (rows, *example.shape[1:])
+    if example.is_floating_point() and (known := within_one(example)):
+        found = torch.rand(shape, dtype=example.dtype, device="cpu")
+        return found.round() if known == "whole" else found
     if example.is_floating_point() or example.is_complex():
         return torch.randn(shape, dtype=example.dtype, device="cpu")
     if example.is_meta:
@@ -144,8 +153,20 @@ def rows_like(example: torch.Tensor, rows: int, spec: str) -> torch.Tensor:
     return torch.randint(low, high + 1, shape, device="cpu").to(example.dtype)
 
 
+def within_one(example: torch.Tensor) -> str:
+    """"whole" where all values are 0 or 1, "any" where they lie between, "" elsewhere and where nobody knows. Zeros
+    alone say nothing. Of tensors on meta it is known how they were made."""
+    if example.is_meta or not example.numel():
+        return getattr(example, WITHIN_ONE, "")
+    low, high = example.aminmax()
+    if not 0 <= low < high <= 1:
+        return ""
+    return "whole" if bool((example == example.round()).all()) else "any"
+
+
 class IntegersOnCpu(TorchFunctionMode):
-    """Makes integer tensors on the CPU, with their values, where the default device is meta."""
+    """Makes integer tensors on the CPU, with their values, where the default device is meta, and marks floating ones
+    on meta that `torch.rand` or a truth value made, and what their shape alone is changed of."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -154,7 +175,18 @@ class IntegersOnCpu(TorchFunctionMode):
             by_default = func in INTEGER_MAKERS and all(isinstance(v, int) for v in tree_leaves((args, kwargs)))
             if by_default if dtype is None else not (dtype.is_floating_point or dtype.is_complex):
                 kwargs = {**kwargs, "device": "cpu"}
-        return func(*args, **kwargs)
+        result = func(*args, **kwargs)
+        if isinstance(result, torch.Tensor) and result.is_meta and result.is_floating_point():
+            if known := "any" if func in UNIFORM else _kept(func, args):
+                setattr(result, WITHIN_ONE, known)
+        return result
+
+
+def _kept(func: Any, args: tuple[Any, ...]) -> str:
+    """What is known of the first argument, where `func` changes no value."""
+    if not args or not isinstance(args[0], torch.Tensor) or getattr(func, "__name__", "") not in KEEPING:
+        return ""
+    return "whole" if args[0].dtype == torch.bool else getattr(args[0], WITHIN_ONE, "")
 
 
 def _first_call(factory: Callable[[], Any], path: Path, spec: str) -> Made | Workload:

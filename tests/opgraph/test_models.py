@@ -100,6 +100,15 @@ def test_a_file_with_a_pair() -> None:
     assert all(p.is_meta for p in _meta(workload).parameters())
 
 
+def test_examples_between_zero_and_one_stay_there() -> None:
+    workload = load_workload(f"{USER}:probabilities")
+    (picture,), (same, signs, labels) = workload.batch(32)
+    for drawn in (picture, same):
+        assert 0 <= drawn.min() < 0.1 and 0.9 < drawn.max() <= 1
+    assert set(signs.unique().tolist()) == set(labels.unique().tolist()) == {0.0, 1.0}
+    assert step(workload) > 0
+
+
 def _meta(workload: Workload) -> nn.Module:
     with torch.device("meta"):
         return workload.build()

@@ -146,6 +146,17 @@ def test_frozen_parameters_get_no_gradient() -> None:
     assert {t.name for t in states} == {"down.weight", "down.bias"}
 
 
+def test_parameters_without_gradient_are_told() -> None:
+    model = Net()
+    model.add_module("spare", nn.Linear(8, 8))
+    assert trace_net(model).notes == (
+        "no gradient reaches spare.weight and others: torch's DistributedDataParallel stops at such parameters; "
+        "freeze them with requires_grad_(False)",
+    )
+    model.spare.requires_grad_(False)
+    assert trace_net(model).notes == ()
+
+
 class Branching(nn.Module):
     def __init__(self) -> None:
         super().__init__()

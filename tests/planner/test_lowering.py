@@ -1,8 +1,10 @@
 """Lowering equals the dry run of the real program: every message, every op, and the peak memory."""
 
 import pytest
+import torch
 
 from opgraph.batch import trace_workload
+from opgraph.workload import Workload, adamw, mean_square
 from planner.check import compare
 from planner.dryrun import dry_run
 from planner.lower import lower
@@ -117,3 +119,27 @@ def test_a_wrong_lowering_is_noticed():
     mismatch = compare(graph, other, 0, records)
     assert mismatch.messages and not mismatch.only_lowered
     assert compare(graph, plan, 0, records[:-1]).only_lowered
+
+
+class Tables(torch.nn.Module):
+    """Embeddings that are units of their own: what they read needs no gradient."""
+
+    def __init__(self):
+        super().__init__()
+        self.tables = torch.nn.ModuleList(torch.nn.EmbeddingBag(500, 16) for _ in range(4))
+        self.head = torch.nn.Linear(64, 8)
+
+    def forward(self, ids):
+        return self.head(torch.cat([table(ids[:, i]) for i, table in enumerate(self.tables)], 1))
+
+
+@pytest.mark.parametrize("kind", ["fsdp", "zero2"])
+def test_units_that_read_no_gradients_stay_whole_until_the_end(kind, uncalibrated):
+    batch = lambda n: ((torch.ones(n, 4, 3, dtype=torch.long),), ())  # noqa: E731
+    workload = Workload("tables", Tables, batch, mean_square, adamw, 8)
+    units = tuple(f"tables.{i}" for i in range(4))
+    plan = ParallelPlan(8, dp=2, data_parallel=kind, fsdp_units=units)
+    graph = trace_workload(workload)
+    run = dry_run(plan, workload, 0)
+    assert not compare(graph, plan, 0, run.records)
+    assert peak_bytes(lower(graph, plan, uncalibrated).stages, plan)[0] == pytest.approx(run.peak_bytes, rel=0.001)

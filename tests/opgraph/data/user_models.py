@@ -93,3 +93,13 @@ def uneven():
 
 def integers_on_meta():
     return nn.Embedding(5, 2), torch.zeros(2, 3, dtype=torch.long, device="meta")
+
+
+def probabilities():
+    picture = torch.rand(4, 1, 3, 3)
+    return {
+        "module": nn.Sequential(nn.Flatten(), nn.Linear(9, 9), nn.Sigmoid()),
+        "inputs": picture,
+        "targets": (picture.flatten(1), (torch.randn(4, 9) > 0).float(), torch.randint(0, 2, (4, 9)).float()),
+        "loss": lambda output, *targets: sum(nn.functional.binary_cross_entropy(output, t) for t in targets),
+    }
