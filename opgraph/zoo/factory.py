@@ -176,9 +176,9 @@ class IntegersOnCpu(TorchFunctionMode):
             if by_default if dtype is None else not (dtype.is_floating_point or dtype.is_complex):
                 kwargs = {**kwargs, "device": "cpu"}
         result = func(*args, **kwargs)
-        if isinstance(result, torch.Tensor) and result.is_meta and result.is_floating_point():
-            if known := "any" if func in UNIFORM else _kept(func, args):
-                setattr(result, WITHIN_ONE, known)
+        known = "any" if func in UNIFORM else _kept(func, args)
+        if known and isinstance(result, torch.Tensor) and result.is_meta and result.is_floating_point():
+            setattr(result, WITHIN_ONE, known)
         return result
 
 
