@@ -101,6 +101,15 @@ def accumulates(op: Op) -> bool:
     return op.phase == "backward" and op.name == "aten.add.Tensor" and len(op.inputs) == 2
 
 
+def adds_bias(graph: OpGraph, op: Op) -> bool:
+    """Whether a forward op adds the bias of its Linear to the product, as torch does apart from it where the rows of
+    the input do not lie side by side (sequences whose samples are not the outer dim)."""
+    bias = graph.parameters.get(f"{op.module}.bias")
+    if op.phase != "forward" or op.name != "aten.add.Tensor" or len(op.inputs) != 2 or bias is None:
+        return False
+    return graph.tensors[op.inputs[1]].shape == bias.shape and len(graph.tensors[op.inputs[0]].shape) > 1
+
+
 def _place_op(graph: OpGraph, op: Op, placements: list[int], parts: int) -> None:
     ins: list[Placed] = [(graph.tensors[t].shape, placements[t]) for t in op.inputs]
     outs = [t for t in op.outputs if t not in op.inputs]

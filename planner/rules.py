@@ -151,7 +151,10 @@ _LINEAR_TWO = {"add", "sub", "copy", "add_"}
 
 def _pointwise(base: str, ins: list[Placed], outs: list[Shape], args: tuple[Any, ...], parts: int) -> list[int]:
     if any(p == PARTIAL for _, p in ins):
-        linear = (len(ins) == 1 and base in _LINEAR_ONE) or (base in _LINEAR_TWO and _same(base, ins) == PARTIAL)
+        # a whole bias: the runtime divides it by the number of parts, so that the sum has it once
+        bias = base == "add" and [p for _, p in ins] == [PARTIAL, REPLICATE] and len(ins[1][0]) == 1 < len(ins[0][0])
+        linear = len(ins) == 1 and base in _LINEAR_ONE
+        linear = linear or bias or (base in _LINEAR_TWO and _same(base, ins) == PARTIAL)
         if not linear:
             raise _fail(base, ins, "partial sums must be reduced first")
         return [PARTIAL] * len(outs)

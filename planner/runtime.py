@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from opgraph.graph import Op, Phase
+from planner.layout import adds_bias
 from planner.offload import down_at_once, up, waits
 from planner.offload_activations import Crossing
 from planner.orders import stage_order
@@ -108,9 +109,10 @@ def _sharded_linears(stage: Stage) -> int:
 
 
 def _forward_op(stage: Stage, op: Op, phase: Phase) -> Iterator[Item]:
-    if op.name == "aten.addmm.default" and stage.plan.style.get(op.module) == "rowwise":
+    apart = adds_bias(stage.graph, op)
+    if (apart or op.name == "aten.addmm.default") and stage.plan.style.get(op.module) == "rowwise":
         # every rank adds its part of the bias, so that the all-reduce adds it once
-        bias = stage.graph.tensors[op.inputs[0]]
+        bias = stage.graph.tensors[op.inputs[1 if apart else 0]]
         yield copy_work("aten.div.Tensor", bias.numel, bias.dtype, phase, op.module)
     if not copies_nothing(stage.graph, stage.layout, op):
         yield stage.work(op, phase)

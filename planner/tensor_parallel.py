@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from opgraph.graph import Op, OpGraph
-from planner.layout import propagate
+from planner.layout import adds_bias, propagate
 from planner.plan import ParallelPlan, Sharding
 from planner.rules import REPLICATE, Placed, ShardingError, local_shape, place
 
@@ -53,15 +53,15 @@ def _linears(graph: OpGraph) -> dict[str, tuple[int, int]]:
     found = {}
     for path, ops in calls.items():
         products = [op for op in ops if op.name.split(".")[1] in ("mm", "addmm")]
-        if len(products) == 1 and all(_moves(op) or op is products[0] for op in ops):
+        if len(products) == 1 and all(_moves(op) or op is products[0] or adds_bias(graph, op) for op in ops):
             reads = products[0].inputs[-2]
             found[path] = (_first_read(ops, reads), ops[-1].outputs[0])
     return found
 
 
 def _moves(op: Op) -> bool:
-    """A view, or a cast, as autocast puts before each product."""
-    return op.is_view or op.name == "aten._to_copy.default"
+    """A view, a cast, as autocast puts before each product, or the copy that puts rows side by side."""
+    return op.is_view or op.name in ("aten._to_copy.default", "aten.clone.default")
 
 
 def _first_read(ops: list[Op], tensor: int) -> int:

@@ -117,3 +117,40 @@ def norm_net() -> Workload:
     return Workload(
         "norm-test", build, lambda n: ((torch.randn(n, 3, 8, 8),), (torch.randn(n, 8),)), mean_of_squares, adamw, 8
     )
+
+
+class Across(nn.Module):
+    """A block of attention and MLP over sequences whose outer dim in memory is not the one that comes first: torch
+    copies the rows of each Linear, and adds its bias apart from the product."""
+
+    def __init__(self, width: int = 32, head: int = 8) -> None:
+        super().__init__()
+        self.head = head
+        self.q, self.k, self.v = (nn.Linear(width, width) for _ in range(3))
+        self.out = nn.Linear(width, width)
+        self.up, self.down = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        t = x.transpose(0, 1)
+        q, k, v = (f(t).unflatten(-1, (-1, self.head)).permute(1, 2, 0, 3) for f in (self.q, self.k, self.v))
+        y = F.scaled_dot_product_attention(q, k, v)
+        t = t + self.out(y.permute(2, 0, 1, 3).flatten(2).transpose(0, 1).contiguous().transpose(0, 1))
+        return x + self.down(F.gelu(self.up(t)).transpose(0, 1))
+
+
+class Rows(nn.Module):
+    def __init__(self, layers: int = 2) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Across() for _ in range(layers))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+def across() -> Workload:
+    def batch(n: int):
+        return (torch.randn(n, 12, 32),), (torch.randn(n, 12, 32),)
+
+    return Workload("across", Rows, batch, mean_of_squares, adamw, 8, ("blocks.0", "blocks.1"))

@@ -2,12 +2,16 @@
 
 import pytest
 
+from opgraph.batch import trace_workload
 from opgraph.workload import Workload, adamw, mean_square
 from planner.layout import propagate
 from planner.plan import ParallelPlan
 from planner.rules import ShardingError
 from planner.tensor_parallel import explain_no_shardings, tp_shardings
 from tests.planner.conftest import ALEXNET, GPT, LLAMA, MLP, VIT, model
+from tests.planner.models import across
+from validation.launch import run_plans
+from validation.measure import Options
 
 
 def test_attention_and_mlp_of_a_transformer():
@@ -76,3 +80,24 @@ def test_in_place_work_on_a_sharded_output_is_refused():
     with pytest.raises(ShardingError, match="in place"):
         propagate(graph, ParallelPlan(4, tp=2, shardings=(("a", "colwise"), ("b", "rowwise"))))
     assert tp_shardings(graph, 2) == ()
+
+
+ACROSS = {"q": "colwise", "k": "colwise", "v": "colwise", "out": "rowwise", "up": "colwise", "down": "rowwise"}
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_products_whose_bias_is_added_apart_are_linears_too(precision):
+    graph = trace_workload(across(), precision=precision)
+    assert tp_shardings(graph, 2) == tuple((f"blocks.{i}.{name}", s) for i in range(2) for name, s in ACROSS.items())
+    layout = propagate(graph, ParallelPlan(8, tp=2, shardings=tp_shardings(graph, 2)))
+    assert len(layout.reductions) == 2 * 2 + 2 + 3  # out, down; inputs of up; q, k, v of block 1
+
+
+@pytest.mark.executed
+def test_products_whose_bias_is_added_apart_are_executed():
+    """On two gloo ranks, and beside data parallelism on four: the step of one device, losses and gradients."""
+    shardings = tp_shardings(trace_workload(across()), 2)
+    plans = [ParallelPlan(8, tp=2, shardings=shardings, dp=dp) for dp in (1, 2)]
+    for m in run_plans("tests.planner.models:across", plans, Options(memory=False, measure=False, timeout_seconds=120)):
+        assert (m.status, m.reason) == ("ok", "")
+        assert m.loss_error < 1e-5 and m.gradient_error < 1e-5
