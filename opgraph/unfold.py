@@ -9,6 +9,7 @@ optimizers) grow in parameter order. Whatever does not fit this raises UnfoldErr
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 from opgraph.alike import check
@@ -33,25 +34,13 @@ from opgraph.segments import (
 
 __all__ = ["UnfoldError", "unfold"]
 
+Placed = tuple[int, int | None]  # a thing of the short graph, and the block of the long one that it goes to
+
 
 def unfold(graph: OpGraph, fold: Fold) -> OpGraph:
     """The graph of the model with all of `fold.count` blocks, from the graph of the model with KEPT of them."""
-    extra, count = fold.count - KEPT, fold.count
-
-    def block_of(path: str) -> int | None:
-        place = fold.place(path)
-        return place[0] - fold.start if place and 0 <= place[0] - fold.start < KEPT else None
-
-    def renamed(path: str, shift: int) -> str:
-        """The path of what moves `shift` blocks from its place in the short graph."""
-        place = fold.place(path)
-        if place is None or place[0] < fold.start:
-            return path
-        index = place[0] + (extra if place[0] >= fold.start + KEPT else shift)
-        return f"{fold.container}.{index}" + (f".{place[1]}" if place[1] else "")
-
-    ops, tensors = Things(len(graph.ops), count), Things(len(graph.tensors), count)
-    storages = Things(len(graph.storages), count)
+    ops, tensors, storages = (Things(len(them), fold.count) for them in (graph.ops, graph.tensors, graph.storages))
+    block_of, renamed = partial(_block_of, fold), partial(_renamed, fold)
     segments = list(pieces(graph, ops, block_of))
     made = made_by(graph)
     own_tensors(graph, made, ops, tensors, block_of)
@@ -61,47 +50,82 @@ def unfold(graph: OpGraph, fold: Fold) -> OpGraph:
     check(graph, ops, tensors, storages, block_of, renamed)
 
     # Ids of the long graph, in the order in which its trace would give them.
-    order = [(op, block) for piece in segments for op, block in ordered(piece, count)]
+    order = [(op, block) for piece in segments for op, block in ordered(piece, fold.count)]
     for new, (op, block) in enumerate(order):
         ops.assign(op, block, new)
-    born: list[tuple[int, int | None]] = []  # tensors of the long graph: in the short one, and their block
+    born = _numbered_tensors(order, made, tensors)
+    kept = _numbered_storages(graph, born, holder, storages)
+
+    long_ops = tuple(_write_ops(graph, order, ops, tensors, renamed))
+    long_tensors = tuple(_write_tensors(graph, born, tensors, storages, renamed))
+    long_storages = tuple(_write_storages(graph, kept, len(order), ops, storages))
+    gradients = _gradients(graph, ops, block_of, renamed)
+    return OpGraph(
+        graph.name, graph.batch, long_ops, long_tensors, long_storages, gradients,
+        graph.precision, graph.traced_on, graph.notes, (*graph.repeats, fold.paths),
+    )  # fmt: skip
+
+
+def _block_of(fold: Fold, path: str) -> int | None:
+    """Which of the KEPT blocks a path of the short graph lies in; None outside of them."""
+    place = fold.place(path)
+    return place[0] - fold.start if place and 0 <= place[0] - fold.start < KEPT else None
+
+
+def _renamed(fold: Fold, path: str, blocks: int) -> str:
+    """The path of what moves so many `blocks` from its place in the short graph."""
+    place = fold.place(path)
+    if place is None or place[0] < fold.start:
+        return path
+    index = place[0] + (fold.count - KEPT if place[0] >= fold.start + KEPT else blocks)
+    return f"{fold.container}.{index}" + (f".{place[1]}" if place[1] else "")
+
+
+def _numbered_tensors(order: list[Placed], made: list[list[int]], tensors: Things) -> list[Placed]:
+    """The tensors of the long graph as its ops make them, each given its id there."""
+    born: list[Placed] = []
     for op, block in [(-1, None), *order]:
         new_ones = made[op + 1]
         born += expanded(new_ones, tensors) if block is None else [(i, block) for i in new_ones]
-    kept: list[tuple[int, int | None]] = []
     for new, (i, block) in enumerate(born):
         tensors.assign(i, block, new)
+    return born
+
+
+def _numbered_storages(graph: OpGraph, born: list[Placed], holder: dict[int, int], storages: Things) -> list[Placed]:
+    """The storages of the long graph in the order of the tensors that hold them, each given its id there."""
+    kept: list[Placed] = []
+    for i, block in born:
         storage = graph.tensors[i].storage
         if holder[storage] == i:
             storages.assign(storage, block, len(kept))
             kept.append((storage, block))
+    return kept
 
-    long_ops = tuple(_write_ops(graph, order, ops, tensors, renamed))
-    long_tensors = []
+
+def _write_tensors(
+    graph: OpGraph, born: list[Placed], tensors: Things, storages: Things, renamed: Renamed
+) -> Iterator[Tensor]:
     for new, (i, block) in enumerate(born):
-        t = graph.tensors[i]
+        t, owner = graph.tensors[i], tensors.owner[i]
         twin = graph.tensors[tensors.twin[i]].storage
-        storage = find(storages.source(tensors.owner[i], t.storage, twin), block or 0)
-        name = renamed(t.name, shift(tensors.owner[i], block)) if t.name else ""
-        long_tensors.append(
-            Tensor(new, t.shape, t.strides, t.dtype, storage, t.role, t.per_batch, name, t.strides_per_batch)
-        )
-    long_storages = []
+        storage = find(storages.source(owner, t.storage, twin), block or 0)
+        name = renamed(t.name, shift(owner, block)) if t.name else ""
+        yield Tensor(new, t.shape, t.strides, t.dtype, storage, t.role, t.per_batch, name, t.strides_per_batch)
+
+
+def _write_storages(
+    graph: OpGraph, kept: list[Placed], count: int, ops: Things, storages: Things
+) -> Iterator[Storage]:
+    """`count`: ops of the long graph, after the last of which dies what lives until the end."""
+    ends = {-1: -1, len(graph.ops): count}
     for new, (i, block) in enumerate(kept):
-        s, like = graph.storages[i], graph.storages[storages.twin[i]]
-
-        def moment(op: int, twin: int, owner: int | None = storages.owner[i], block: int | None = block) -> int:
-            if op in (-1, len(graph.ops)):
-                return -1 if op == -1 else len(order)
-            return find(ops.source(owner, op, twin), block or 0)
-
-        birth, death = moment(s.birth, like.birth), moment(s.death, like.death)
-        long_storages.append(Storage(new, s.bytes, s.bytes_per_batch, s.role, birth, death))
-    gradients = _gradients(graph, ops, block_of, renamed)
-    return OpGraph(
-        graph.name, graph.batch, long_ops, tuple(long_tensors), tuple(long_storages), gradients,
-        graph.precision, graph.traced_on, graph.notes, (*graph.repeats, fold.paths),
-    )  # fmt: skip
+        s, twin, owner = graph.storages[i], graph.storages[storages.twin[i]], storages.owner[i]
+        birth, death = (
+            ends[op] if op in ends else find(ops.source(owner, op, like), block or 0)
+            for op, like in ((s.birth, twin.birth), (s.death, twin.death))
+        )
+        yield Storage(new, s.bytes, s.bytes_per_batch, s.role, birth, death)
 
 
 def shift(owner: int | None, block: int | None) -> int:
@@ -109,7 +133,7 @@ def shift(owner: int | None, block: int | None) -> int:
 
 
 def _write_ops(
-    graph: OpGraph, order: list[tuple[int, int | None]], ops: Things, tensors: Things, renamed: Renamed
+    graph: OpGraph, order: list[Placed], ops: Things, tensors: Things, renamed: Renamed
 ) -> Iterator[Op]:
     sources: dict[int, dict[int, Source]] = {}
     shifted: dict[tuple[str, int], str] = {}

@@ -242,7 +242,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--rates", default=",".join(f"{r * 8e-6:g}" for r in RATES), help="Mbit/s")
     parser.add_argument("--repetitions", type=int, default=20)
     options = parser.parse_args(arguments)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the networks are removed
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the networks are removed
+    try:
+        return _measured(options)
+    finally:  # None: a handler that was not installed from Python, which cannot be put back
+        signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)
+
+
+def _measured(options: argparse.Namespace) -> int:
+    """Measures and writes; returns the exit code."""
     try:
         rates = [float(text) / 8e-6 for text in options.rates.split(",")]
         names = options.networks.split(",")

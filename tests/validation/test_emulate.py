@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from validation.emulate import LATENCY, ROOT, Row, Timing, latency_of, ranks_on, rows_of, run
+from validation.emulate import LATENCY, ROOT, Row, Timing, latency_of, main, ranks_on, rows_of, run
 from validation.emulate_net import BURST, NETWORKS, PAYLOAD, PREFIX, Network, emulated, shape, why_not
 from validation.emulate_predict import HELD, hops, seconds
 from validation.emulate_report import write
@@ -233,3 +233,14 @@ def test_mistakes_get_one_sentence(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "validation.emulate", "--out", str(tmp_path), "--networks", "ring"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and "star" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_call_leaves_the_handlers_of_its_process_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def own(number: int, frame: object) -> None: ...
+
+    before = signal.signal(signal.SIGTERM, own)
+    try:
+        assert main(["--out", str(tmp_path), "--networks", "ring"]) == 2 and "star" in capsys.readouterr().err
+        assert signal.getsignal(signal.SIGTERM) is own
+    finally:
+        signal.signal(signal.SIGTERM, before)
