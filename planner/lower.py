@@ -136,8 +136,13 @@ class _Builder:
         self.by_law: dict[str, float] = defaultdict(float)
         nodes = sorted({cluster.node_of(r) for r in range(plan.world_size)})
         pools = {n: self.tasks.pool(f"node {n} cores", float(cluster.cores)) if cluster.cores else -1 for n in nodes}
-        # NCCL moves the messages of every axis on a stream of its own; gloo's threads take turns.
-        self.streams = ("pp", "dp", "tp") if cluster.backend == "nccl" and not cluster.cores else ("",)
+        # NCCL moves the messages of every axis on a stream of its own, and those between stages in both directions at
+        # once: torch posts an activation and the gradient that comes back as one group (batch_isend_irecv), and what
+        # it posts alone has a stream for each neighbour (torch/distributed/pipelining/schedules.py, `_batch_p2p`). The
+        # link is full duplex: ASSUMPTION, as NVLink, InfiniBand and PCIe are. Gloo's threads take turns.
+        self.streams: tuple[str, ...] = ("",)
+        if cluster.backend == "nccl" and not cluster.cores:
+            self.streams = ("pp", "dp", "tp", *(("pp out", "pp in") if plan.pp > 1 else ()))
         self.layer = None if cluster.cores else _shared_layer(plan, cluster)
         wires: dict[tuple[int, int], int] = {}
         self.compute: list[int] = []
@@ -163,7 +168,9 @@ class _Builder:
         self.last_message: dict[tuple[int, str], int] = {}
         self.queued: list[list[list[Any]]] = [[] for _ in range(plan.world_size)]  # [key, seconds] under way
         self.done: dict[tuple[str, int], int] = {}  # (key, rank) -> the task that a Wait waits for
+        self.away: dict[tuple[str, int], list[int]] = defaultdict(list)  # activations on the host, by micro-batch
         self.joins: dict[str, int] = {}  # transfers and tied reductions whose other end is another stage
+        self.posted: list[list[int]] = [[] for _ in range(plan.world_size)]  # joins of a group that is not whole yet
 
     def stage(self, index: int, blocks: list[list[Entry]]) -> None:
         """Adds all ranks of one stage in step: they all run the same items."""
@@ -213,8 +220,13 @@ class _Builder:
         if isinstance(item, HostUpdate):
             self.last[rank] = self.links.update(rank, item, self._after(self.last[rank]))
         else:
-            before = self._after(self.last[rank], self.done.get((item.after, rank), -1))
-            self.done[item.key, rank] = self.links.copy(rank, item, before)
+            sent = self.away[item.after, rank]  # backwards come in the order of the forwards
+            after = sent.pop(0) if sent else self.done.get((item.after, rank), -1)
+            task = self.links.copy(rank, item, self._after(self.last[rank], after))
+            if item.to == "host" and item.phase == "forward":
+                self.away[item.key, rank].append(task)
+            else:
+                self.done[item.key, rank] = task
 
     def _message(self, rank: int, item: Message, joins: dict[tuple[int, ...], int]) -> None:
         ranks = self.plan.group(rank, item.axis)
@@ -257,9 +269,7 @@ class _Builder:
         name = f"{transfer_key(item)}@{rank % stride}"
         if name not in self.joins:
             self.joins[name] = self.tasks.task(f"{name} enter", "send", 0.0)
-        join = self.joins[name]
-        if self.last[rank] >= 0:
-            self.tasks.edge(self.last[rank], join)
+        self._post(rank, item, self.joins[name])
         ends = (item.source * stride + rank % stride, item.target * stride + rank % stride)
         seconds = demand = 0.0
         for size in item.bytes:
@@ -271,8 +281,8 @@ class _Builder:
         seconds, demand = seconds + crowded, demand * seconds / max(seconds + crowded, 1e-12)
         kind = "send" if ends[0] == rank else "recv"
         demand = self._wire_share("send", sum(item.bytes), ends, rank, seconds) or demand
-        stream = self.comm[rank, self._stream("pp")]
-        task = self.tasks.task(f"{kind} {transfer_key(item)}", kind, seconds, stream, (join,), demand)
+        stream = self.comm[rank, self._stream("pp out" if kind == "send" else "pp in")]
+        task = self.tasks.task(f"{kind} {transfer_key(item)}", kind, seconds, stream, (self.joins[name],), demand)
         self.done[transfer_key(item), rank] = task
         if self.layer is not None:  # what arrives has left: the receiver waits for the sender's port
             if kind == "send":
@@ -280,6 +290,15 @@ class _Builder:
             else:
                 self.tasks.edge(task, self._arrival(name))
                 self.done[transfer_key(item), rank] = self._arrival(name)
+
+    def _post(self, rank: int, item: Transfer, join: int) -> None:
+        """A message enters when both its ends have posted it; those of one group when the last of them is."""
+        self.posted[rank].append(join)
+        if item.more and len(self.streams) > 1:
+            return
+        for waiting in self.posted[rank] if self.last[rank] >= 0 else ():
+            self.tasks.edge(self.last[rank], waiting)
+        self.posted[rank].clear()
 
     def _arrival(self, name: str) -> int:
         """The task that ends when both ends of a transfer have."""

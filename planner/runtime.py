@@ -229,12 +229,14 @@ class _Buckets:
 
 
 def _transfers(stage: Stage, kind: str, transfers: tuple[tuple[int, int, int], ...]) -> Iterator[Item]:
-    for source, target, micro in transfers:
+    for i, (source, target, micro) in enumerate(transfers, start=1):
         sender = stage.stages[min(source, target)]  # gradients go back over what its activations crossed
         sizes = tuple(tensor_bytes(stage.graph, stage.layout, t) for t in sender.sends)
         phase: Phase = "forward" if source < target else "backward"
-        transfer = Transfer(source, target, micro, sizes, phase)
-        yield transfer if kind == "start" else Wait(f"{source}>{target}#{micro}")
+        if kind == "start":
+            yield Transfer(source, target, micro, sizes, phase, more=i < len(transfers))
+        else:
+            yield Wait(f"{source}>{target}#{micro}")
 
 
 def _reduce_after_pipeline(stage: Stage) -> Iterator[Item]:

@@ -53,13 +53,15 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class Transfer:
-    """One end of a message between pipeline stages: `source` stage to `target` stage, micro-batch `micro`."""
+    """One end of a message between pipeline stages: `source` stage to `target` stage, micro-batch `micro`. more: the
+    next one is posted with it (batch_isend_irecv)."""
 
     source: int
     target: int
     micro: int
     bytes: tuple[int, ...]
     phase: Phase
+    more: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -99,3 +99,20 @@ def test_groups_know_which_others_communicate_with_them() -> None:
     for axis in ("dp", "tp"):
         rows = sorted(r for first in folded.likes(axis) for r in plan.group(first, axis))
         assert rows == [4, 5, 6, 7], "together they are the whole stage"
+
+
+@pytest.mark.parametrize(("backend", "one_after_another"), [("nccl", 4 + 1), ("gloo", 2 * 4)])
+def test_an_activation_and_the_gradient_that_comes_back_travel_at_once(backend: str, one_after_another: int) -> None:
+    """1F1B of two stages and four micro-batches over wires that are all that counts. With NCCL: the first activation
+    alone, the last gradient alone, and between them groups of an activation and a gradient. Gloo sends one by one."""
+    slow = cluster(bandwidth=1e4)
+    where = replace(slow, devices_per_node=1, backend=backend, cache={})
+    untied = trace_workload(gpt(tied=False))
+    lowered = lower(untied, ParallelPlan(8, pp=2, micro_batches=4, cuts=("blocks.2",)), where)
+    timeline, program = simulate(lowered.program), lowered.program
+    sends = {program.labels[i]: i for i in range(len(program)) if program.labels[i].startswith("send ")}
+    each = {float(program.duration[i]) for name, i in sends.items() if "enter" not in name}
+    assert len(each) == 1
+    assert timeline.makespan == pytest.approx(one_after_another * each.pop(), rel=0.01)
+    activation, gradient = sends["send 0>1#2"], sends["send 1>0#1"]
+    assert (timeline.start[activation] == timeline.start[gradient]) == (backend == "nccl")
