@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -45,6 +45,22 @@ def positive(name: str, value: int | None) -> None:
     """ValueError for a count below 1."""
     if value is not None and value < 1:
         raise ValueError(f"{name} is {value}; give a whole number of 1 or more")
+
+
+def refuse(options: dict[str, Any], why: str) -> None:
+    """ValueError for options that were given (not None, not False) though they change nothing here."""
+    if given := [name for name, value in options.items() if value is not None and value is not False]:
+        verb = "changes" if len(given) == 1 else "change"
+        raise ValueError(f"{' and '.join(given)} {verb} nothing here: {why}")
+
+
+def check_graphs(cuda_graphs: bool, cluster: Any) -> None:
+    """ValueError for CUDA graphs on what has none."""
+    if cuda_graphs and cluster.device.kind != "gpu":
+        raise ValueError(
+            f"--cuda-graphs changes nothing on {cluster.name}: its {cluster.device.name} is no GPU (kind "
+            f"{cluster.device.kind}); leave it out"
+        )
 
 
 def check_file(option: str, path: Path | None, *endings: str) -> None:

@@ -9,20 +9,26 @@ from typing import Annotated, Any
 
 import typer
 
-from parplan.arguments import Json, check_file
+from parplan.arguments import Json, check_file, refuse
 from parplan.console import emit, percent, seconds, show, table, working
+
+BUDGET = 90.0  # seconds
 
 
 def calibrate(
     out: Annotated[
         Path | None, typer.Option("--out", help="Device file; by default in this user's cache.", show_default=False)
     ] = None,
-    budget: Annotated[float, typer.Option(help="Seconds to spend.")] = 90.0,
+    budget: Annotated[
+        float | None, typer.Option(help="Seconds to spend; not with --cluster.", show_default=f"{BUDGET:g}")
+    ] = None,
     cluster: Annotated[
         str | None,
         typer.Option(help="Under torchrun: measure its collectives instead, into a cluster file.", show_default=False),
     ] = None,
-    backend: Annotated[str, typer.Option(help="With --cluster: nccl, or gloo.")] = "nccl",
+    backend: Annotated[
+        str | None, typer.Option(help="With --cluster: nccl, or gloo.", show_default="nccl")
+    ] = None,
     json: Json = False,
 ) -> None:
     """Measure this machine's ops, host overheads and collectives into a device file.
@@ -34,16 +40,18 @@ def calibrate(
     if out is not None and out.suffix != ".toml":
         raise ValueError(f"{out} is no TOML file; give a path that ends in .toml")
     check_file("--out", out)
-    if not 0 < budget < math.inf:
+    if budget is not None and not 0 < budget < math.inf:
         raise ValueError(f"--budget is {budget:g}; give the seconds to spend, 90 is usual")
     if cluster is not None:
-        _collectives(cluster, out, backend, json)
+        refuse({"--budget": budget}, "what --cluster measures has a length of its own; leave it out")
+        _collectives(cluster, out, backend or "nccl", json)
         return
+    refuse({"--backend": backend}, "this machine is measured with gloo; it is an option of --cluster, under torchrun")
     with working() as progress:
         progress("starting one process per core", 0.0)
         from validation.calibrate import calibrate as measure
 
-        found = measure(out, budget, progress)
+        found = measure(out, BUDGET if budget is None else budget, progress)
     data = {
         "device": found.device.name,
         "path": str(found.path),

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from parplan.arguments import Json, check_file
+from parplan.arguments import Json, check_file, refuse
 from parplan.console import emit, number, percent, remark, seconds, show, size, table, working
 from validation.report_files import check_writable
 
@@ -30,14 +30,18 @@ def collectives(
         str | None, typer.Option("--cluster", "-c", help="A cluster to price a collective on.", show_default=False)
     ] = None,
     op: Annotated[
-        str, typer.Option(help="all_reduce, all_gather, reduce_scatter, broadcast, reduce, send, all_to_all, barrier.")
-    ] = "all_reduce",
+        str | None,
+        typer.Option(
+            help="all_reduce, all_gather, reduce_scatter, broadcast, reduce, send, all_to_all, barrier.",
+            show_default="all_reduce",
+        ),
+    ] = None,
     ranks: Annotated[
         int | None, typer.Option(help="The group: the first so many devices; by default all.", show_default=False)
     ] = None,
     algorithm: Annotated[
-        str, typer.Option(help="Only this one (ring, tree, nvls, rabenseifner, ...).", show_default=False)
-    ] = "",
+        str | None, typer.Option(help="Only this one (ring, tree, nvls, rabenseifner, ...).", show_default=False)
+    ] = None,
     out: Annotated[
         Path | None, typer.Option(help="A .png, or a folder for the picture and the numbers.", show_default=False)
     ] = None,
@@ -56,9 +60,12 @@ def collectives(
     if out is not None:
         _check_out(out)
     if cases is not None:
+        wanted = {"--op": op, "--ranks": ranks, "--algorithm": algorithm}
+        refuse(wanted, "the file of --cases says what was measured; price one collective with --cluster")
         _score(cases, plain, out, json)
     elif cluster is not None:
-        _prices(cluster, op, ranks, algorithm, out, json)
+        refuse({"--plain": plain}, "it leaves fitted constants out of a comparison with --cases; leave it out")
+        _prices(cluster, op or "all_reduce", ranks, algorithm or "", out, json)
 
 
 def _check_out(out: Path) -> None:

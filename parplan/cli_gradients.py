@@ -8,7 +8,17 @@ from typing import Annotated, Any
 
 import typer
 
-from parplan.arguments import PICTURES, ClusterName, Json, Model, PrecisionName, check_file, positive, precision_of
+from parplan.arguments import (
+    PICTURES,
+    ClusterName,
+    Json,
+    Model,
+    PrecisionName,
+    check_file,
+    positive,
+    precision_of,
+    refuse,
+)
 from parplan.console import emit, number, remark, seconds, show, size, table, working
 
 ROWS = 24  # of the table that people read
@@ -86,6 +96,8 @@ def _advice(
     machine = load_cluster(cluster)
     chosen = [scheme_from(s.strip()) for s in schemes.split(",")] if schemes else list(SCHEMES)
     kinds = [compression_from(c) for c in (compressions.split(",") if compressions else DEFAULTS)]
+    if not any(kind.lossy for kind in kinds):
+        refuse({"--lossy": lossy}, "none of --compressions is lossy; leave it out, or add int8, sign or topk0.01")
     from planner.space import check_devices
 
     check_devices(machine, ranks)

@@ -6,7 +6,17 @@ from typing import Annotated, Any
 
 import typer
 
-from parplan.arguments import ClusterName, Compile, CudaGraphs, Json, Model, PrecisionName, positive, precision_of
+from parplan.arguments import (
+    ClusterName,
+    Compile,
+    CudaGraphs,
+    Json,
+    Model,
+    PrecisionName,
+    check_graphs,
+    positive,
+    precision_of,
+)
 from parplan.console import emit, number, percent, remark, seconds, show, size, table, working
 
 
@@ -55,6 +65,7 @@ def _infer(
     kind = precision_of(precision)
     wanted = degrees(plan)
     cluster = load_cluster(name)
+    check_graphs(options[1], cluster)
     progress(f"tracing {model}", 0.1)
     from opgraph.models import with_length
     from planner.inference import infer as predict
@@ -79,10 +90,11 @@ def degrees(plan: str) -> dict[str, int]:
     from parplan.inline_plan import parse
 
     wanted = parse("single" if plan in ("", "tp1") else plan)
-    training = wanted["recompute"] or wanted["offload"] or wanted["data_parallel"] == "fsdp"
-    if training:
-        raise ValueError(f"--plan '{plan}' says more than inference knows; write tpN, dpN, ppN, mbN: 'dp2 tp4'")
-    return {name: wanted[name] for name in ("tp", "dp", "pp", "micro_batches")}
+    plain, known = parse("single"), ("tp", "dp", "pp", "micro_batches")
+    if any(wanted[name] != plain[name] for name in wanted if name not in (*known, "schedule")):
+        aside = " (--precision says the precision)" if wanted["precision"] != plain["precision"] else ""
+        raise ValueError(f"--plan '{plan}' says more than inference knows{aside}; write tpN, dpN, ppN, mbN: 'dp2 tp4'")
+    return {name: wanted[name] for name in known}
 
 
 def inference_data(found: Any) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from parplan.arguments import (
     Json,
     Model,
     PrecisionName,
+    check_graphs,
     positive,
     precision_of,
 )
@@ -33,6 +34,9 @@ def search(
     out: Annotated[Path | None, typer.Option("--out", help="Folder for the plan files.", show_default=False)] = None,
     compile_: Compile = False,
     cuda_graphs: CudaGraphs = False,
+    offload: Annotated[
+        str, typer.Option(help="Plans that keep something on the host: auto (where none fits without), never, always.")
+    ] = "auto",
     json: Json = False,
 ) -> None:
     """Search the plan space and rank what fits, with lower bounds and the reasons for what was left out.
@@ -46,7 +50,8 @@ def search(
     if out is not None:
         check_replaceable(out, MARKER)
     with working() as progress:
-        result, where = _search(model, cluster, global_batch, devices, precision, (compile_, cuda_graphs), progress)
+        options = (compile_, cuda_graphs, offload)
+        result, where = _search(model, cluster, global_batch, devices, precision, options, progress)
     plans = result.plans[:top]
     data = {
         "model": model,
@@ -54,6 +59,8 @@ def search(
         "devices": devices or where.size,
         "global_batch": global_batch,
         "assumed": ["torch.compile"] * compile_ + ["CUDA graphs"] * cuda_graphs,
+        "offload": offload,
+        "offload_reason": result.offload,
         "plans": [ranked_data(r) for r in plans],
         "ranked": len(result.plans),
         "considered": result.considered,
@@ -69,14 +76,16 @@ def search(
 
 
 def _search(
-    model: str, name: str, global_batch: int, devices: int | None, precision: str, options: tuple[bool, bool],
+    model: str, name: str, global_batch: int, devices: int | None, precision: str, options: tuple[bool, bool, str],
     progress: Any,
 ) -> tuple[Any, Any]:
     from costmodels.cluster import load_cluster
     from costmodels.device import basis_of
+    from planner.space_offload import check_mode
 
-    kind = precision_of(precision)
+    kind, offload = precision_of(precision), check_mode(options[2])
     cluster = load_cluster(name)
+    check_graphs(options[1], cluster)
     progress(f"tracing {model}", 0.0)
     from opgraph.batch import trace_workload
     from opgraph.models import load_workload
@@ -88,7 +97,7 @@ def _search(
     graph = trace_workload(workload, precision=kind, accelerator=cluster.device.kind != "cpu")
     result = search_plans(
         workload, graph, cluster, global_batch, devices=devices, precision=kind, compiled=options[0],
-        cuda_graphs=options[1], progress=progress,
+        cuda_graphs=options[1], offload=offload, progress=progress,
     )  # fmt: skip
     for note in (*graph.notes, *basis_of(cluster.device)):
         remark(f"note: {note}")
@@ -112,6 +121,8 @@ def ranked_data(ranked: Any) -> dict[str, Any]:
         "tied": ranked.tied,
         "shares": p.shares,
         "unpriced": p.unpriced,
+        "host_bytes": p.host_bytes,
+        "host_pinned_bytes": p.host_pinned_bytes,
         "notes": p.notes,
         "plan": ranked.plan.to_dict(),
     }
@@ -150,6 +161,11 @@ def _print(data: dict[str, Any], plans: Any) -> None:
         f"{data['seconds']:.1f} s; {proof} than the first by their lower bounds. "
         "Gap: step time over the lower bound of the whole space. ~: tied with the first within the intervals."
     )
+    show(f"{data['offload_reason'][:1].upper()}{data['offload_reason'][1:]}.")
+    if most := max((sum(entry["host_bytes"].values()) for entry in data["plans"]), default=0):
+        show(
+            f"Plans with offload need up to {size(most)} of host memory a rank; whether the host has it is not known."
+        )
     if data["rejected"]:
         rejected = [(r["label"], r["reason"], str(r["count"])) for r in data["rejected"]]
         show(table("Left out", ("family", "reason", "plans"), rejected, left=2))

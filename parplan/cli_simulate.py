@@ -7,7 +7,17 @@ from typing import Annotated, Any
 
 import typer
 
-from parplan.arguments import PICTURES, ClusterName, Compile, CudaGraphs, Json, Model, check_file, positive
+from parplan.arguments import (
+    PICTURES,
+    ClusterName,
+    Compile,
+    CudaGraphs,
+    Json,
+    Model,
+    check_file,
+    check_graphs,
+    positive,
+)
 from parplan.cli_memory import SUFFIXES, memory_data, memory_rows
 from parplan.console import emit, percent, remark, seconds, show, size, table, working
 
@@ -81,6 +91,7 @@ def _simulate(
     from parplan.inline_plan import read_plan
 
     cluster = load_cluster(name)
+    check_graphs(options[0], cluster)
     world, precision, finish = read_plan(plan, global_batch)  # what is wrong with it shows before the model is built
     progress(f"tracing {model}", 0.1)
     from opgraph.batch import trace_workload

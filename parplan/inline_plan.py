@@ -25,6 +25,7 @@ WORDS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 LISTS = ("recompute_keeps", "offload")  # words of these add up
 SHARED_OUT = ("zero1", "zero2", "zero3", "fsdp")
+ALTERNATIVES = (("ddp", *SHARED_OUT), ("gpipe", "1f1b"))  # a plan is of one of each
 NUMBERS = {"dp": "dp", "tp": "tp", "pp": "pp", "mb": "micro_batches"}
 Finish = Callable[["Workload", "OpGraph", "Cluster"], "ParallelPlan"]
 
@@ -80,12 +81,33 @@ def parse(text: str) -> dict[str, Any]:
 
 
 def _check_words(words: Sequence[str], text: str, wanted: dict[str, Any]) -> None:
-    """ValueError for words that would change nothing: who wrote them means another plan."""
+    """ValueError for words that would change nothing or contradict each other: who wrote them means another plan."""
+    _check_pairs(words, text)
     for word in words:
-        if word in SHARED_OUT and wanted["dp"] == 1:
+        if word in ALTERNATIVES[0] and wanted["dp"] == 1:
             raise ValueError(f"plan '{text}' has {word} but no data-parallel ranks to share out over; add dp2 or more")
+        if word in ALTERNATIVES[1] and wanted["pp"] == 1:
+            raise ValueError(f"plan '{text}' has {word} but no pipeline; add pp2 or more, or leave {word} out")
         if word.startswith("keep-") and not wanted["recompute"]:
             raise ValueError(f"plan '{text}' has {word} but recomputes nothing; add recompute, or leave {word} out")
+    if "single" in words and max(wanted[axis] for axis in ("dp", "tp", "pp")) > 1:
+        raise ValueError(f"plan '{text}' is single and splits the step; leave single or the degrees out")
+
+
+def _check_pairs(words: Sequence[str], text: str) -> None:
+    """ValueError where two words say the same thing in two ways."""
+    for group in ALTERNATIVES:
+        meant = {word: WORDS[word] for word in words if word in group}
+        if len({str(fields) for fields in meant.values()}) > 1:
+            raise ValueError(f"plan '{text}' says {' and '.join(meant)}; a plan is one of them")
+    amounts = {word for word in words if word.startswith("recompute")}
+    if len(amounts) > 1:
+        raise ValueError(f"plan '{text}' says {' and '.join(sorted(amounts))}; write one of them")
+    if "offload" in words and "offload-optimizer" in words:
+        raise ValueError(
+            f"plan '{text}' says offload and offload-optimizer; offload takes the optimizer along with the parameters, "
+            "write one of them"
+        )
 
 
 def _check_batch(wanted: dict[str, Any], text: str, global_batch: int) -> None:

@@ -23,6 +23,7 @@ from costmodels.collectives import collective_price
 from costmodels.ops import price_many, shape_of
 from costmodels.overlap import beside, slowdowns
 from opgraph.graph import OpGraph
+from planner.estimate_offload import add_offload
 from planner.host_thread import host_costs
 from planner.op_costs import optimizer_seconds
 from planner.plan import ParallelPlan
@@ -54,12 +55,11 @@ def bound_seconds(graph: OpGraph, plan: ParallelPlan, cluster: Cluster) -> float
 
 
 def estimate(costs: StepCosts, plans: Sequence[ParallelPlan]) -> Estimates:
-    """Estimates of all plans; rows in the order of `plans`. ValueError for plans that keep something on the host."""
+    """Estimates of all plans; rows in the order of `plans`. ValueError for offload where no link to the host is known.
+    """
     if not plans:
         empty = np.zeros(0)
         return Estimates(empty, empty, np.zeros((0, 1)), np.zeros((0, 1)))
-    if away := next((p for p in plans if p.offload), None):
-        raise ValueError(f"{away.label} is simulated only: copies to the host have no closed form yet; use predict")
     t = _table(costs, plans)
     compute, bound = _chain(costs, t, least=False), _chain(costs, t, least=True)
     need = _need(t)
@@ -78,7 +78,8 @@ def _table(costs: StepCosts, plans: Sequence[ParallelPlan]) -> dict[str, Any]:
     for i, plan in enumerate(plans):
         stages = stage_costs(costs, plan)
         kind = plan.data_parallel if plan.dp > 1 else "ddp"
-        key = (id(stages), plan.dp, kind, plan.schedule, plan.micro_batches, plan.bucket_bytes)
+        key = (id(stages), plan.dp, kind, plan.schedule, plan.micro_batches, plan.bucket_bytes, plan.fsdp_units,
+               plan.offload)  # fmt: skip
         if key not in rows:
             rows[key] = _row(costs, plan, stages, kind)
         for name, value in rows[key].items():
@@ -101,6 +102,7 @@ def _row(costs: StepCosts, plan: ParallelPlan, stages: StageCosts, kind: str) ->
     units = max(len(plan.fsdp_units) / plan.pp, 1) + 1  # FSDP holds two of them whole, and the gradient of one
     whole = {"ddp": 1.0, "zero1": 1.0, "zero2": 1 + 1 / units, "fsdp": 3 / units}  # DDP: its buckets
     copied = whole[kind] if plan.dp > 1 else 0.0
+    at_once = plan.pp == 1 and plan.micro_batches == 1  # FSDP scatters a unit's gradients in the last backward
     shared = ("send", "saved", "transient", "held", "sums", "messages", "message_work",
               "host_forward", "host_backward", "host_least")  # fmt: skip
     row = {name: getattr(stages, name) for name in shared} | _data_messages(costs, plan, stages.params)
@@ -109,12 +111,13 @@ def _row(costs: StepCosts, plan: ParallelPlan, stages: StageCosts, kind: str) ->
         "copies": np.zeros(plan.pp), "least_copies": np.zeros(plan.pp),
         "overlaps": np.full(plan.pp, float(not plan.fully_sharded or plan.pp == 1)),  # FSDP in a pipeline: at the end
         "optimizer": optimizer_seconds(costs, stages.params / parts),
-        "params": stages.params / shards, "grads": stages.params / shards,
+        "params": stages.params / shards, "grads": stages.params / (shards if at_once else 1),
         "state": costs.state_ratio * stages.params / parts, "inflight": inflight,
         "extra": stages.input_bytes * plan.micro_batches + copied * stages.params,
     }  # fmt: skip
-    _add_runtime(costs, plan, stages, kind, row)
     row |= _issued(costs, plan, stages)
+    add_offload(costs, plan, stages, row)
+    _add_runtime(costs, plan, stages, kind, row)
     return row
 
 
@@ -267,6 +270,7 @@ def _chain(costs: StepCosts, t: dict[str, Any], least: bool) -> Floats:
         alone = t["pp"][:, None] == 1
         forward = np.where(alone, np.maximum(forward, t["host_forward"]), forward)
         backward = np.where(alone, np.maximum(backward, t["host_backward"]), backward)
+        forward, backward = _beside_copies(t, forward, backward, gather)
         copies = np.where(alone, np.maximum(copies, t["host_end"]), copies)
     update = t["optimizer"] if least else np.maximum(t["optimizer"], t["host_optimizer"])
     end = update + t["after_least" if least else "after"]
@@ -280,13 +284,14 @@ def _chain(costs: StepCosts, t: dict[str, Any], least: bool) -> Floats:
         moved = t["reduce"] + t["regather"] * repeats
         exposed = np.maximum(moved - hidden * repeats, t["tail"])
         slowed = t["slowed"] * np.minimum(moved, hidden * repeats)
+        exposed = exposed + np.maximum(t["downs"] - hidden, t["downs"] / np.maximum(t["copies_of_a_pass"], 2.0))
         gather, end = gather * m, end + exposed + slowed
         back = m * backward + copies + end + np.where(m > 1, m * t["send"], 0.0)
     last = np.where(np.arange(down.shape[1]) > 0, copied[:, :1], copies) + end[:, :1]
     own = up + gather + m * forward + np.maximum(back, m * backward + down + last)
-    result = np.asarray(own.max(1))
+    result = np.maximum(own.max(1), t["link_least"].max(1))
     hosts = m * (t["host_least"] if least else t["host_forward"] + t["host_backward"]) + t["host_end"]
-    result = np.maximum(result, (hosts if least else hosts + t["host_optimizer"]).max(1))
+    result = np.maximum(result, (hosts + t["update" if least else "host_optimizer"]).max(1))
     cores = costs.cluster.cores * costs.cluster.nodes
     if not cores:
         return result
@@ -294,6 +299,17 @@ def _chain(costs: StepCosts, t: dict[str, Any], least: bool) -> Floats:
     if not least:  # the ranks of a stage do the same at the same time
         result = result * np.maximum(t["replicas"] / cores, 1.0)
     return np.maximum(result, (t["replicas"][:, None] * local).sum(1) / cores)
+
+
+def _beside_copies(t: dict[str, Any], forward: Floats, backward: Floats, gather: Floats) -> tuple[Floats, Floats]:
+    """Passes last as long as the copies that they wait for, or wait for one of them: parameters come up before each
+    gather; activations go down beside the forward and come up beside the backward. In a pipeline those of one
+    micro-batch go down while those of another come up, and only the link's own work counts."""
+    pieces = np.maximum(t["copies_of_a_pass"], 1.0)
+    sends = np.where(t["pp"][:, None] > 1, 0.0, t["sends"])
+    forward = np.maximum(forward + (t["fetch"] + sends) / pieces, np.maximum(t["fetch"] - gather, sends))
+    loaded = t["refetch"] + t["loads"]
+    return forward, np.maximum(backward + loaded / pieces, loaded)
 
 
 def _need(t: dict[str, Any]) -> Floats:

@@ -56,6 +56,12 @@ def lower(graph: OpGraph, plan: ParallelPlan, cluster: Cluster, running: Running
     check_executable(plan)
     graph, layout, stages = prepared_graph(graph.run_by(cluster.device.kind), plan)
     prepared = tuple(prepare(graph, plan, layout, stages, i) for i in range(plan.pp))
+    most = max(len(stage.recompute) for stage in prepared)
+    if len(plan.recompute_first) == 1 and most < plan.recompute_first[0]:
+        raise ValueError(
+            f"recompute_first is {plan.recompute_first[0]} for every stage, but no stage has so many of the "
+            f"modules that recompute names: the most is {most}; give at most so many, or leave it out to recompute all"
+        )
     own = range(plan.dp) if plan.data_parallel == "zero1" else (0,)
     return lower_scripts([[stage_segments(s, dp) for dp in own] for s in prepared], prepared, plan, cluster, running)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import prod
 
 from opgraph.graph import DTYPE_BYTES, Op
@@ -20,8 +21,13 @@ def outputs(stage: Stage) -> set[int]:
     """The model's outputs, which a pipeline stage keeps until their backward; a plain step keeps only the loss."""
     if stage.plan.pp == 1 or stage.ops.index + 1 < stage.plan.pp:
         return set()
-    read = {t for op in stage.ops.forward if op.module == LOSS for t in op.inputs}
-    return read & {t for op in stage.ops.forward if op.module != LOSS for t in op.outputs}
+    return outputs_of(stage.ops.forward)
+
+
+def outputs_of(forward: Sequence[Op]) -> set[int]:
+    """What the loss reads of what the model made."""
+    read = {t for op in forward if op.module == LOSS for t in op.inputs}
+    return read & {t for op in forward if op.module != LOSS for t in op.outputs}
 
 
 def message_bytes(stage: Stage) -> list[int]:

@@ -108,6 +108,17 @@ class ParallelPlan:
             raise ValueError(
                 f"recompute_first is {list(first)}; give one number of modules, or one for each of the {self.pp} stages"
             )
+        if first and max(first) == 0:
+            raise ValueError(
+                "recompute_first recomputes none of the modules in any stage; give 1 or more, or leave recompute out"
+            )
+        most = sum(first) if len(first) > 1 else max(first, default=0)
+        if most > len(self.recompute):
+            raise ValueError(
+                f"recompute_first is {', '.join(str(n) for n in first)}, but recompute names {len(self.recompute)} "
+                f"module{'s' * (len(self.recompute) > 1)}; give at most so many"
+                + (", or leave it out to recompute all" if len(first) == 1 else " in all")
+            )
         if unknown := [kind for kind in self.recompute_keeps if kind not in kinds]:
             raise ValueError(f"recompute_keeps names {unknown[0]!r}; it knows {' and '.join(kinds)}")
 
@@ -145,10 +156,18 @@ class ParallelPlan:
         return self.dp > 1 and self.data_parallel in ("fsdp", "zero2")
 
     def recomputed(self, stage: int, there: Iterable[str]) -> tuple[str, ...]:
-        """What stage `stage` recomputes of `there`, those paths of `recompute` that it has, in order."""
+        """What stage `stage` recomputes of `there`, those paths of `recompute` that it has, in order. ValueError where
+        it is to recompute more than it has; one number for all stages is more than a short stage may have."""
+        found, several = tuple(there), len(self.recompute_first) > 1
         if not self.recompute_first:
-            return tuple(there)
-        return tuple(there)[: self.recompute_first[stage if len(self.recompute_first) > 1 else 0]]
+            return found
+        first = self.recompute_first[stage if several else 0]
+        if several and first > len(found):
+            raise ValueError(
+                f"recompute_first asks for {first} modules of stage {stage}, which has {len(found)} of those that "
+                "recompute names; give at most so many"
+            )
+        return found[:first]
 
     @property
     def style(self) -> dict[str, Sharding]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import log
 from time import perf_counter
 
@@ -18,10 +18,15 @@ from planner.host_thread import Running
 from planner.plan import AXES, ParallelPlan, Precision
 from planner.predict import Prediction, memory_per_rank, predict
 from planner.space import Rejection, Space, enumerate_plans
+from planner.space_offload import OffloadMode, check_mode, no_offload, offloaded_plans
 
 DEFAULT_LIMIT = 48  # plans that are simulated; half as many of a graph of many ops
 MANY_OPS = 2000
 MISSES = 2  # simulated plans of a family that did not fit, after which the others have no precedence any more
+FEW = 3  # families that a sentence names
+MODES: dict[OffloadMode, str] = {
+    "auto": "", "never": "offload was not allowed", "always": "every plan was tried with offload to the host, too"
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +45,8 @@ class Ranked:
 class SearchResult:
     """plans: simulated plans that fit, by predicted step. considered: legal plans, all of them estimated. infeasible:
     those that do not fit. undecided: plans that were not simulated and whose bound is below the best step (0: the best
-    is proved the best of the space under the cost model). seconds: what the search took."""
+    is proved the best of the space under the cost model). seconds: what the search took. offload: whether plans that
+    keep something on the host were tried, and why."""
 
     plans: tuple[Ranked, ...]
     considered: int
@@ -48,6 +54,7 @@ class SearchResult:
     rejected: tuple[Rejection, ...]
     seconds: float
     undecided: int = 0
+    offload: str = ""
 
 
 @dataclass(slots=True)
@@ -81,13 +88,16 @@ def search(
     precision: Precision = "fp32",
     compiled: bool = False,
     cuda_graphs: bool = False,
+    offload: OffloadMode = "auto",
     progress: Callable[[str, float], None] | None = None,
 ) -> SearchResult:
     """Ranks the plans of `global_batch` samples on `devices` devices (default: all of the cluster's).
 
     All legal plans are estimated, bounded and checked for memory; the best `limit` of them, the best of every family
     among them, are simulated. compiled, cuda_graphs: what steps are assumed to run with (`planner.predict`). `progress`
-    gets a text and the done fraction. ValueError if no plan is legal or none fits.
+    gets a text and the done fraction. offload: whether plans may keep something in the host's memory: "never", "always"
+    (every plan with it and without), or "auto": those of families of which none is found to fit without it. Whether the
+    host has that much memory is not known. ValueError if no plan is legal or none fits.
     """
     began = perf_counter()
     if limit is not None and limit < 1:
@@ -95,30 +105,69 @@ def search(
     if graph.precision != precision:
         raise ValueError(f"the graph was traced in {graph.precision}; trace it in {precision} to plan in {precision}")
     running = Running(cuda_graphs, compiled=compiled)
+    why_not = no_offload(cluster, running)
+    if check_mode(offload) == "always" and why_not:
+        raise ValueError(f"plans cannot always offload: {why_not}; use auto or never")
     space = enumerate_plans(workload, graph, cluster, global_batch, devices, precision, running)
     if not space.plans:
         why = "; ".join(dict.fromkeys(f"{r.label}: {r.reason}" for r in space.rejected))
         raise ValueError(f"no plan of {workload.name} is legal on these devices ({why})")
-    estimates = estimate(space.costs, space.plans)
-    state = _State(space, estimates, np.zeros(len(space.plans), bool))
-    _drop_what_cannot_fit(state, cluster)
-    if limit is None:  # there are at most 23 families, so that each has its best among them
+    state = _State(replace(space, plans=()), estimate(space.costs, ()), np.zeros(0, bool))
+    also = offloaded_plans(space.costs, space.plans) if offload == "always" else []
+    _add(state, (*space.plans, *also), cluster)
+    if limit is None:  # there are at most 23 families without offload, so that each has its best among them
         limit = DEFAULT_LIMIT // (2 if len(space.costs.graph.ops) > MANY_OPS else 1)
-    _simulate(state, space.costs.graph, cluster, limit, progress)
+    tries = offload == "auto" and not why_not
+    _simulate(state, space.costs.graph, cluster, limit, progress, certain=not tries)
+    said = f"offload was not tried: {why_not}" if why_not else MODES[offload]
+    if tries:
+        said = _offload_what_lacks(state, space.costs.graph, cluster, limit, progress)
     infeasible = sum(count for _, _, count in state.short.values())
     rejected = (*space.rejected, *_memory_rejections(state), *_refusals(state))
     if not state.found:
         raise ValueError(_nothing(state, workload, cluster))
     plans, undecided = _ranked(state)
-    return SearchResult(plans, len(space.plans), infeasible, rejected, perf_counter() - began, undecided)
+    seconds = perf_counter() - began
+    return SearchResult(plans, len(state.space.plans), infeasible, rejected, seconds, undecided, said)
 
 
-def _drop_what_cannot_fit(state: _State, cluster: Cluster) -> None:
-    need = state.estimates.need_bytes
-    for i, plan in enumerate(state.space.plans):
+def _add(state: _State, plans: Sequence[ParallelPlan], cluster: Cluster) -> None:
+    """Estimates plans, puts them behind those that are there, and drops what cannot fit."""
+    first, before, more = len(state.space.plans), state.estimates, estimate(state.space.costs, plans)
+    width = max(before.need_bytes.shape[1], more.need_bytes.shape[1])
+    need, peak = (
+        np.concatenate([np.pad(table, ((0, 0), (0, width - table.shape[1]))) for table in pair])
+        for pair in ((before.need_bytes, more.need_bytes), (before.peak_bytes, more.peak_bytes))
+    )
+    seconds = np.concatenate([before.seconds, more.seconds])
+    state.estimates = Estimates(seconds, np.concatenate([before.bound_seconds, more.bound_seconds]), need, peak)
+    state.space = replace(state.space, plans=(*state.space.plans, *plans))
+    state.out = np.concatenate([state.out, np.zeros(len(plans), bool)])
+    for i, plan in enumerate(plans, start=first):
         lacking, rank = shortage(plan, cluster, np.repeat(need[i, : plan.pp], plan.dp * plan.tp))
         if lacking > 0:
             state.lacks(i, lacking, rank)
+
+
+def _offload_what_lacks(
+    state: _State, graph: OpGraph, cluster: Cluster, limit: int, progress: Callable[[str, float], None] | None
+) -> str:
+    """Tries with offload the families of which nothing was found to fit, and says so: those plans whose bounds are
+    below the best step. Where still nothing fits, all that is left is simulated, until something does."""
+    plans = state.space.plans
+    fitting = {family(plans[i]) for i in state.found}
+    lacking = [p for p in plans if family(p) not in fitting]
+    names = list(dict.fromkeys(" ".join(family(p)) for p in lacking))
+    if not names:
+        return "offload was not tried: every family of plans has one that fits without it"
+    _add(state, offloaded_plans(state.space.costs, lacking), cluster)
+    best = min((p.step_seconds for p in state.found.values()), default=np.inf)
+    hopeful = [i for i in range(len(plans), len(state.out)) if state.estimates.bound_seconds[i] < best]
+    _simulate(state, graph, cluster, len(names) if fitting else limit, progress, hopeful, certain=False)
+    if not state.found:
+        _simulate(state, graph, cluster, limit, progress)
+    which = f"{len(names)} families of plans" if len(names) > FEW else f"plans of {', '.join(names)}"
+    return f"offload to the host was tried for {which}, of which none was found to fit without it"
 
 
 def shortage(plan: ParallelPlan, cluster: Cluster, by_rank: Sequence[float] | NDArray[np.float64]) -> tuple[float, int]:
@@ -129,19 +178,26 @@ def shortage(plan: ParallelPlan, cluster: Cluster, by_rank: Sequence[float] | ND
 
 
 def _simulate(
-    state: _State, graph: OpGraph, cluster: Cluster, limit: int, progress: Callable[[str, float], None] | None
-) -> None:
-    """Simulates the best of every family, then the best of all, by estimate; what does not fit makes room for more."""
+    state: _State, graph: OpGraph, cluster: Cluster, limit: int, progress: Callable[[str, float], None] | None,
+    among: Sequence[int] | None = None, certain: bool = True,
+) -> None:  # fmt: skip
+    """Simulates the best of every family, then the best of all (or of those `among` them), by estimate, until `limit`
+    more are found; what does not fit makes room for more. certain: goes on as long as nothing fits."""
     plans, peaks = state.space.plans, state.estimates.peak_bytes
-    tight = np.array([shortage(p, cluster, peaks[i, : p.pp])[0] > 0 for i, p in enumerate(plans)])
-    order = [int(i) for i in np.lexsort((state.estimates.seconds, tight))]  # what may not fit after all comes last
-    while len(state.found) < limit and not (state.found and sum(state.misses.values()) >= limit):
+    chosen = np.arange(len(plans)) if among is None else np.array(among, np.int64)
+    tight = np.array([shortage(plans[i], cluster, peaks[i, : plans[i].pp])[0] > 0 for i in chosen], bool)
+    by_estimate = np.lexsort((state.estimates.seconds[chosen], tight))  # what may not fit after all comes last
+    order = [int(chosen[i]) for i in by_estimate]
+    found, missed = len(state.found), sum(state.misses.values())
+    while len(state.found) < found + limit:
+        if sum(state.misses.values()) - missed >= limit and (state.found or not certain):
+            return
         index = _next(state, order)
         if index is None:
             return
-        plan = state.space.plans[index]
+        plan = plans[index]
         if progress:
-            progress(f"simulating {plan.label}", len(state.found) / limit)
+            progress(f"simulating {plan.label}", (len(state.found) - found) / limit)
         try:
             running = state.space.costs.running
             prediction = predict(graph, plan, cluster, compiled=running.compiled, cuda_graphs=running.cuda_graphs)
@@ -209,9 +265,10 @@ def _nothing(state: _State, workload: Workload, cluster: Cluster) -> str:
     capacity = memory_per_rank(cluster, state.space.plans[0])
     name = min(state.short, key=lambda n: state.short[n])
     lacking, rank, _ = state.short[name]
+    even = ", even with offload to the host" if any(p.offload for p in state.space.plans) else ""
     return (
-        f"no plan of {workload.name} fits {cluster.name}: the smallest ({name}) needs {capacity + lacking:.4g} bytes "
-        f"or more on rank {rank}, which has {capacity:.4g}; use more devices, a smaller batch or larger memories"
+        f"no plan of {workload.name} fits {cluster.name}{even}: the smallest ({name}) needs {capacity + lacking:.4g} "
+        f"bytes or more on rank {rank}, which has {capacity:.4g}; use more devices, a smaller batch or larger memories"
     )
 
 
@@ -219,11 +276,12 @@ def _nothing(state: _State, workload: Workload, cluster: Cluster) -> str:
 
 
 def family(plan: ParallelPlan) -> tuple[str, ...]:
-    """Axes that the plan splits, how it keeps the model, and its schedule."""
+    """Axes that the plan splits, how it keeps the model, its schedule, and whether it offloads."""
     axes = " x ".join(axis for axis in AXES if getattr(plan, axis) > 1) or "single"
     kind = (plan.data_parallel,) if plan.dp > 1 else ()
     schedule = (plan.schedule,) if plan.pp > 1 else ()
-    return (axes, *kind, *schedule)
+    away = ("offload",) if plan.offload else ()
+    return (axes, *kind, *schedule, *away)
 
 
 def _group(plan: ParallelPlan) -> str:

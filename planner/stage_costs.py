@@ -105,7 +105,7 @@ def _runtime_host(costs: StepCosts, plan: ParallelPlan) -> Floats:
     starts = [0, *(cut_start(costs, cut) for cut in plan.cuts)] if plan.pp > 1 else []
     places = {
         "pp_action": starts,
-        "checkpoint": [costs.spans[path][0] for path in _regions(costs, plan)],
+        "checkpoint": [costs.spans[path][0] for path in regions_of(costs, plan)],
         "dtensor_linear": [costs.spans[path][0] for path, _ in plan.shardings] if plan.tp > 1 else [],
     }
     for kind, where in places.items():
@@ -118,7 +118,7 @@ def _runtime_issue(costs: StepCosts, plan: ParallelPlan) -> Floats:
     """Seconds of the host thread for checkpoints and for messages between stages, by forward op [2, n]."""
     thread, found = host_costs(costs.cluster, costs.running), np.zeros((2, costs.forward_ops))
     if thread is not None:
-        np.add.at(found[1], [costs.spans[path][0] for path in _regions(costs, plan)], thread.checkpoint)
+        np.add.at(found[1], [costs.spans[path][0] for path in regions_of(costs, plan)], thread.checkpoint)
         for cut in plan.cuts:  # each side issues its end
             start = cut_start(costs, cut)
             found[:, [max(start - 1, 0), start]] += thread.message
@@ -130,7 +130,7 @@ def _kept(costs: StepCosts, plan: ParallelPlan, c: Curves) -> tuple[Floats, Floa
     module brings back at a time."""
     again, saved = np.zeros(costs.forward_ops), np.zeros(costs.forward_ops)
     block = np.full(costs.forward_ops, -1)
-    regions = _regions(costs, plan)
+    regions = regions_of(costs, plan)
     for i, path in enumerate(regions):
         first, last = costs.spans.get(path, (0, -1))
         block[first : last + 1] = i
@@ -150,7 +150,7 @@ def _kept(costs: StepCosts, plan: ParallelPlan, c: Curves) -> tuple[Floats, Floa
     return again, saved, float(back.max())
 
 
-def _regions(costs: StepCosts, plan: ParallelPlan) -> list[str]:
+def regions_of(costs: StepCosts, plan: ParallelPlan) -> list[str]:
     """The paths that the stages recompute."""
     starts = [0, *(cut_start(costs, cut) for cut in plan.cuts), costs.forward_ops]
     found: list[str] = []
@@ -175,3 +175,9 @@ def _tied(costs: StepCosts) -> list[tuple[int, list[int]]]:
     """Parameters that several forward ops read, with these ops."""
     uses, _ = uses_of(costs)
     return [(s.id, uses[s.id]) for s in costs.graph.storages if s.role == "parameter" and len(uses.get(s.id, ())) > 1]
+
+
+def shares_weights(costs: StepCosts, plan: ParallelPlan) -> bool:
+    """Whether several stages of the plan read one parameter."""
+    starts = [0, *(cut_start(costs, cut) for cut in plan.cuts)]
+    return any(len(set(np.searchsorted(starts, at, "right"))) > 1 for _, at in _tied(costs))

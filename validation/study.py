@@ -112,7 +112,9 @@ def validate(
         searches = []
         for world in ranks:
             progress(f"searching plans for {world} rank{'s' * (world > 1)}", 0.05)
-            result = search(workload, graph, at_first, global_batch, devices=world, precision=precision)
+            result = search(
+                workload, graph, at_first, global_batch, devices=world, precision=precision, offload="never"
+            )  # most kinds of it are simulated only
             chosen += (choose or _diverse(count))(result, world)
             searches.append(_note(result, world))
         if not chosen:

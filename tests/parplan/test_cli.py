@@ -81,8 +81,11 @@ def test_search(parplan, planner, tmp_path):
     words = ("search", MLP, "--cluster", "dgx-h100", "--global-batch", 8, "--devices", 2, "--top", 2)
     result = parplan(*words, "--out", tmp_path / "plans", "--json")
     assert result.code == 0
-    assert {"plans", "considered", "infeasible", "seconds", "rejected"} <= set(result.data)
-    keys = {"plan", "step_seconds", "interval", "peak_bytes", "mfu", "bound_seconds", "gap"}
+    assert {"plans", "considered", "infeasible", "seconds", "rejected", "offload", "offload_reason"} <= set(result.data)
+    keys = {
+        "plan", "step_seconds", "interval", "peak_bytes", "mfu", "bound_seconds", "gap", "host_bytes",
+        "host_pinned_bytes",
+    }  # fmt: skip
     assert len(result.data["plans"]) == 2 and all(keys <= set(p) for p in result.data["plans"])
     files = sorted(p.name for p in (tmp_path / "plans").iterdir())
     assert files == ["01-dp2-ddp.json", "02-dp2-zero1.json", "plans.json"]
@@ -181,6 +184,27 @@ def bad_inputs(folder: Path) -> dict[str, tuple[tuple[object, ...], str]]:
         "alone": ((*simulate, "fsdp", "-b", 8), "no data-parallel ranks"),
         "alone 2": ((*simulate, "tp2 zero2", "-b", 8), "no data-parallel ranks"),
         "keeps": ((*simulate, "dp2 keep-products", "-b", 8), "recomputes nothing"),
+        "no pipeline": ((*simulate, "dp2 gpipe", "-b", 8), "has gpipe but no pipeline"),
+        "two kinds": ((*simulate, "dp2 ddp fsdp", "-b", 8), "says ddp and fsdp; a plan is one of them"),
+        "two orders": ((*simulate, "pp2 mb2 1f1b gpipe", "-b", 8), "says 1f1b and gpipe"),
+        "two amounts": ((*simulate, "recompute recompute1", "-b", 8), "says recompute and recompute1"),
+        "not single": ((*simulate, "single dp2", "-b", 8), "is single and splits the step"),
+        "optimizer twice": ((*simulate, "dp2 fsdp offload offload-optimizer", "-b", 8), "write one of them"),
+        "no graphs": ((*simulate, "dp2", "-b", 8, "-c", "local", "--cuda-graphs"), "is no GPU"),
+        "no graphs 2": (("search", MLP, "-c", "local", "-b", 8, "--cuda-graphs"), "is no GPU"),
+        "offload": (("search", MLP, *on, "-b", 8, "--offload", "maybe"), "give auto, never or always"),
+        "plain": (("collectives", *on, "--plain"), "--plain changes nothing here"),
+        "op": (("collectives", "--cases", folder / "none.csv", "--op", "send"), "--op changes nothing here"),
+        "ranks and algorithm": (
+            ("collectives", "--cases", folder / "none.csv", "--ranks", 4, "--algorithm", "ring"),
+            "--ranks and --algorithm change nothing here",
+        ),
+        "backend": (("calibrate", "--backend", "gloo"), "an option of --cluster"),
+        "length": (("calibrate", *on, "--budget", 5, "--out", folder / "d.toml"), "--budget changes nothing here"),
+        "only lossless": (
+            ("gradients", MLP, *on, "--ranks", 2, "--compressions", "none,fp16", "--lossy"),
+            "--lossy changes nothing here",
+        ),
         "picture": ((*simulate, "dp2", "-b", 8, "--plot", folder / "x.docx"), "ends in none of .png"),
         "a folder": ((*simulate, "dp2", "-b", 8, "--trace-file", folder), "is a folder"),
         "endless": (("calibrate", "--budget", "nan"), "--budget is nan"),
@@ -252,6 +276,11 @@ def test_what_the_planner_refuses_is_one_sentence(parplan, tmp_path):
         (("simulate", MLP, "--plan", "tp7", "--cluster", "dgx-h100", "-b", 7), "tp = 7"),
         (("simulate", MLP, "--plan", "pp8 gpipe mb8", "--cluster", "dgx-h100", "-b", 8), "pp = 8 needs 7 cuts"),
         (("search", MLP, *tiny, "-b", 8), "use more devices"),
+        (("search", MLP, *tiny, "-b", 8, "--offload", "always"), "states no link to its host"),
+        (("simulate", MLP, "--plan", "recompute5", "--cluster", "dgx-h100", "-b", 8), "recompute names 2 modules"),
+        (("simulate", MLP, "--plan", "recompute0", "--cluster", "dgx-h100", "-b", 8), "recomputes none of the modules"),
+        (("simulate", MLP, "--plan", "pp2 mb2 recompute2/0", "--cluster", "dgx-h100", "-b", 8), "stage 0, which has 1"),
+        (("simulate", MLP, "--plan", "pp2 mb2 recompute2", "--cluster", "dgx-h100", "-b", 8), "no stage has so many"),
     ):
         result = parplan(*words)
         assert result.code == 2 and len(lines(result.err)) == 1 and expected in result.err, result.err

@@ -12,7 +12,9 @@ from planner import search as module
 from planner.predict import predict
 from planner.search import diverse, family, search, shortage
 from planner.space import enumerate_plans
-from tests.planner.models import gpt, mlp, norm_net
+from planner.space_offload import offloaded_plans
+from planner.step_costs import step_costs
+from tests.planner.models import gpt, mlp, norm_net, untied
 from tests.planner.test_estimate import cores
 
 
@@ -148,3 +150,94 @@ def test_diverse_covers_the_families_and_the_range():
     assert some[0] == result.plans[0]
     assert result.plans[-1] in diverse(result, 14)
     assert diverse(result, 2) == some[:2] and len(diverse(result, 1000)) == len(result.plans)
+
+
+# -- offload ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def gpt_graph():
+    return trace_workload(untied())
+
+
+@pytest.fixture(scope="module")
+def space(gpt_graph):
+    return enumerate_plans(untied(), gpt_graph, load_cluster("dgx-a100"), 2, 2)
+
+
+@pytest.fixture(scope="module")
+def tight(gpt_graph, space):
+    """A machine with a byte less memory than the smallest of all plans needs."""
+    cluster = load_cluster("dgx-a100")
+    return with_memory(cluster, min(max(predict(gpt_graph, p, cluster).peak_bytes) for p in space.plans) - 1)
+
+
+def test_where_nothing_fits_a_plan_with_offload_is_found_and_is_the_best(gpt_graph, space, tight):
+    with pytest.raises(ValueError, match=r"no plan of .* fits dgx-a100: the smallest"):
+        search(untied(), gpt_graph, tight, 2, devices=2, offload="never")
+    found = search(untied(), gpt_graph, tight, 2, devices=2)
+    every = [predict(gpt_graph, p, tight) for p in offloaded_plans(space.costs, space.plans)]
+    assert found.plans[0].prediction.step_seconds == min(p.step_seconds for p in every if p.fits)
+    assert all(r.plan.offload and r.prediction.fits for r in found.plans)
+    assert all(r.bound_seconds <= r.prediction.step_seconds and r.gap >= 0 for r in found.plans)
+    assert "offload to the host was tried for" in found.offload and "none was found to fit" in found.offload
+    assert found.considered == len(space.plans) + len(every)
+
+
+def test_one_device_gets_a_plan(gpt_graph):
+    """As a model of 7 billion parameters does on one device of 80 GB: its optimizer leaves."""
+    cluster = load_cluster("dgx-a100")
+    parameters = sum(t.bytes for t in gpt_graph.parameters.values())
+    small = with_memory(cluster, int(3.5 * parameters))
+    found = search(untied(), gpt_graph, small, 1, devices=1)
+    best = found.plans[0]
+    assert best.plan.offload == ("optimizer",) and best.prediction.host_bytes["optimizer_state"] >= 2 * parameters
+    assert max(best.prediction.peak_bytes) <= 3.5 * parameters
+
+
+def test_plans_that_fit_without_offload_come_first(gpt_graph):
+    cluster = load_cluster("dgx-a100")
+    found = search(untied(), gpt_graph, cluster, 2, devices=2)
+    assert not any(r.plan.offload for r in found.plans) and "every family" in found.offload
+    always = search(untied(), gpt_graph, cluster, 2, devices=2, offload="always")
+    assert always.considered > 2 * found.considered and any(r.plan.offload for r in always.plans)
+    assert always.plans[0].plan == found.plans[0].plan
+    steps = {r.plan: r.prediction.step_seconds for r in always.plans}
+    pairs = [(steps[bare], steps[p]) for p in steps if p.offload and (bare := replace(p, offload=())) in steps]
+    assert pairs and all(without <= away for without, away in pairs)
+
+
+def test_families_that_lack_memory_are_tried_with_offload(gpt_graph, space):
+    """Memory for sharded plans, not for whole ones: what is tried with offload may still be slower, and comes after."""
+    cluster = load_cluster("dgx-a100")
+    whole = [p for p in space.plans if p.data_parallel == "ddp" and p.dp == 2]
+    small = with_memory(cluster, min(max(predict(gpt_graph, p, cluster).peak_bytes) for p in whole) - 1)
+    found = search(untied(), gpt_graph, small, 2, devices=2)
+    assert "plans of dp ddp" in found.offload and not found.plans[0].plan.offload
+    assert all(family(r.plan) == ("dp", "ddp", "offload") for r in found.plans if r.plan.offload)
+
+
+def test_why_offload_is_not_tried(mlp_graph):
+    assert "shares its memory with the host" in search(mlp(), mlp_graph, cores(), 8, devices=1).offload
+    fast = {"devices": 1, "limit": 1}
+    cluster = load_cluster("dgx-a100")
+    device = replace(cluster.device, pcie_bandwidth=0.0, c2c_bandwidth=0.0, cache={})
+    unknown = replace(cluster, device=device, cache={})
+    assert "states no link" in search(mlp(), mlp_graph, unknown, 8, **fast).offload
+    assert "CUDA graphs" in search(mlp(), mlp_graph, cluster, 8, cuda_graphs=True, **fast).offload
+    assert search(mlp(), mlp_graph, cluster, 8, offload="never", **fast).offload == "offload was not allowed"
+    for options, words in (({"offload": "sometimes"}, "auto, never or always"), ({"offload": "always"}, "no link")):
+        with pytest.raises(ValueError, match=words):
+            search(mlp(), mlp_graph, unknown, 8, **options, **fast)
+    with pytest.raises(ValueError, match="fits dgx-a100, even with offload to the host: the smallest"):
+        search(mlp(), mlp_graph, with_memory(cluster, 1000), 8, devices=2)
+
+
+def test_weights_of_several_stages_keep_their_optimizer(gpt_graph):
+    cluster = load_cluster("dgx-a100")
+    tied = enumerate_plans(gpt(), trace_workload(gpt()), cluster, 2, 2)
+    for costs, plans, expected in (
+        (tied.costs, tied.plans, {("activations",)}),
+        (step_costs(gpt_graph, cluster), tied.plans, {("activations",), ("optimizer",), ("optimizer", "activations")}),
+    ):
+        assert {p.offload for p in offloaded_plans(costs, plans) if p.pp == 2 and p.dp == 1} == expected
