@@ -25,6 +25,7 @@ class Curves:
 
     forward, backward: seconds, host time and tensor-parallel messages among them; messages f8[2, n]: these of forward
     and backward. host f8[2, n]: seconds in which a host thread issues them; least_host: the least.
+    params: bytes of parameters; trained: of those that get gradients, which are `tensors` in number.
     bytes: of every storage. reads: bytes of the smallest view of a storage that forward reads.
     """
 
@@ -36,6 +37,7 @@ class Curves:
     sums: Floats
     transient: Floats
     params: Floats
+    trained: Floats
     tensors: Floats
     held: Floats
     bytes: Floats
@@ -73,13 +75,15 @@ def _curves(costs: StepCosts, plan: ParallelPlan) -> Curves:
     whole = {graph.tensors[i].storage for i, p in enumerate(layout.placements) if p >= 0}
     sizes = [(s.bytes + step * s.bytes_per_batch) / (plan.tp if s.id in whole else 1) for s in graph.storages]
     nbytes_of = np.array(sizes, float)
-    params, tensors, held, copies, sums = np.zeros((5, n))
+    params, trained, tensors, held, copies, sums = np.zeros((6, n))
     uses, _ = uses_of(costs)
+    learning = {graph.parameters[name].storage for name, _ in graph.gradient_ops}
     for s in graph.storages:
         if s.role in ("parameter", "buffer") and s.id in uses:
             at = uses[s.id][0]
             (params if s.role == "parameter" else held)[at] += nbytes_of[s.id]
-            if s.role == "parameter":
+            if s.id in learning:
+                trained[at] += nbytes_of[s.id]
                 moved, added = _runtime_copies(costs, nbytes_of[s.id])
                 copies[at], sums[at], tensors[at] = copies[at] + moved, sums[at] + added, tensors[at] + 1
     reads = nbytes_of.copy()
@@ -93,7 +97,7 @@ def _curves(costs: StepCosts, plan: ParallelPlan) -> Curves:
     host, least_host = (np.array([along(w, x) for w in (before, after)]) + sends for x in (issue, least))
     return Curves(
         along(before) + messages[0], along(after) + messages[1], messages, demand, copies, sums,
-        _transient(costs, nbytes_of), params, tensors, held, nbytes_of, reads, host, least_host,
+        _transient(costs, nbytes_of), params, trained, tensors, held, nbytes_of, reads, host, least_host,
     )  # fmt: skip
 
 

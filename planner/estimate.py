@@ -101,19 +101,19 @@ def _row(costs: StepCosts, plan: ParallelPlan, stages: StageCosts, kind: str) ->
         inflight = np.minimum(plan.micro_batches, plan.pp - np.arange(plan.pp)).astype(float)
     units = max(len(plan.fsdp_units) / plan.pp, 1) + 1  # FSDP holds two of them whole, and the gradient of one
     whole = {"ddp": 1.0, "zero1": 1.0, "zero2": 1 + 1 / units, "fsdp": 3 / units}  # DDP: its buckets
-    copied = whole[kind] if plan.dp > 1 else 0.0
     at_once = plan.pp == 1 and plan.micro_batches == 1  # FSDP scatters a unit's gradients in the last backward
+    copied = (whole[kind] if plan.dp > 1 else 0.0) * (stages.params if plan.fully_sharded else stages.trained)
     shared = ("send", "saved", "transient", "held", "sums", "messages", "message_work",
               "host_forward", "host_backward", "host_least")  # fmt: skip
-    row = {name: getattr(stages, name) for name in shared} | _data_messages(costs, plan, stages.params)
+    row = {name: getattr(stages, name) for name in shared} | _data_messages(costs, plan, stages.params, stages.trained)
     row |= {
         "forward": stages.forward, "backward": stages.backward,
         "copies": np.zeros(plan.pp), "least_copies": np.zeros(plan.pp),
         "overlaps": np.full(plan.pp, float(not plan.fully_sharded or plan.pp == 1)),  # FSDP in a pipeline: at the end
         "optimizer": optimizer_seconds(costs, stages.params / parts),
-        "params": stages.params / shards, "grads": stages.params / (shards if at_once else 1),
+        "params": stages.params / shards, "grads": stages.trained / (shards if at_once else 1),
         "state": costs.state_ratio * stages.params / parts, "inflight": inflight,
-        "extra": stages.input_bytes * plan.micro_batches + copied * stages.params,
+        "extra": stages.input_bytes * plan.micro_batches + copied,
     }  # fmt: skip
     row |= _issued(costs, plan, stages)
     add_offload(costs, plan, stages, row)
@@ -129,7 +129,7 @@ def _issued(costs: StepCosts, plan: ParallelPlan, stages: StageCosts) -> dict[st
         return {"host_end": nothing, "host_optimizer": nothing}
     end = (plan.micro_batches - 1) * thread.backward * stages.tensors
     if plan.dp > 1 and not plan.fully_sharded:
-        buckets = np.maximum(np.floor(stages.params / plan.bucket_bytes), 1)
+        buckets = np.maximum(np.floor(stages.trained / plan.bucket_bytes), 1)
         end = end + 2 * thread.backward * stages.tensors + thread.message * buckets
     ops = sum(op.phase == "optimizer" and not op.is_view for op in costs.graph.ops)
     return {"host_end": end, "host_optimizer": np.full(plan.pp, thread.op * ops)}
@@ -148,19 +148,22 @@ def _add_runtime(costs: StepCosts, plan: ParallelPlan, stages: StageCosts, kind:
     if plan.dp == 1:
         return
     if not plan.fully_sharded:
-        buckets = np.maximum(np.floor(stages.params / plan.bucket_bytes), 1)
+        buckets = np.maximum(np.floor(stages.trained / plan.bucket_bytes), 1)
         row["forward"] = row["forward"] + cost("ddp_step")
         row["copies"] = stages.copies + cost("ddp_param") * n + cost("ddp_bucket") * buckets
         row["least_copies"] = row["copies"]
         return
     units = np.full(plan.pp, len(plan.fsdp_units) / plan.pp + 1)
-    copy = np.array([_copy_seconds(costs, v / u) * u for v, u in zip(stages.params.tolist(), units)])
+    copy, cut = (
+        np.array([_copy_seconds(costs, v / u) * u for v, u in zip(volume.tolist(), units)])
+        for volume in (stages.params, stages.trained)
+    )
     row["optimizer"] = row["optimizer"] + cost("fsdp_optimizer_param") * n
     row["gather"] = row["gather"] + cost("fsdp_unit_forward") * units + cost("fsdp_param_forward") * n + copy
     if kind == "fsdp":
         row["regather"] = row["regather"] + cost("fsdp_unit_backward") * units + cost("fsdp_param_backward") * n + copy
     row["gather_least"] = row["gather_least"] + cost("fsdp_unit_forward") + cost("fsdp_param_forward") * n
-    row["copies"] = cost("fsdp_param_backward") * n + copy
+    row["copies"] = cost("fsdp_param_backward") * n + cut
     row["least_copies"] = cost("fsdp_param_backward") * n
     if kind == "zero2":  # gathered in the first micro-batch only
         row["gather"] = row["gather"] / plan.micro_batches
@@ -171,9 +174,9 @@ def _copy_seconds(costs: StepCosts, nbytes: float) -> float:
     return price_many(costs.cluster.device, [shape])[0].seconds
 
 
-def _data_messages(costs: StepCosts, plan: ParallelPlan, volume: Floats) -> dict[str, Floats]:
+def _data_messages(costs: StepCosts, plan: ParallelPlan, volume: Floats, trained: Floats) -> dict[str, Floats]:
     """Seconds of the data-parallel messages of every stage, and the least that their volume takes; `data_work` in core
-    seconds of one rank, at least."""
+    seconds of one rank, at least. volume: bytes of parameters; trained: of those that get gradients."""
     names = (
         "gather",
         "regather",
@@ -189,10 +192,14 @@ def _data_messages(costs: StepCosts, plan: ParallelPlan, volume: Floats) -> dict
     found = {name: np.zeros(plan.pp) for name in names}
     if plan.dp == 1:
         return found
-    found["slowed"] = np.full(plan.pp, _slowed(costs, plan, float(volume.max())))
+    found["slowed"] = np.full(plan.pp, _slowed(costs, plan, float(trained.max())))
     cluster, ranks, likes = costs.cluster, plan.group(0, "dp"), plan.likes(0, "dp")
 
+    def moved(what: str) -> Floats:
+        return volume if what == "all_gather" else trained
+
     def sent(what: str, pieces: Floats) -> Floats:
+        volume = moved(what)
         pieces = np.maximum(np.round(pieces), 1)
         sizes = (volume / pieces).tolist()
         prices = [collective_price(cluster, what, n, ranks, firsts=likes).seconds for n in sizes]
@@ -200,7 +207,7 @@ def _data_messages(costs: StepCosts, plan: ParallelPlan, volume: Floats) -> dict
 
     def least(what: str) -> tuple[Floats, Floats]:
         seconds, work = _least(costs, what, ranks)
-        return seconds * volume, work * volume
+        return seconds * moved(what), work * moved(what)
 
     if plan.fully_sharded:
         units = np.full(plan.pp, len(plan.fsdp_units) / plan.pp + 1)
@@ -213,7 +220,7 @@ def _data_messages(costs: StepCosts, plan: ParallelPlan, volume: Floats) -> dict
         found["reduce_least"], second = least("reduce_scatter")
         found["data_work"] = first + second
         return found
-    buckets = volume / plan.bucket_bytes + 1
+    buckets = trained / plan.bucket_bytes + 1
     found["reduce"] = sent("all_reduce", buckets)
     found["tail"] = found["reduce"] / np.maximum(np.round(buckets), 1)
     found["reduce_least"], found["data_work"] = least("all_reduce")

@@ -16,7 +16,7 @@ from planner.offload_activations import Crossing, moved
 from planner.orders import stage_order
 from planner.plan import Offloaded, ParallelPlan
 from planner.runtime_data import Unit, zero1_owners
-from planner.runtime_fsdp import unit_of, without_gradient_input
+from planner.runtime_fsdp import trained, unit_of, without_gradient_input
 from planner.runtime_stage import Stage, is_kept
 from planner.stages import LOSS
 
@@ -134,7 +134,7 @@ class _Replay:
         for s in {t.storage for t in graph.tensors if t.role == "input"}:
             ledger.hold(("input", s), plan.micro_batches * graph.storages[s].bytes, "inputs")
         if plan.dp > 1 and not plan.fully_sharded:
-            ledger.hold("buckets", sum(p.bytes for p in stage.parameters.values()), "communication")
+            ledger.hold("buckets", sum(stage.parameters[name].bytes for name in stage.ready), "communication")
         for i, size in enumerate(message_bytes(stage) * plan.micro_batches):
             ledger.hold(("message", i), size, "communication")
         self.resting = ledger.live
@@ -319,6 +319,7 @@ class _Replay:
             ledger.drop("last gather")
 
     def _scatter(self, unit: Unit) -> None:
+        unit = trained(self.stage, unit)
         if not unit.parameters:
             return
         plan, ledger = self.stage.plan, self.ledger

@@ -272,7 +272,7 @@ def _update(stage: Stage, dp_index: int) -> Iterator[Item]:
     yield from up(stage, mine)
     for root, parameters in enumerate(owners):
         if parameters:
-            size = sum(p.bytes for p in parameters)
+            size = sum(p.bytes for p in parameters if p.name in stage.ready) or 4  # an empty bucket has one element
             yield Message("broadcast", size, "dp", "optimizer", key=f"owner {root}", root=root)
     for root, parameters in enumerate(owners):
         if parameters:

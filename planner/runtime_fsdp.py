@@ -6,6 +6,7 @@ Read from torch 2.13 (torch/distributed/fsdp/_fully_shard) and held to it by the
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 from opgraph.graph import Op, Phase
 from planner.offload import down, fetch
@@ -59,7 +60,13 @@ def _finish_gather(stage: Stage, unit: Unit, phase: Phase, module: str) -> Itera
     yield copy_work("fsdp.split_with_sizes_copy.default", whole, unit.parameters[0].dtype, phase, module)
 
 
+def trained(stage: Stage, unit: Unit) -> Unit:
+    """The unit with those of its parameters alone that get gradients (`FSDPParamGroup.post_backward`)."""
+    return replace(unit, parameters=tuple(p for p in unit.parameters if p.name in stage.ready))
+
+
 def scatter(stage: Stage, unit: Unit) -> Iterator[Item]:
+    unit = trained(stage, unit)
     if not unit.parameters:
         return
     dp = stage.plan.dp

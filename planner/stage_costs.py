@@ -24,9 +24,9 @@ class StageCosts:
     forward, backward: ops with their host time, what is recomputed, and tensor-parallel messages, which are `messages`
     of these seconds and keep `message_work` core seconds busy. host_forward, host_backward: of the host thread that
     issues them; host_least: what every schedule issues. send: of the message to the next stage. copies: into and
-    out of DDP's buckets. sums: adding one micro-batch's gradients to the others'. params: bytes of parameters; tensors:
-    how many there are. saved: activations kept for backward. transient: most bytes of short-lived tensors. held:
-    buffers. input_bytes: of the model's inputs.
+    out of DDP's buckets. sums: adding one micro-batch's gradients to the others'. params: bytes of parameters; trained:
+    of those that get gradients; tensors: how many these are. saved: activations kept for backward. transient: most
+    bytes of short-lived tensors. held: buffers. input_bytes: of the model's inputs.
     """
 
     forward: Floats
@@ -40,6 +40,7 @@ class StageCosts:
     copies: Floats
     sums: Floats
     params: Floats
+    trained: Floats
     tensors: Floats
     saved: Floats
     transient: Floats
@@ -73,10 +74,12 @@ def _stage_costs(costs: StepCosts, plan: ParallelPlan) -> StageCosts:
         return np.add.reduceat(curve, starts)
 
     again, saved, dropped = _kept(costs, plan, c)
-    params, held = per_stage(c.params), per_stage(c.held)
+    params, trained, held = (per_stage(curve) for curve in (c.params, c.trained, c.held))
+    learning = {graph.parameters[name].storage for name, _ in graph.gradient_ops}
     for storage, at in _tied(costs):
         stages = np.unique(np.searchsorted(starts, at, "right") - 1)
         params[stages[1:]] += c.bytes[storage]
+        trained[stages[1:]] += c.bytes[storage] * (storage in learning)
     send = np.zeros(plan.pp)
     for s, start in enumerate(starts[1:]):
         crossing = [i for i in crossings(costs, start) if i >= 0]
@@ -93,7 +96,7 @@ def _stage_costs(costs: StepCosts, plan: ParallelPlan) -> StageCosts:
         message_work=messages * c.demand, host_forward=per_stage(issue[0]),
         host_backward=per_stage(issue[1] + np.where(repeated, c.host[0], 0.0)), host_least=per_stage(least),
         send=send, copies=per_stage(c.copies), sums=per_stage(c.sums), params=params,
-        tensors=per_stage(c.tensors),
+        trained=trained, tensors=per_stage(c.tensors),
         saved=per_stage(saved), transient=np.maximum.reduceat(c.transient, starts) + dropped, held=held,
         input_bytes=float(inputs),
     )  # fmt: skip

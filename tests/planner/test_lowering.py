@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from costmodels.cluster import load_cluster
 from opgraph.batch import trace_workload
 from opgraph.workload import Workload, adamw, mean_square
 from planner.check import compare
@@ -10,6 +11,9 @@ from planner.dryrun import dry_run
 from planner.lower import lower
 from planner.memory import peak_bytes
 from planner.plan import ParallelPlan
+from planner.search import search
+from planner.stage_costs import stage_costs
+from planner.step_costs import step_costs
 from planner.tensor_parallel import tp_shardings
 from tests.planner.conftest import ALEXNET, GPT, LLAMA, VIT, model
 from tests.planner.models import across
@@ -160,3 +164,44 @@ def test_units_that_read_no_gradients_stay_whole_until_the_end(kind, uncalibrate
     run = dry_run(plan, workload, 0)
     assert not compare(graph, plan, 0, run.records)
     assert peak_bytes(lower(graph, plan, uncalibrated).stages, plan)[0] == pytest.approx(run.peak_bytes, rel=0.001)
+
+
+class Adapted(torch.nn.Module):
+    """A frozen Linear with a trained one of low rank beside it."""
+
+    def __init__(self):
+        super().__init__()
+        self.base = torch.nn.Linear(64, 64).requires_grad_(False)
+        self.down, self.up = torch.nn.Linear(64, 4, bias=False), torch.nn.Linear(4, 64, bias=False)
+
+    def forward(self, x):
+        return torch.relu(self.base(x) + self.up(self.down(x)))
+
+
+@pytest.fixture(scope="module")
+def adapted():
+    def build():
+        return torch.nn.Sequential(*(Adapted() for _ in range(4)))
+
+    workload = Workload("adapted", build, lambda n: ((torch.ones(n, 64),), ()), mean_square, adamw, 8, tuple("0123"))
+    return workload, trace_workload(workload)
+
+
+@pytest.mark.parametrize("kind", ["single", "ddp", "ddp mb", "zero1", "fsdp", "fsdp mb", "zero2", "pp x ddp"])
+def test_frozen_parameters_are_not_reduced(kind, adapted, uncalibrated):
+    workload, graph = adapted
+    plan = plan_on(workload, graph, kind)
+    run = dry_run(plan, workload, 0)
+    mismatch = compare(graph, plan, 0, run.records)
+    assert not mismatch, mismatch
+    assert peak_bytes(lower(graph, plan, uncalibrated).stages, plan)[0] == pytest.approx(run.peak_bytes, rel=0.01)
+
+
+def test_bounds_hold_for_frozen_parameters(adapted):
+    workload, graph = adapted
+    result = search(workload, graph, load_cluster("dgx-h100"), 32, devices=4)
+    assert all(r.bound_seconds <= r.prediction.step_seconds for r in result.plans)
+    costs = step_costs(graph, load_cluster("dgx-h100"))
+    stages = stage_costs(costs, ParallelPlan(32, dp=4))
+    assert stages.params[0] == 4 * (64 * 64 + 64 + 2 * 64 * 4) * 4 and stages.trained[0] == 4 * 2 * 64 * 4 * 4
+    assert stages.tensors[0] == 8
