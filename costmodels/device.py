@@ -53,6 +53,8 @@ class Device:
         ("gemm": {"bfloat16": {...}}), from `catalogue/kernels`; empty where there is none.
     step_error: root mean square relative error of whole training steps predicted by laws that saw none of their ops,
         0 where none were measured.
+    slowest: how many times as long its products, convolutions and attention take as on the device that was measured
+        (`costmodels.variability`).
 
     Of the data sheet, 0 or empty where it is not stated:
     l2_bytes: last cache that all units share, bytes. boost_clock: Hz. link, links: name and number of the links to
@@ -80,6 +82,7 @@ class Device:
     host: dict[str, float] = field(default_factory=dict)
     anchor_seconds: float = 0.0
     step_error: float = 0.0
+    slowest: float = 1.0
     l2_bytes: int = 0
     boost_clock: float = 0.0
     link: str = ""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -30,6 +30,7 @@ ASSUMED_EFFICIENCY = {
 }  # fmt: skip
 ASSUMED_OTHER = 0.60
 ROOFLINE_ERROR = 0.30  # mean error of a roofline with assumed shares: shared/facts/compute.md B1 (28-35 % on linears)
+SLOWED = COMPUTE - {"rnn", "rnn_backward"}
 EXTRAPOLATION_FACTOR = 2.0  # an extrapolated law is taken to be twice as wrong as on its held-out half
 
 
@@ -116,7 +117,7 @@ def price(device: Device, shape: OpShape) -> Price:
     """The time of one op; cached on the device."""
     known = device.cache.get(shape)
     if known is None:
-        known = device.cache[shape] = _price(device, shape)
+        known = _keep(device, shape, _price(device, shape))
     return known
 
 
@@ -129,19 +130,27 @@ def price_many(device: Device, shapes: Sequence[OpShape]) -> list[Price]:
             free = family(shape.name) in FREE
             law = None if free else law_of(device, shape)
             if free or device.samples:
-                device.cache[shape] = _price(device, shape)
+                _keep(device, shape, _price(device, shape))
             elif law is None:
                 lawless.append(shape)
             else:
                 groups.setdefault(law.key, []).append(shape)
     for shape, known in zip(lawless, kernel_prices(device, lawless)):
-        device.cache[shape] = known or _roofline(device, shape)
+        _keep(device, shape, known or _roofline(device, shape))
     for key, members in groups.items():
         law = device.laws[key]
         seconds = np.array([features(s, law.form) for s in members]) @ np.array(law.coefficients)
         for shape, value in zip(members, seconds.tolist()):
-            device.cache[shape] = _from_law(law, shape, value)
+            _keep(device, shape, _from_law(law, shape, value))
     return [device.cache[shape] for shape in shapes]
+
+
+def _keep(device: Device, shape: OpShape, found: Price) -> Price:
+    """Remembers a price at the pace of this device; layers of recurrent cells are made of products that have it."""
+    if device.slowest != 1.0 and family(shape.name) in SLOWED:
+        found = replace(found, seconds=found.seconds * device.slowest)
+    device.cache[shape] = found
+    return found
 
 
 def law_of(device: Device, shape: OpShape) -> Law | None:

@@ -22,6 +22,7 @@ from costmodels.cluster import Cluster
 from costmodels.collectives import collective_price
 from costmodels.ops import price_many, shape_of
 from costmodels.overlap import beside, slowdowns
+from costmodels.variability import synchronous
 from opgraph.graph import OpGraph
 from planner.estimate_offload import add_offload
 from planner.host_thread import host_costs
@@ -51,7 +52,7 @@ class Estimates:
 
 def bound_seconds(graph: OpGraph, plan: ParallelPlan, cluster: Cluster) -> float:
     """A lower bound of the plan's step time under the cost model, seconds."""
-    return float(estimate(step_costs(graph, cluster), [plan]).bound_seconds[0])
+    return float(estimate(step_costs(graph, synchronous(cluster, plan.world_size)), [plan]).bound_seconds[0])
 
 
 def estimate(costs: StepCosts, plans: Sequence[ParallelPlan]) -> Estimates:

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from math import hypot, sqrt
 
 from costmodels.cluster import Cluster
+from costmodels.variability import synchronous
 from planner.folded_events import replayed
 from planner.folded_local import local_step
 from planner.folded_memory import Memory, memory_of
@@ -63,6 +64,7 @@ def predict_folded(
         raise ValueError("folded steps recompute a share that their software states; use recompute paths alone")
     if plan.offload:
         raise ValueError("folded steps keep everything on the device; use parplan simulate for a plan with offload")
+    cluster = synchronous(cluster, plan.world_size)
     local = local_step(model.graph, plan, model.seq, model.vocab, software.vocab_parallel)
     parts = parts_of(local, pieces(model.graph), software, cluster)
     chunks = chunks_of(model, plan)

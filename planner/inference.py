@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, replace
 
 from costmodels.cluster import Cluster
 from costmodels.device import basis_of
+from costmodels.variability import synchronous
 from opgraph.graph import OpGraph
 from planner.host_thread import Running, assumptions, host_costs, host_notes
 from planner.inference_experts import chosen_experts
@@ -104,6 +105,7 @@ def infer(
     prompt_graph, token_graph = prompt_graph.run_by(kind), token_graph and token_graph.run_by(kind)
     running = Running(cuda_graphs, autograd=False, compiled=compiled)
     plan = _plan(prompt_graph, cluster, running, batch, (pp, dp, tp), micro_batches)
+    cluster = synchronous(cluster, plan.world_size)
     why = no_decode(prompt_graph)
     context = prompt + generate
     stages = stages_of(prompt_graph, plan)

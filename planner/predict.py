@@ -8,6 +8,7 @@ from math import hypot
 from costmodels.cluster import Cluster
 from costmodels.device import basis_of
 from costmodels.ops import peak_of
+from costmodels.variability import synchronous
 from opgraph.graph import OpGraph
 from planner.host_thread import EAGER, HOST_ERROR, Running, assumptions, host_costs, host_notes
 from planner.lower import Lowered, lower
@@ -68,6 +69,7 @@ def simulate_plan(
 ) -> tuple[Prediction, Timeline]:
     """The prediction with the simulated timeline of every task."""
     check_size(plan, cluster)
+    cluster = synchronous(cluster, plan.world_size)
     if plan.precision != graph.precision:
         raise ValueError(
             f"the plan computes in {plan.precision}, but the graph was traced in {graph.precision}; "

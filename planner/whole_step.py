@@ -15,6 +15,7 @@ from costmodels.cluster import Cluster
 from costmodels.collectives import collective_price
 from costmodels.ops import OpShape, price
 from costmodels.overlap import beside
+from costmodels.variability import synchronous
 from opgraph.graph import Op, OpGraph
 from planner.folded import STEP_ERROR, FoldedPrediction
 from planner.folded_groups import Groups
@@ -113,6 +114,7 @@ def predict_whole(
 ) -> FoldedPrediction:
     """Predicts one step of `graph`, which is at the plan's micro-batch."""
     kernels = Kernels(local_step(graph, plan, 1, 0, False), software)
+    cluster = synchronous(cluster, plan.world_size)
     whole = _Whole(graph, plan, cluster, software, sharing, kernels)
     tasks = ProgramBuilder()
     if plan.pp > 1 or plan.recompute:

@@ -1,0 +1,59 @@
+"""The slowest of many equal GPUs: what a synchronous step waits for.
+
+GPUs of one model differ. Sinha et al. (SC 2022, arXiv:2208.11035, abstract) timed the same kernels on over 90 % of the
+GPUs of five clusters (V100, MI60, Quadro RTX 5000): between the ends of the whiskers of a box plot lie 8 % of the
+median on average. Those whiskers reach 1.5 times the interquartile range beyond the quartiles, 4 interquartile ranges
+in all, which is 5.4 standard deviations of a normal distribution: SPREAD. The cause is the clock that a power limit
+allows a chip, so products, convolutions and attention differ and what waits for memory or links does not. The same
+study's outliers (up to 1.5 times the median) and sick machines are not in it: a job that runs well has dropped them.
+
+ASSUMPTIONS: GPUs of other models spread as these do; op tables were measured on a middling one; the devices of a job
+are independent draws, and every one holds up every other in each step (in a pipeline the slowest stage sets the pace).
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cache
+from math import hypot
+from statistics import NormalDist
+
+from costmodels.cluster import Cluster
+
+SPREAD = 0.08 / 5.4
+NOTE = "products, convolutions and attention take what they take on the"
+
+
+@cache
+def highest_of(count: int) -> float:
+    """The expected highest of `count` draws from a standard normal distribution (Blom 1958, within 2 % of the exact
+    value).
+
+    >>> round(highest_of(8), 2)
+    1.42
+    """
+    return NormalDist().inv_cdf((count - 0.375) / (count + 0.25)) if count > 1 else 0.0
+
+
+def slowest_of(count: int) -> float:
+    """How many times as long the slowest of `count` equal GPUs takes for a product as the median one; 1 for one."""
+    return 1 + SPREAD * highest_of(count)
+
+
+def synchronous(cluster: Cluster, count: int) -> Cluster:
+    """The cluster as a job on `count` of its devices feels it, each step as slow as the slowest of them. The spread
+    itself joins what is unsure about a step (`Device.step_error`). Other devices than GPUs stay as they are."""
+    count = min(count, cluster.size)
+    slowest = slowest_of(count)
+    if cluster.device.kind != "gpu" or cluster.device.slowest == slowest:
+        return cluster
+    if ("slowest", count) not in cluster.cache:
+        before = cluster.device
+        error = before.step_error if before.slowest > 1 else hypot(before.step_error, SPREAD)
+        device = replace(before, slowest=slowest, step_error=error, cache={})
+        notes = tuple(n for n in cluster.notes if not n.startswith(NOTE))
+        if count > 1:
+            notes = (*notes, f"{NOTE} slowest of {count} GPUs: {slowest - 1:.1%} more than a middling one")
+        cluster.cache["slowest", count] = replace(cluster, device=device, notes=notes)
+    found: Cluster = cluster.cache["slowest", count]
+    return found

@@ -1,0 +1,53 @@
+"""The slowest of many GPUs: expected maxima against known values, and where the pace is felt."""
+
+import numpy as np
+import pytest
+
+from costmodels.cluster import local_cluster, load_cluster
+from costmodels.ops import OpShape, price, price_many
+from costmodels.variability import SPREAD, highest_of, slowest_of, synchronous
+
+
+# Expected largest of n standard normals: Harter 1961, table 1 (5 decimals there).
+@pytest.mark.parametrize("count,expected", [(2, 0.56419), (8, 1.42360), (64, 2.34373), (100, 2.50759)])
+def test_expected_maximum_is_that_of_tables(count, expected):
+    assert highest_of(count) == pytest.approx(expected, rel=0.02)
+
+
+def test_expected_maximum_matches_drawn_samples_of_many():
+    drawn = np.random.default_rng(0).standard_normal((4000, 512)).max(axis=1).mean()
+    assert highest_of(512) == pytest.approx(drawn, rel=0.01)
+
+
+def test_one_device_is_the_one_measured_and_more_are_never_faster():
+    paces = [slowest_of(n) for n in (1, 2, 8, 64, 1024, 16384)]
+    assert paces[0] == 1.0 and paces == sorted(paces)
+    assert 1.05 < paces[-1] < 1 + 5 * SPREAD
+
+
+def _product(name: str = "aten.mm.default") -> OpShape:
+    m = 4096
+    return OpShape(name, "forward", ((m, m), (m, m)), ((m, m),), "bfloat16", 2 * m**3, 4 * m * m, 2 * m * m)
+
+
+def test_products_slow_down_and_streams_do_not():
+    one = load_cluster("dgx-h100")
+    eight = synchronous(one, 8)
+    relu = OpShape("aten.relu.default", "forward", ((1 << 24,),), ((1 << 24,),), "bfloat16", 0, 1 << 25, 1 << 25)
+    for shape, pace in ((_product(), slowest_of(8)), (relu, 1.0)):
+        assert price(eight.device, shape).seconds == pytest.approx(pace * price(one.device, shape).seconds)
+        assert price_many(eight.device, [shape])[0] == price(eight.device, shape)
+
+
+def test_pace_follows_the_count_and_is_applied_once():
+    one = load_cluster("2x dgx-h100")
+    assert synchronous(one, 1) is one
+    assert synchronous(synchronous(one, 16), 8).device.slowest == slowest_of(8)
+    assert synchronous(one, 64).device.slowest == slowest_of(16), "no more than there are"
+    assert synchronous(synchronous(one, 16), 16) is synchronous(one, 16)
+    assert synchronous(one, 16).device.step_error == pytest.approx(SPREAD)
+
+
+def test_cores_of_a_machine_and_tpus_do_not_differ():
+    for cluster in (local_cluster(), load_cluster("tpu-v4-cube")):
+        assert synchronous(cluster, 4) is cluster
