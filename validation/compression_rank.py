@@ -94,3 +94,5 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    sys.stdout.flush()
+    os._exit(0)  # threads of hooks that gloo called may still be alive, and an orderly exit would abort on them

@@ -32,6 +32,7 @@ from planner.gradient_policy import Choice, Exchange
 from planner.gradient_times import Load, step_seconds
 from planner.plan import ParallelPlan
 from validation.environment import RANK_ENV
+from validation.measure import pace_of_steps
 from validation.pace import Pace
 
 COMPRESSIONS = ("none", "fp16", "bf16", "int8", "sign", "topk0.01", "powersgd2", "powersgd4")
@@ -117,7 +118,7 @@ def compared(
                     and r[i]["kept_bytes"] == keeps for r in replies)  # fmt: skip
         run = Run(spec, compression.name, exact, len(found), sum(m.bytes for m in found), reply["kept_bytes"])
         if "seconds" in reply:
-            ratio = max(r[i]["paces"] for r in replies) / calibrated if calibrated else 1.0
+            ratio = pace_of_steps(plan, reply["paces"]) / calibrated if calibrated else 1.0
             run = _timed(run, reply, exchange, compression, replace_pace(pace, ratio))
         runs.append(run)
     return runs

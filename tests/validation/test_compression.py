@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -30,6 +32,17 @@ def test_two_ranks_send_and_keep_what_was_predicted_to_the_byte(tmp_path):
     for name in ("fp16", "bf16", "int8"):  # the first steps hardly differ from those without compression
         assert losses[name] == pytest.approx(losses["none"], rel=0.01)
     assert all(found[-1] < found[0] for found in losses.values())
+
+
+@pytest.mark.executed
+def test_timed_steps_come_with_a_prediction_at_their_pace(tmp_path):
+    plan = ParallelPlan(global_batch=8, dp=2, bucket_bytes=2**17)
+    cluster = local_cluster(tmp_path / "none.toml")
+    cluster = replace(cluster, device=replace(cluster.device, host={"anchor_in_rank": 0.01}))
+    replies = execute(SPEC, plan, ["fp16"], timed=True)
+    (run,) = compared(SPEC, trace_workload(load_workload(SPEC)), plan, cluster, replies)
+    assert run.pace == pytest.approx(max(replies[0][0]["paces"]) / 0.01)
+    assert run.steps >= 20 and min(run.measured, run.predicted, run.codec_measured, run.codec_predicted) > 0
 
 
 class _Bucket:
