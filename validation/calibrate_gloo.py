@@ -21,7 +21,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from validation.environment import available_cores
+from validation.environment import available_cores, let_gloo_wait
 
 SIZES = (4 << 10, 32 << 10, 256 << 10, 1 << 20, 4 << 20, 16 << 20, 64 << 20)
 KINDS = ("all_reduce", "all_gather", "reduce_scatter", "broadcast", "send")
@@ -139,6 +139,7 @@ def pair_seconds(size: int = 256 << 10, repeats: int = 30) -> float:
     """Seconds that an all-reduce within pairs of ranks adds, all pairs at once, each after some work."""
     ranks, rank = dist.get_world_size(), dist.get_rank()
     groups = [dist.new_group([first, first + 1]) for first in range(0, ranks - 1, 2)]
+    let_gloo_wait()
     mine = groups[rank // 2] if rank // 2 < len(groups) else None
     buffer = torch.zeros(size // 4)
     dist.barrier()

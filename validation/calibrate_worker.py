@@ -39,6 +39,8 @@ def main() -> None:
     import torch
     import torch.distributed as dist
 
+    from validation.environment import let_gloo_wait
+
     torch.set_num_threads(1)
     torch.manual_seed(rank)
     result: dict[str, Any] = {}
@@ -49,6 +51,7 @@ def main() -> None:
     store: Any = torch._C._distributed_c10d.FileStore(job["store"], job["ranks"])
     limit = datetime.timedelta(seconds=job["timeout"])
     dist.init_process_group("gloo", store=store, rank=rank, world_size=job["ranks"], timeout=limit)
+    let_gloo_wait()
     try:
         if job.get("models") is not None:
             result |= measure_ops(job, rank)

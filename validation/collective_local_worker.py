@@ -30,10 +30,13 @@ def main() -> None:
     import torch
     import torch.distributed as dist
 
+    from validation.environment import let_gloo_wait
+
     torch.set_num_threads(1)
     store: Any = torch._C._distributed_c10d.FileStore(job["store"], job["ranks"])
     limit = datetime.timedelta(seconds=job["timeout"])
     dist.init_process_group("gloo", store=store, rank=rank, world_size=job["ranks"], timeout=limit)
+    let_gloo_wait()
     try:
         rows = measure(job)
         dist.barrier()

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import numpy as np
 
 from planner.plan import ParallelPlan
-from validation.environment import available_cores, room_to_grow
+from validation.environment import available_cores, let_gloo_wait, room_to_grow
 from validation.pace import usual
 
 BLOCK = 5  # steps between two looks at the machine's pace
@@ -142,6 +142,7 @@ def time_steps(run: Callable[[], Any], options: Options, cuda: bool) -> dict[str
     load_before = os.getloadavg()[0]
     once()
     if not cuda:
+        let_gloo_wait()
         room_to_grow(dist.get_world_size())
     for _ in range(options.warmup):
         once()
