@@ -18,14 +18,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
 from validation.environment import available_cores, let_gloo_wait
 
-SIZES = (4 << 10, 32 << 10, 256 << 10, 1 << 20, 4 << 20, 16 << 20, 64 << 20)
+SIZES = (4 << 10, 32 << 10, 256 << 10, 1 << 20, 4 << 20, 16 << 20, 32 << 20, 64 << 20)
 KINDS = ("all_reduce", "all_gather", "reduce_scatter", "broadcast", "send")
 MOST, LEAST, PASSES = 40, 3, 2  # rounds of a point in a pass, and passes where there is time
+FLAT = 0.03  # relative error that a mean has at least: the pace wanders between two points
 LEAST_SECONDS = 2e-5  # no message adds less: two system calls and a wake-up
 
 
@@ -39,13 +41,11 @@ def measure_collectives(
     """Rows of `costmodels.cluster.CollectiveTable` on the default group, the same on every rank (means over ranks).
 
     `sizes` are bytes as nccl-tests counts them; each point repeats for about `seconds_per_point`, spread over `PASSES`
-    passes over all points, of which one that would end after `until` (of `time.time`) is left out. Seconds are made to
-    grow with bytes by isotonic regression; "error" is the median over the sizes of the standard error of a point's
+    passes over all points, of which one that would end after `until` (of `time.time`) is left out. Seconds of all sizes
+    of a collective are smoothed together (`smoothed`); "error" is the median of the standard error of a point's
     mean, relative. Times are brought to the pace at which the anchor takes `reference` seconds of CPU time (0: left as
     they are).
     """
-    from scipy.optimize import isotonic_regression
-
     from validation.anchor import make_anchor
     from validation.calibrate_worker import together
 
@@ -67,11 +67,12 @@ def measure_collectives(
     for i, kind in enumerate(kinds):
         of_kind = points[i * len(sizes) : (i + 1) * len(sizes)]
         means, errors = zip(*(_mean(runs) for runs in of_kind))
-        seconds, busy = _slowest(means), _over_ranks([statistics.fmean(r.busy for r in runs) for runs in of_kind])
+        slowest, busy = _slowest(means), _over_ranks([statistics.fmean(r.busy for r in runs) for runs in of_kind])
+        seconds = smoothed(sizes, slowest, _over_ranks(errors))
         rows.append({
             "kind": kind, "ranks": dist.get_world_size(), "bytes": [float(s) for s in sizes],
-            "seconds": [float(s) for s in isotonic_regression(seconds, weights=[1 / t for t in seconds]).x],
-            "demand": [min(b / s, 2.0) for b, s in zip(busy, seconds)],
+            "seconds": seconds,
+            "demand": [min(b / s, 2.0) for b, s in zip(busy, slowest)],
             "error": statistics.median(_over_ranks(errors)),
         })  # fmt: skip
     return rows
@@ -120,6 +121,22 @@ def _mean(rounds: list[Round]) -> tuple[float, float]:
     middle = sorted(r.added for r in rounds)[cut : len(rounds) - cut]
     mean = max(statistics.fmean(middle), LEAST_SECONDS)
     return mean, statistics.pstdev(middle) / mean / len(middle) ** 0.5
+
+
+def smoothed(sizes: Sequence[float], seconds: Sequence[float], errors: Sequence[float]) -> list[float]:
+    """Seconds of one collective at `sizes` bytes, smoothed: a latency, a term with the root of the bytes, and rates
+    that may fall from one size to the next (caches, pages) but not rise, all of them 0 or more, by least squares of
+    relative deviations over the points' relative `errors` (at least `FLAT`). So a point that little was measured of
+    takes from its neighbours, and time never falls with bytes.
+    """
+    from scipy.optimize import nnls
+
+    n, y = np.array(sizes, float), np.array(seconds)
+    features = np.stack([np.ones_like(n), np.sqrt(n), n, *(np.maximum(n - k, 0.0) for k in n[1:-1])], axis=1)
+    features /= features.max(axis=0)
+    weights = 1 / (y * np.maximum(errors, FLAT))
+    coefficients, _ = nnls(features * weights[:, None], y * weights)
+    return [max(float(s), LEAST_SECONDS) for s in features @ coefficients]
 
 
 def _over_ranks(values: Sequence[float]) -> list[float]:

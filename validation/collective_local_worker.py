@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 WARM_UP = 3
+POINT_SECONDS, MOST = 0.3, 200  # of measuring a point, and its most repetitions
 
 
 def main() -> None:
@@ -49,49 +50,64 @@ def main() -> None:
 
 def measure(job: dict[str, Any]) -> list[dict[str, Any]]:
     """Rows of one rank: kind, bytes, how ("in place" or "plain"), seconds of every repetition, anchor seconds beside it
-    (CPU time of the calling thread), and the machine's load."""
-    import torch.distributed as dist
-
+    (CPU time of the calling thread), and the machine's load. The job's "passes" go over all points."""
     from validation.anchor import make_anchor
-    from validation.calibrate_gloo import call_of, rounds_of
 
     anchor = make_anchor(time.thread_time)
     anchor()
-    rows = []
-    for how in job["how"]:
-        for kind in job["kinds"]:
-            for size in job["sizes"]:
-                call = call_of(kind, size)
-                for _ in range(WARM_UP):
-                    call()
-                dist.barrier()
-                before = min(anchor() for _ in range(2))
-                if how == "plain":
-                    seconds = plain(call, job["repeats"])
-                else:
-                    seconds = [r.added for r in rounds_of(call, job["repeats"])]
-                pace = (before + min(anchor() for _ in range(2))) / 2
-                rows.append({
-                    "kind": kind, "bytes": max(size // 4 // job["ranks"], 1) * job["ranks"] * 4, "how": how,
-                    "seconds": seconds, "anchor": pace, "load": os.getloadavg()[0],
-                })  # fmt: skip
-    return rows
+    rows: dict[tuple[str, str, int], dict[str, Any]] = {}
+    for _ in range(job.get("passes", 1)):
+        for how in job["how"]:
+            for kind in job["kinds"]:
+                for size in job["sizes"]:
+                    before = min(anchor() for _ in range(2))
+                    seconds = point(how, kind, size, job["repeats"])
+                    pace = (before + min(anchor() for _ in range(2))) / 2
+                    sent = max(size // 4 // job["ranks"], 1) * job["ranks"] * 4
+                    row = {"kind": kind, "bytes": sent, "how": how, "seconds": [], "anchors": []}
+                    row = rows.setdefault((how, kind, size), row)
+                    row["seconds"] += seconds
+                    row["anchors"].append(pace)
+                    row["load"] = os.getloadavg()[0]
+    return [row | {"anchor": sum(row["anchors"]) / len(row["anchors"])} for row in rows.values()]
 
 
-def plain(call: Any, repeats: int) -> list[float]:
-    """Seconds of a call, `repeats` times: calls one after the other, and where one is under a millisecond the mean of
-    five."""
-    from validation.calibrate_worker import together
+def point(how: str, kind: str, size: int, least: int) -> list[float]:
+    """Seconds of every repetition of one collective, `least` or more."""
+    import torch.distributed as dist
+
+    from validation.calibrate_gloo import call_of, rounds_of
+
+    call = call_of(kind, size)
+    for _ in range(WARM_UP):
+        call()
+    dist.barrier()
+    if how == "in place":
+        return [r.added for r in rounds_of(call, repeats_of(lambda: rounds_of(call, 1), least))]
+    return plain(call, least)
+
+
+def repeats_of(run: Any, least: int) -> int:
+    """How often to repeat `run`: for POINT_SECONDS, at least `least` and at most MOST times. The same on all ranks."""
+    import torch
+    import torch.distributed as dist
 
     start = time.perf_counter()
-    call()
-    group = 5 if together(time.perf_counter() - start < 1e-3) else 1  # as many calls on every rank
+    run()
+    count = int(min(max(POINT_SECONDS / max(time.perf_counter() - start, 1e-6), least), MOST))
+    agreed = torch.tensor([count])
+    dist.broadcast(agreed, 0)
+    return int(agreed)
+
+
+def plain(call: Any, least: int) -> list[float]:
+    """Seconds of a call, `least` times or more: calls one after the other."""
+    count = repeats_of(call, least)
     marks = [time.perf_counter()]
-    for _ in range(repeats):
-        for _ in range(group):
-            call()
+    for _ in range(count):
+        call()
         marks.append(time.perf_counter())
-    return [float(x) for x in np.diff(marks) / group]
+    return [float(x) for x in np.diff(marks)]
 
 
 if __name__ == "__main__":

@@ -5,9 +5,12 @@ from __future__ import annotations
 import os
 
 # One thread per rank (a rank is a device). The malloc settings keep large tensors in the heap: otherwise every step
-# page-faults its large outputs anew, _log_softmax of 32 MiB takes twice as long (shared/facts/torch.md section 7).
+# page-faults its large outputs anew, _log_softmax of 32 MiB takes twice as long (shared/facts/torch.md section 7). One
+# arena, because those of other threads end at 64 MiB: an all_gather of 64 MiB, whose result a thread of gloo allocates,
+# took five times as long as one of 32 MiB.
 RANK_ENV = {
     "OMP_NUM_THREADS": "1",
+    "MALLOC_ARENA_MAX": "1",
     "MALLOC_MMAP_MAX_": "0",
     "MALLOC_TRIM_THRESHOLD_": "17179869184",
     "MALLOC_TOP_PAD_": "67108864",

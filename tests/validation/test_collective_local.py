@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from costmodels.cluster import CollectiveTable, local_cluster
-from validation.calibrate_gloo import SIZES
+from validation.calibrate_gloo import SIZES, smoothed
 from validation.collective_local import TESTED, at_pace, examine, predictions, tables_of
 from validation.collective_local_report import noise, spread, summarise, write
 
@@ -39,7 +39,7 @@ def test_predictions_come_from_the_tables() -> None:
 def test_rows_become_tables_at_the_pace_of_the_calibration() -> None:
     rows = [row("send", s, 0.0 + 1, 2e-3 * s / 4096, anchor=2.0) for s in (4096, 8192)]
     table = tables_of(rows, 1.0)[0]
-    assert table.seconds == (1e-3, 2e-3) and at_pace(rows[0], 0.0) == 2e-3
+    assert table.seconds == pytest.approx((1e-3, 2e-3)) and at_pace(rows[0], 0.0) == 2e-3
 
 
 def test_the_report_says_what_was_found(tmp_path: Path) -> None:
@@ -59,3 +59,13 @@ def test_without_measurements_or_tables_it_says_what_to_do(tmp_path: Path) -> No
         write(tmp_path)
     with pytest.raises(ValueError, match="run parplan calibrate first"):
         examine(2, tmp_path / "nowhere.toml", tmp_path, 20, ["in place"])
+
+
+def test_smoothing_keeps_laws_and_mends_one_noisy_point() -> None:
+    law = [1e-3 + 2e-6 * s**0.5 + 1e-9 * s for s in SIZES]
+    assert smoothed(SIZES, law, [0.1] * len(law)) == pytest.approx(law, rel=1e-4)
+    noisy = [t * (3.0 if i == 2 else 1.0) for i, t in enumerate(law)]
+    errors = [0.8 if i == 2 else 0.05 for i in range(len(law))]
+    assert smoothed(SIZES, noisy, errors) == pytest.approx(law, rel=0.1)
+    kink = [1e-9 * s + 3e-9 * max(s - (32 << 20), 0) for s in SIZES]
+    assert smoothed(SIZES, kink, [0.05] * len(kink)) == pytest.approx(kink, rel=1e-3)
