@@ -67,5 +67,5 @@ def test_smoothing_keeps_laws_and_mends_one_noisy_point() -> None:
     noisy = [t * (3.0 if i == 2 else 1.0) for i, t in enumerate(law)]
     errors = [0.8 if i == 2 else 0.05 for i in range(len(law))]
     assert smoothed(SIZES, noisy, errors) == pytest.approx(law, rel=0.1)
-    kink = [1e-9 * s + 3e-9 * max(s - (32 << 20), 0) for s in SIZES]
+    kink = [1e-4 + 1e-9 * s + 3e-9 * max(s - (32 << 20), 0) for s in SIZES]
     assert smoothed(SIZES, kink, [0.05] * len(kink)) == pytest.approx(kink, rel=1e-3)
