@@ -25,7 +25,7 @@ Shape = tuple[int, ...]
 
 FORMS: dict[str, tuple[str, ...]] = {
     "gemm": ("one", "batches", "flops", "left", "right", "out", "bytes_more"),
-    "conv_maps": (
+    "conv_small": (
         "one", "flops", "flops_point", "flops_thin", "flops_depthwise", "taps", "input", "weight", "output",
         "flops_tiny_map",
     ),
@@ -42,7 +42,7 @@ BYTES = ("bytes", "read", "written")  # features that are bytes, or bytes over a
 TINY_MAP, TINY_IMAGES = (4, 9), 128  # pixels of one map, and of all maps of a batch: see `_conv`
 
 _FORM_OF_FAMILY = {
-    "gemm": "gemm", "conv": "conv_maps", "conv_backward": "conv_maps", "attention": "attention",
+    "gemm": "gemm", "conv": "conv_small", "conv_backward": "conv_small", "attention": "attention",
     "attention_backward": "attention", "rnn": "rnn", "rnn_backward": "rnn", "optimizer": "optimizer_over",
     "pool": "pool", "pool_backward": "pool", "embedding": "sides_over", "reduction": "sides_over",
 }  # fmt: skip
@@ -64,8 +64,8 @@ def extent(shape: OpShape, form: str) -> tuple[float, ...]:
         _, m, n, k = gemm_dims(shape)
         return (float(m), float(n), float(k))
     moved = float(touched(shape))
-    if form in ("conv_maps", "attention", "rnn"):
-        return (conv_flops(shape)[0] if form == "conv_maps" and len(shape.in_shapes) > 1 else float(shape.flops), moved)
+    if form in ("conv_small", "attention", "rnn"):
+        return (conv_flops(shape)[0] if form == "conv_small" and len(shape.in_shapes) > 1 else float(shape.flops), moved)
     return (moved,)
 
 
@@ -126,8 +126,9 @@ def conv_flops(shape: OpShape) -> tuple[float, int]:
 def _conv(shape: OpShape) -> tuple[float, ...]:
     """Work in one of four kinds of kernel (1x1, few input channels, depthwise, other), elements of the unfolded image
     ("taps": cost per tap that more output channels do not raise), of the image (1x1 kernels with a stride read a part
-    of it), the weight and the result; and the work of 1x1 kernels, and of gradients through them, on maps of 2x2 or
-    3x3, for which oneDNN (torch 2.13, EPYC) is four to six times slower than on 4x4, unless the batch is large."""
+    of it), the weight and the result; and the work of 1x1 kernels without a stride, and of gradients through them, on
+    maps of 2x2 or 3x3, for which oneDNN (torch 2.13, EPYC) is three to six times slower than on 4x4 (14 against 50
+    GFLOP/s, 128 to 2048 channels), unless the batch is large; with a stride it is not."""
     backward = family(shape.name) == "conv_backward"
     if len(shape.in_shapes) < 2 + backward or not shape.out_shapes:
         return (
@@ -149,7 +150,8 @@ def _conv(shape: OpShape) -> tuple[float, ...]:
     kinds[kind] = flops
     taps = flops / (2 * weight[0])
     pixels = prod(out[2:])
-    tiny = kind == 1 and TINY_MAP[0] <= pixels <= TINY_MAP[1] and out[0] * pixels < TINY_IMAGES
+    small = TINY_MAP[0] <= pixels <= TINY_MAP[1] and out[0] * pixels < TINY_IMAGES
+    tiny = kind == 1 and small and prod(image[2:]) == pixels
     through = 2.0 * prod(out) * prod(weight[1:]) if tiny and (not backward or image in shape.out_shapes) else 0.0
     seen = min(prod(image), prod(image[:2]) * pixels) if prod(weight[2:]) == 1 else prod(image)
     return (1.0, *kinds, taps, float(seen), float(prod(weight)), float(prod(out)), through)
@@ -193,6 +195,6 @@ def _optimizer(shape: OpShape) -> tuple[float, ...]:
 
 
 _FUNCTIONS: dict[str, Callable[[OpShape], tuple[float, ...]]] = {
-    "gemm": _gemm, "conv_maps": _conv, "attention": _attention, "rnn": _rnn, "sides_over": _sides, "pool": _pool,
+    "gemm": _gemm, "conv_small": _conv, "attention": _attention, "rnn": _rnn, "sides_over": _sides, "pool": _pool,
     "stream_over": _stream, "optimizer_over": _optimizer,
 }  # fmt: skip

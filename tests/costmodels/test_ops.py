@@ -192,12 +192,13 @@ def test_gradients_through_1x1_kernels_on_tiny_maps_are_work_of_their_own() -> N
         image, weight, out = (batch, 32, side, side), (16, 32, 1, 1), (batch, 16, side, side)
         shape = OpShape("aten.convolution_backward.default", "backward", (out, image, weight), (image, weight),
                         "float32", 0, 0, 0)  # fmt: skip
-        return features(shape, "conv_maps")[-1]
+        return features(shape, "conv_small")[-1]
 
     assert through(4, 3) == 2 * 4 * 9 * 32 * 16
     assert through(4, 1) == through(4, 4) == through(16, 3) == 0.0
     forward = conv(4, 32, 16, 3, 1)
-    assert features(forward, "conv_maps")[-1] == 2 * 4 * 9 * 32 * 16
+    assert features(forward, "conv_small")[-1] == 2 * 4 * 9 * 32 * 16
+    assert features(conv(4, 32, 16, 6, 1, 2), "conv_small")[-1] == 0.0, "a stride takes another kernel"
 
 
 def test_a_strided_1x1_kernel_reads_a_part_of_the_image() -> None:
@@ -206,6 +207,6 @@ def test_a_strided_1x1_kernel_reads_a_part_of_the_image() -> None:
     def image(kernel: int) -> float:
         shape = OpShape("aten.convolution.default", "forward", ((2, 32, 8, 8), (16, 32, kernel, kernel)),
                         ((2, 16, 4, 4),), "float32", 0, 0, 0)  # fmt: skip
-        return features(shape, "conv_maps")[6]
+        return features(shape, "conv_small")[6]
 
     assert image(1) == 2 * 32 * 16 and image(3) == 2 * 32 * 64
