@@ -105,7 +105,7 @@ def infer(
     prompt_graph, token_graph = prompt_graph.run_by(kind), token_graph and token_graph.run_by(kind)
     running = Running(cuda_graphs, autograd=False, compiled=compiled)
     plan = _plan(prompt_graph, cluster, running, batch, (pp, dp, tp), micro_batches)
-    cluster = synchronous(cluster, plan.world_size)
+    cluster = synchronous(cluster, plan.world_size // plan.dp)  # replicas do not wait for each other
     why = no_decode(prompt_graph)
     context = prompt + generate
     stages = stages_of(prompt_graph, plan)

@@ -9,6 +9,7 @@ import pytest
 
 from costmodels.cluster import load_cluster
 from costmodels.collectives import collective_price
+from costmodels.variability import synchronous
 from opgraph.models import with_length
 from planner.host_thread import Running
 from planner.inference import Inference, infer, stages_of
@@ -42,7 +43,8 @@ def alone(found: Inference, cluster=H100) -> tuple[list[float], list[float]]:
             items = forward_script(stage)
             items = decode_items(items, PROMPT + GENERATE, stage.graph) if which else prefill_items(items)
             one, first = replace(found.plan, pp=1, cuts=()), replace(stage, ops=replace(stage.ops, index=0))
-            lowered = lower_scripts([[[tuple(items)]]], (first,), one, cluster, REPLAYED)
+            paced = synchronous(cluster, found.plan.pp)
+            lowered = lower_scripts([[[tuple(items)]]], (first,), one, paced, REPLAYED)
             passes[which].append(simulate(lowered.program).makespan)
     return passes
 
