@@ -65,7 +65,8 @@ def extent(shape: OpShape, form: str) -> tuple[float, ...]:
         return (float(m), float(n), float(k))
     moved = float(touched(shape))
     if form in ("conv_small", "attention", "rnn"):
-        return (conv_flops(shape)[0] if form == "conv_small" and len(shape.in_shapes) > 1 else float(shape.flops), moved)
+        convolved = form == "conv_small" and len(shape.in_shapes) > 1
+        return (conv_flops(shape)[0] if convolved else float(shape.flops), moved)
     return (moved,)
 
 
