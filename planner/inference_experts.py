@@ -17,7 +17,7 @@ from costmodels.families import base_name, family
 from costmodels.ops import OpShape
 from opgraph.flops import flops_of
 from opgraph.graph import DTYPE_BYTES, Op, OpGraph
-from planner.script import Item, Work
+from planner.script import Item, Message, Work
 from planner.stages import within
 
 NOTICED = 0.999  # share of the experts from which on all count as read
@@ -39,8 +39,8 @@ class Mixture:
 
     @property
     def rows(self) -> int:
-        """Tokens of an expert that is chosen, in the mean, rounded up."""
-        return ceil(self.tokens * self.top_k / self.read - 1e-9)
+        """Tokens of an expert that is chosen, in the mean, rounded up (but for a hundredth)."""
+        return ceil(self.tokens * self.top_k / self.read - 0.01)
 
 
 def expected_experts(experts: int, top_k: int, tokens: int) -> float:
@@ -51,10 +51,22 @@ def expected_experts(experts: int, top_k: int, tokens: int) -> float:
 
 def chosen_experts(items: Iterable[Item], graph: OpGraph) -> tuple[list[Item], tuple[str, ...]]:
     """A forward pass in which only chosen experts run, each expert's work by its share (`Work.share`), and what was
-    assumed, in short sentences."""
+    assumed, in short sentences. Of messages, which are whole, as many experts send theirs as are chosen in the mean."""
     found = list(items)
-    homes = {id(work): mixture for work, mixture in _homes(found, graph)}
-    changed = [_chosen(i, homes[id(i)], graph) if isinstance(i, Work) and id(i) in homes else i for i in found]
+    homes: dict[int, Mixture] = {}
+    places: dict[str, tuple[int, Mixture]] = {}
+    for index, work, mixture in _homes(found, graph):
+        homes[id(work)] = mixture
+        places[work.module] = index, mixture
+    changed: list[Item] = []
+    for item in found:
+        if isinstance(item, Message) and item.module in places:
+            index, mixture = places[item.module]
+            if index < round(mixture.read):
+                changed.append(replace(item, bytes=item.bytes * min(mixture.rows, mixture.slots) // mixture.slots))
+        else:
+            mine = isinstance(item, Work) and id(item) in homes
+            changed.append(_chosen(item, homes[id(item)], graph) if isinstance(item, Work) and mine else item)
     said = {
         f"uniform routing: {m.tokens:,} tokens choose {m.read:.3g} of {m.experts} experts a layer"
         for m in homes.values() if m.read < NOTICED * m.experts
@@ -62,8 +74,8 @@ def chosen_experts(items: Iterable[Item], graph: OpGraph) -> tuple[list[Item], t
     return changed, tuple(sorted(said))
 
 
-def _homes(items: list[Item], graph: OpGraph) -> Iterator[tuple[Work, Mixture]]:
-    """The work of experts, with the mixture that each belongs to."""
+def _homes(items: list[Item], graph: OpGraph) -> Iterator[tuple[int, Work, Mixture]]:
+    """The work of experts, with the number of the expert (0 for all at once) and the mixture that it belongs to."""
     work = [i for i in items if isinstance(i, Work) and i.op >= 0]
     for op in graph.ops:
         if op.phase != "forward" or base_name(op.name) != "topk":
@@ -74,16 +86,17 @@ def _homes(items: list[Item], graph: OpGraph) -> Iterator[tuple[Work, Mixture]]:
             continue
         for place in dict.fromkeys((op.module, op.module.rpartition(".")[0])):
             mine = [w for w in work if within(w.module, place)]
-            own = _listed(mine, place, experts) or [w for w in mine if _is_packed(graph.ops[w.op], graph, experts)]
-            products = [w.shape for w in own if family(w.shape.name) == "gemm"]
+            own = _listed(mine, place, experts)
+            own = own or [(0, w) for w in mine if _is_packed(graph.ops[w.op], graph, experts)]
+            products = [w.shape for _, w in own if family(w.shape.name) == "gemm"]
             if products:
                 mixture = Mixture(experts, top_k, scores.numel // experts, products[0].in_shapes[-2][-2])
-                yield from ((w, mixture) for w in own)
+                yield from ((index, w, mixture) for index, w in own)
                 break
 
 
-def _listed(work: list[Work], place: str, experts: int) -> list[Work]:
-    """What runs inside the children 0 to E - 1 of a list below `place`."""
+def _listed(work: list[Work], place: str, experts: int) -> list[tuple[int, Work]]:
+    """What runs inside the children 0 to E - 1 of a list below `place`, with their numbers."""
     lists: dict[str, dict[int, list[Work]]] = {}
     for w in work:
         below = w.module.removeprefix(place).lstrip(".").split(".")
@@ -91,7 +104,7 @@ def _listed(work: list[Work], place: str, experts: int) -> list[Work]:
         if at >= 0:
             lists.setdefault(".".join(below[:at]), {}).setdefault(int(below[at]), []).append(w)
     fitting = (children for children in lists.values() if set(children) == set(range(experts)))
-    return [w for own in next(fitting, {}).values() for w in own]
+    return [(index, w) for index, own in next(fitting, {}).items() for w in own]
 
 
 def _is_packed(op: Op, graph: OpGraph, experts: int) -> bool:

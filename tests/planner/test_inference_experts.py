@@ -18,7 +18,8 @@ from planner.inference_experts import chosen_experts, expected_experts
 from planner.inference_graph import decode_items, trace_forward
 from planner.plan import ParallelPlan
 from planner.runtime import forward_script
-from planner.script import Work
+from planner.script import Message, Work
+from planner.tensor_parallel import tp_shardings
 
 H100 = load_cluster("dgx-h100")
 MIXTRAL = "mixtral-8x7b:layers=2,hidden=256,heads=4,kv_heads=2,ffn=512,vocab=512"
@@ -54,6 +55,20 @@ def experts_of(batch: int) -> tuple[list[Work], list[Work], tuple[str, ...]]:
     rest = ([w for w in side if not (isinstance(w, Work) and ".experts." in w.module)] for side in (items, changed))
     assert [*next(rest)] == [*next(rest)]
     return before, after, said
+
+
+@pytest.mark.parametrize(("batch", "chosen", "rows"), [(1, 2, 1), (3, 5, 2), (64, 8, 16)])
+def test_chosen_experts_send_their_sums(batch, chosen, rows):
+    """Under tensor parallelism every expert's output is all-reduced by itself, as `parallelize_module` does."""
+    whole, token = graphs(MIXTRAL, 64)
+    (stage,) = stages_of(token, ParallelPlan(batch, tp=2, shardings=tp_shardings(whole, 2)))
+    items = decode_items(forward_script(stage), 96, stage.graph)
+    changed, _ = chosen_experts(items, stage.graph)
+    before, after = ([m for m in s if isinstance(m, Message) and ".experts." in m.module] for s in (items, changed))
+    assert [m.bytes for m in before] == 2 * 8 * [batch * 256 * 2]
+    assert [m.bytes for m in after] == 2 * chosen * [rows * 256 * 2]
+    others = ([m for m in s if isinstance(m, Message) and ".experts." not in m.module] for s in (items, changed))
+    assert next(others) == next(others) != []
 
 
 @pytest.mark.parametrize("batch", [1, 3, 16])
