@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import ceil, prod
 
@@ -114,8 +114,17 @@ def zero1_owners(parameters: list[LocalParameter], dp: int) -> list[list[LocalPa
     return owned
 
 
+def no_fully_shard(shapes: Mapping[str, tuple[int, ...]]) -> str:
+    """Why torch's `fully_shard` refuses parameters of these shapes, in one sentence; empty where it takes them."""
+    scalar = next((name for name, shape in shapes.items() if not shape), "")
+    return scalar and f"fully_shard takes no scalar parameter, and {scalar} is one; make it a tensor of one element"
+
+
 def fsdp_units(plan: ParallelPlan, stage: StageOps, parameters: dict[str, LocalParameter]) -> list[Unit]:
-    """Units in the order in which forward reaches them; the root, with what is left over, first."""
+    """Units in the order in which forward reaches them; the root, with what is left over, first. ValueError for what
+    `fully_shard` refuses."""
+    if plan.dp > 1 and (why := no_fully_shard({name: p.shape for name, p in parameters.items()})):
+        raise ValueError(f"{why}, or use ddp or zero1")
     order: list[str] = []
     for op in stage.forward:
         for path in plan.fsdp_units:

@@ -15,6 +15,7 @@ from planner.curves import curves
 from planner.host_thread import EAGER, Running
 from planner.layout import propagate
 from planner.plan import DataParallel, ParallelPlan, Precision, Schedule, Sharding
+from planner.runtime_data import no_fully_shard
 from planner.stages import LOSS
 from planner.step_costs import StepCosts, crossings, step_costs
 from planner.tensor_parallel import explain_no_shardings, tp_shardings
@@ -122,6 +123,9 @@ def _enumerate_mesh(b: _Builder, pp: int, dp: int, tp: int) -> None:
         if not shardings:
             b.reject(label, reason, count * len(batches))
             return
+    if dp > 1 and (why := no_fully_shard({name: t.shape for name, t in b.costs.graph.parameters.items()})):
+        kinds = ("ddp", "zero1")
+        b.reject("fsdp", why, len(schedules) * 2 * len(batches))
     if dp == 1:
         b.reject("fsdp or zero1, dp1", "fsdp and zero1 shard over dp, and dp is 1", 2 * count * len(batches))
     for m in batches:

@@ -16,6 +16,7 @@ from opgraph.workload import Workload
 from planner.apply import apply
 from planner.apply_model import casting
 from planner.plan import ParallelPlan
+from validation.settled import settled
 
 TOLERANCE = {"fp32": 1e-4, "bf16": 5e-2}
 KINK = 100.0  # times the tolerance: gradients that jumped at kinks differ by less
@@ -37,7 +38,10 @@ def prove(
     torch.manual_seed(seed)
     step = apply(plan, safe, rank, device)
     inputs, targets = share(plan, workload, rank, device, seed)
-    own_loss = step.backward_only(inputs, targets)
+    with settled() as drawn:
+        own_loss = step.backward_only(inputs, targets)
+    if drawn.draws:
+        notes.append("random draws in the model's forward were given one fixed outcome for the proof")
     gradients = step.named_gradients()
     report = _compare(plan, gradients, own_loss, *first)
     if _may_be_rounding(report, TOLERANCE[plan.precision]) and in_pieces > 1 and not by_pieces:
@@ -100,9 +104,10 @@ def reference(plan: ParallelPlan, workload: Workload, pieces: int, device: torch
             tuple(t.chunk(pieces)[i].to(device) if isinstance(t, torch.Tensor) else t for t in ts)
             for ts in (inputs, targets)
         )
-        with casting(plan, device):
-            loss = workload.loss(model(*part_in), *part_out) / pieces
-        torch.autograd.backward(loss)
+        with settled():
+            with casting(plan, device):
+                loss = workload.loss(model(*part_in), *part_out) / pieces
+            torch.autograd.backward(loss)
         total += loss.item()
     return total, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 

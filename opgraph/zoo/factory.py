@@ -69,6 +69,7 @@ def factory_workload(path: Path, name: str, overrides: Mapping[str, str]) -> Wor
         if not any(t.is_meta and not t.is_floating_point() for t in (*made.inputs, *made.targets)):
             return made.inputs, made.targets
         with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+            torch.manual_seed(0)  # every process must find the same range
             real = read_result(call(factory, path), spec)
         assert isinstance(real, Made)
         return real.inputs, real.targets
@@ -193,6 +194,7 @@ def _first_call(factory: Callable[[], Any], path: Path, spec: str) -> Made | Wor
     with torch.random.fork_rng(devices=[]):
         for modes in ((torch.device("meta"), IntegersOnCpu()), (torch.device("meta"),)):
             try:
+                torch.manual_seed(0)  # every process must find the same examples
                 with ExitStack() as stack:
                     for mode in modes:
                         stack.enter_context(mode)
@@ -203,6 +205,7 @@ def _first_call(factory: Callable[[], Any], path: Path, spec: str) -> Made | Wor
             if isinstance(made, Made):
                 return made
             break  # a Workload may hold tensors of its own, which meta would have emptied
+        torch.manual_seed(0)
         return read_result(call(factory, path), spec)
 
 

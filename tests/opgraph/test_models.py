@@ -100,6 +100,18 @@ def test_a_file_with_a_pair() -> None:
     assert all(p.is_meta for p in _meta(workload).parameters())
 
 
+@pytest.mark.parametrize("name", ["few_of_many", "pair", "probabilities"])
+def test_every_process_draws_the_same_batch(name: str) -> None:
+    """The range of a factory's own integers is found anew in every rank, whose generators differ."""
+    drawn = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        workload = load_workload(f"{USER}:{name}")
+        torch.manual_seed(0)
+        drawn.append(workload.batch(16))
+    torch.testing.assert_close(*drawn, rtol=0, atol=0)
+
+
 def test_examples_between_zero_and_one_stay_there() -> None:
     workload = load_workload(f"{USER}:probabilities")
     (picture,), (same, signs, labels) = workload.batch(32)

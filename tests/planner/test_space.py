@@ -11,10 +11,11 @@ from torch import nn
 
 from costmodels.cluster import load_cluster
 from opgraph.batch import trace_workload
-from opgraph.workload import Workload, adamw
+from opgraph.workload import Workload, adamw, mean_square
 from planner.apply import check
 from planner.apply_model import check_paths
 from planner.curves import curves
+from planner.lower import lower
 from planner.plan import ParallelPlan
 from planner.space import balanced_cuts, check_devices, cut_candidates, divisors, enumerate_plans, partition
 from planner.split import split
@@ -178,3 +179,23 @@ def test_nested_cuts_take_the_inner_path():
 
 def test_divisors():
     assert divisors(12) == [1, 2, 3, 4, 6, 12]
+
+
+class Scaled(nn.Linear):
+    def __init__(self):
+        super().__init__(8, 8)
+        self.scale = nn.Parameter(torch.tensor(1.0))
+
+    def forward(self, x):
+        return super().forward(x) * self.scale
+
+
+def test_fully_shard_takes_no_scalars():
+    workload = Workload("scaled", Scaled, lambda n: ((torch.ones(n, 8),), ()), mean_square, adamw, 4)
+    graph = trace_workload(workload)
+    space = enumerate_plans(workload, graph, CLUSTER, 8, 2)
+    assert {p.data_parallel for p in space.plans if p.dp > 1} == {"ddp", "zero1"}
+    said = "fully_shard takes no scalar parameter, and scale is one; make it a tensor of one element"
+    assert said in {r.reason for r in space.rejected}
+    with pytest.raises(ValueError, match=f"{said}, or use ddp or zero1"):
+        lower(graph, ParallelPlan(8, dp=2, data_parallel="fsdp"), CLUSTER)

@@ -103,3 +103,7 @@ def probabilities():
         "targets": (picture.flatten(1), (torch.randn(4, 9) > 0).float(), torch.randint(0, 2, (4, 9)).float()),
         "loss": lambda output, *targets: sum(nn.functional.binary_cross_entropy(output, t) for t in targets),
     }
+
+
+def few_of_many():
+    return nn.Embedding(1000, 2), torch.randint(1000, (2, 3))
