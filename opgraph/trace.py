@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import logging
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -244,7 +245,11 @@ def trace(
 
 @contextmanager
 def _naming_lines(name: str) -> Iterator[None]:
-    """Turns what the model raises into a TraceError that names the model's line; our own sentences pass."""
+    """Turns what the model raises into a TraceError that names the model's line; our own sentences pass. torch's own
+    log of the same error, a page of its frames, stays off."""
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    level = log.level
+    log.setLevel(logging.CRITICAL)
     try:
         yield
     except (DataDependentOutputException, DynamicOutputShapeException, TraceError):
@@ -257,6 +262,8 @@ def _naming_lines(name: str) -> Iterator[None]:
             f"{name} cannot be traced: {type(error).__name__}: {what} at {_user_line(error)}; "
             f"check that the example inputs fit the model and that it runs in eager torch"
         ) from error
+    finally:
+        log.setLevel(level)
 
 
 def _user_line(error: BaseException) -> str:

@@ -73,7 +73,7 @@ def _curves(costs: StepCosts, plan: ParallelPlan) -> Curves:
         sends[int(reduction.after >= n), place[reduction.after]] += thread.message if thread else 0.0
         demand = min(demand, price.demand)
     whole = {graph.tensors[i].storage for i, p in enumerate(layout.placements) if p >= 0}
-    sizes = [(s.bytes + step * s.bytes_per_batch) / (plan.tp if s.id in whole else 1) for s in graph.storages]
+    sizes = [max(0, s.bytes + step * s.bytes_per_batch) / (plan.tp if s.id in whole else 1) for s in graph.storages]
     nbytes_of = np.array(sizes, float)
     params, trained, tensors, held, copies, sums = np.zeros((6, n))
     uses, _ = uses_of(costs)
@@ -129,4 +129,6 @@ def _transient(costs: StepCosts, nbytes: Floats) -> Floats:
 
 def _at(t: Tensor, step: int) -> Tensor:
     """The tensor with `step` more samples; only its bytes are right."""
-    return replace(t, shape=tuple(a + b * step for a, b in zip(t.shape, t.per_batch))) if any(t.per_batch) else t
+    if not any(t.per_batch):
+        return t
+    return replace(t, shape=tuple(max(0, a + b * step) for a, b in zip(t.shape, t.per_batch)))

@@ -7,7 +7,8 @@ two copies that write the new ones into the cache.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from math import prod
 from typing import Any
@@ -38,7 +39,22 @@ def trace_forward(workload: Workload, precision: str, accelerator: bool | None =
         inputs, _ = workload.batch(n)
         return tuple(t.to(dtype) if t.is_floating_point() else t for t in inputs), ()
 
-    return trace_workload(replace(workload, build=build, batch=batch, loss=_output), accelerator=accelerator)
+    with _op_by_op():
+        return trace_workload(replace(workload, build=build, batch=batch, loss=_output), accelerator=accelerator)
+
+
+@contextmanager
+def _op_by_op() -> Iterator[None]:
+    """Keeps `nn.MultiheadAttention` and `nn.TransformerEncoderLayer` from running as one op in eval mode, of which
+    nobody could tell the products, the attention and the cache."""
+    import torch
+
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
 
 
 def _output(output: Any, *targets: Any) -> Any:

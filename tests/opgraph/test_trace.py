@@ -285,6 +285,16 @@ def test_models_that_fail_are_told_their_line(model: type[nn.Module], says: str)
     assert "test_trace.py:" in str(raised.value)
 
 
+def test_torch_logs_no_page_beside_the_sentence(caplog: pytest.LogCaptureFixture) -> None:
+    class Mixed(Net):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.bmm(super().forward(x)[None], x[None].double())
+
+    with pytest.raises(TraceError, match="RuntimeError"):
+        trace_net(Mixed())
+    assert not caplog.records
+
+
 def test_bad_arguments() -> None:
     with pytest.raises(ValueError, match="precision is 'fp8'; known are fp32, bf16, fp16"):
         trace_net(precision="fp8")

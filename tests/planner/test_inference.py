@@ -11,8 +11,9 @@ import torch
 
 from costmodels.cluster import load_cluster
 from opgraph.models import load_workload, with_length
+from opgraph.workload import Workload, adamw, mean_square
 from planner.inference import Inference, infer, stages_of
-from planner.inference_graph import DTYPES, no_decode, trace_forward
+from planner.inference_graph import DTYPES, attentions, no_decode, trace_forward
 from planner.inference_graph import decode_items as decode
 from planner.plan import ParallelPlan
 from planner.runtime import forward_script
@@ -166,3 +167,21 @@ def test_the_forward_pass_holds_what_a_real_one_allocates(spec, uncalibrated):
     held = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in (*module.parameters(), *inputs)}
     real = sum(held.values()) + max(accumulate(changes))
     assert found.peak_bytes - found.cache_per_rank == pytest.approx(real, rel=0.002)
+
+
+class Encoder(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        layer = torch.nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+        self.layers = torch.nn.TransformerEncoder(layer, 2)
+
+    def forward(self, x):
+        return self.layers(x)
+
+
+def test_torchs_own_encoder_runs_op_by_op():
+    workload = Workload("encoder", Encoder, lambda n: ((torch.ones(n, 6, 16),), ()), mean_square, adamw, 3)
+    graph = trace_forward(workload, "fp32")
+    assert len(attentions(graph)) == 2 and torch.backends.mha.get_fastpath_enabled()
+    tokens, products = 3 * 6, 2 * (3 * 16 * 16 + 16 * 16 + 2 * 16 * 32)
+    assert graph.flops() == 2 * tokens * products + 2 * 2 * 2 * tokens * 6 * 16
