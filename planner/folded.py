@@ -7,7 +7,7 @@ part, and ranks that do the same are one rank. Training software that fuses, ove
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from math import hypot, sqrt
 
 from costmodels.cluster import Cluster
@@ -15,13 +15,14 @@ from costmodels.variability import synchronous
 from planner.folded_events import replayed
 from planner.folded_local import local_step
 from planner.folded_memory import Memory, memory_of
-from planner.folded_model import FoldedModel, chunks_of
+from planner.folded_model import Chunk, FoldedModel, chunks_of
 from planner.folded_parts import parts_of
 from planner.folded_pieces import pieces
 from planner.folded_step import Context, program_of
 from planner.plan import ParallelPlan
 from planner.predict import NINE_IN_TEN
 from planner.software import Software
+from planner.stages import within
 from simulator import breakdown, overall, simulate
 
 STEP_ERROR = 0.05  # GPUs of one cluster differ by 5 %, releases of one recipe by 0.5 to 8 %: a floor of every interval
@@ -60,26 +61,23 @@ def predict_folded(
     plan and model do not fit."""
     if plan.world_size > cluster.size:
         raise ValueError(f"the plan needs {plan.world_size} devices, but {cluster.name} has {cluster.size}")
-    if plan.recompute_first or plan.recompute_keeps:
-        raise ValueError("folded steps recompute a share that their software states; use recompute paths alone")
+    if plan.recompute_keeps:
+        raise ValueError("folded steps keep no single ops of recomputed modules; recompute paths of modules instead")
     if plan.offload:
         raise ValueError("folded steps keep everything on the device; use parplan simulate for a plan with offload")
     cluster = synchronous(cluster, plan.world_size)
-    local = local_step(model.graph, plan, model.seq, model.vocab, software.vocab_parallel)
-    parts = parts_of(local, pieces(model.graph), software, cluster)
-    chunks = chunks_of(model, plan)
-    context = Context(parts, plan, software, cluster, chunks)
+    context = context_of(model, plan, cluster, software)
     timeline = simulate(program_of(context))
     step = timeline.makespan
     tally = context.tally
     total = sum(tally.sources.values()) or 1.0
     spread = NINE_IN_TEN * hypot(sqrt(sum(e * e for e in tally.errors.values())) / total, STEP_ERROR)
     slower = NINE_IN_TEN * SUSTAINED * _on_tensor_cores(tally.seconds, plan) / total
-    memories = [memory_of(context, s) for s in range(plan.pp)]
+    memories = [memory_of(context.at(s), s) for s in range(plan.pp)]
     fullest = max(range(plan.pp), key=lambda s: memories[s].allocated)
     allocated, reserved = memories[fullest].allocated, 0
     if replay:
-        allocated, reserved = replayed(context, fullest, memories[fullest])
+        allocated, reserved = replayed(context.at(fullest), fullest, memories[fullest])
     return FoldedPrediction(
         step_seconds=step,
         interval=(step * max(0.0, 1 - spread), step * (1 + hypot(spread, slower))),
@@ -91,6 +89,41 @@ def predict_folded(
         allocated_bytes=allocated,
         reserved_bytes=reserved,
     )
+
+
+def context_of(model: FoldedModel, plan: ParallelPlan, cluster: Cluster, software: Software) -> Context:
+    """Everything that a step's program is made from; where stages recompute different shares, each stage's own."""
+    local, found = local_step(model.graph, plan, model.seq, model.vocab, software.vocab_parallel), pieces(model.graph)
+    chunks = chunks_of(model, plan)
+    shares = recomputed_shares(plan, software, chunks)
+    own = {share: replace(software, recompute_share=share) for share in shares or (software.recompute_share,)}
+    parts = {share: parts_of(local, found, own[share], cluster) for share in own}
+    first = next(iter(own))  # of the first stage
+    context = Context(parts[first], plan, own[first], cluster, chunks)
+    context.stages = tuple(replace(context, parts=parts[s], software=own[s], losses={}) for s in shares)
+    return context
+
+
+def recomputed_shares(plan: ParallelPlan, software: Software, chunks: list[Chunk]) -> tuple[float, ...]:
+    """Of every stage, the share of its recomputed modules that runs again: from `recompute_first` of the plan, whose
+    `recompute` then names the modules of all blocks, else what the software states; empty where one share holds for
+    all. ValueError where a stage is to recompute more modules than it has."""
+    if not plan.recompute_first:
+        return software.recompute_shares if len(software.recompute_shares) == plan.pp else ()
+    each, several = sum(within(path, "blocks.1") for path in plan.recompute), len(plan.recompute_first) > 1
+    if not each:
+        raise ValueError("recompute_first counts modules of every block, but recompute names none of blocks.1")
+    shares = []
+    for stage in range(plan.pp):
+        there = each * sum(c.count("block") + c.count("block0") for c in chunks[stage :: plan.pp])
+        first = plan.recompute_first[stage if several else 0]
+        if several and first > there:
+            raise ValueError(
+                f"recompute_first asks for {first} modules of stage {stage}, which has {there} of those that recompute "
+                "names; give at most so many"
+            )
+        shares.append(min(first / there, 1.0) if there else 0.0)
+    return tuple(shares)
 
 
 def _on_tensor_cores(seconds: dict[str, float], plan: ParallelPlan) -> float:

@@ -101,7 +101,7 @@ def _part(c: Context, where: Where) -> _PartEvents:
     gradients = {op for _, op in graph.gradient_ops}
     masks = {graph.tensors[t].storage for op in forward if base_name(op.name) in RANDOM for t in op.mutates}
     found = _PartEvents()
-    held = cached(c, forward)
+    held = cached(c, where, forward)
     sizes: dict[int, int] = {}
     remade: list[tuple[int, int]] = []
     for op in forward:

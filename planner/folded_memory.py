@@ -93,7 +93,7 @@ def _saved(c: Context, where: Where) -> tuple[int, int]:
     inside = {op.id for op in again}
     kept = again_bytes = 0
     hidden = c.parts.kernels.fused.hidden
-    held = cached(c, forward)
+    held = cached(c, where, forward)
     seen: set[int] = set()
     masks = {
         graph.tensors[t].storage for op in forward if base_name(op.name) in RANDOM for t in (*op.outputs, *op.mutates)
@@ -115,18 +115,27 @@ def _saved(c: Context, where: Where) -> tuple[int, int]:
     if again and any(within(f"blocks.{0 if where == 'block0' else 1}", r) for r in regions):
         # a whole block: only what it reads is kept, where it is recomputed
         kept = int(share * _border(local, forward) + (1 - share) * (kept + again_bytes))
+    elif again:
+        kept += int((1 - share) * again_bytes)
+    again_bytes = again_bytes if share else 0  # nothing comes back where nothing is recomputed
     passing = max((_passing(local, op) for op in (*forward, *pieces.backward[where])), default=0)
     return kept, again_bytes + passing
 
 
-def cached(c: Context, forward: tuple[Op, ...]) -> set[int]:
-    """Storages that a policy which keeps the results of every second product keeps though nothing reads them again:
-    that of a block's last product (torch.utils.checkpoint stores what the policy names, needed or not). Of the others
-    it keeps as many bytes as the traced lifetimes do: query and value for those that attention reads, and the gate."""
-    if not 0 < c.software.recompute_matmuls < 1:
-        return set()
-    last = [op for op in forward if family(op.name) == "gemm" and op.module.startswith("blocks.")][-1:]
-    return {c.parts.local.graph.tensors[t].storage for op in last for t in op.outputs}
+def cached(c: Context, where: Where, forward: tuple[Op, ...]) -> set[int]:
+    """Storages that are kept though no backward op reads them. What recomputed modules read of others: a checkpoint
+    keeps its inputs. And that of a block's last product under a policy which keeps the results of every second one
+    (torch.utils.checkpoint stores what the policy names, needed or not). Of the others it keeps as many bytes as the
+    traced lifetimes do: query and value for those that attention reads, and the gate."""
+    graph, tensors, held = c.parts.local.graph, c.parts.local.graph.tensors, set[int]()
+    again = {op.id: op for op in recomputed(c.plan, where, list(forward))[0]} if c.software.recompute_share else {}
+    for op in again.values():
+        read = {tensors[t].storage for t in op.inputs}
+        held |= {s for s in read if graph.storages[s].birth not in again}
+    if 0 < c.software.recompute_matmuls < 1:
+        last = [op for op in forward if family(op.name) == "gemm" and op.module.startswith("blocks.")][-1:]
+        held |= {tensors[t].storage for op in last for t in op.outputs}
+    return held
 
 
 def leaves(local: Local, storage: int, regions: tuple[str, ...]) -> bool:

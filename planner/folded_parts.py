@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 from costmodels.cluster import Cluster
@@ -50,9 +50,9 @@ def parts_of(local: Local, pieces: Pieces, software: Software, cluster: Cluster)
         exchange = _experts(local, forward, host)
         whole = regions == (_block(where),)
         f = [*kernels.forward(forward), *exchange]
-        b = [*kernels.backward(backward, again, regions), *exchange, *(exchange if whole else ())]
+        b = [*kernels.backward(backward, again, regions), *exchange, *(_part_of(software, exchange) if whole else ())]
         if regions:
-            b.insert(0, Launch(software.host.checkpoint))
+            b.insert(0, Launch(software.recompute_share * software.host.checkpoint))
         names = pieces.parameters[where]
         if where == "last" and local.plan.pp == 1:  # tied weights are one parameter of one stage
             names = tuple(n for n in names if n not in pieces.parameters["first"])
@@ -65,6 +65,11 @@ def parts_of(local: Local, pieces: Pieces, software: Software, cluster: Cluster)
             first.bytes // first.numel if first else 4,
         )  # fmt: skip
     return Parts(local, pieces, kernels, found)
+
+
+def _part_of(software: Software, launches: Sequence[Launch]) -> list[Launch]:
+    """Of launches that recomputation repeats, the share that it does."""
+    return [replace(x, host=x.host * software.recompute_share, share=software.recompute_share) for x in launches]
 
 
 def _block(where: Where) -> str:

@@ -51,7 +51,8 @@ class Tally:
 
 @dataclass(slots=True)
 class Context:
-    """What every part of a step's program is made from."""
+    """What every part of a step's program is made from. stages: each stage's own, where they recompute different
+    shares; all of them tell one tally."""
 
     parts: Parts
     plan: ParallelPlan
@@ -60,6 +61,10 @@ class Context:
     chunks: Sequence[Chunk]
     tally: Tally = field(default_factory=Tally)
     losses: dict[tuple[Chunk, bool, Beside], float] = field(default_factory=dict)
+    stages: tuple[Context, ...] = ()
+
+    def at(self, stage: int) -> Context:
+        return self.stages[stage] if self.stages else self
 
     def message(self, kind: str, size: float, axis: str, stage: int = 0) -> float:
         groups = Groups(self.plan, stage)
@@ -162,7 +167,7 @@ def _stages_in_turn(context: Context, lanes: list[Lane]) -> Iterator[None]:
     orders = [order(s, plan.pp, plan.vpp, plan.micro_batches, plan.schedule == "gpipe") for s in range(plan.pp)]
     at = [0] * plan.pp
     done: dict[tuple[bool, int, int], int] = {}  # (backward, chunk of all, micro) -> task that delivers it
-    stages = [_StageRunner(context, lane, done) for lane in lanes]
+    stages = [_StageRunner(context.at(lane.stage), lane, done) for lane in lanes]
     for runner in stages:
         runner.begin()
     left = sum(len(o) for o in orders)

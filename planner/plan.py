@@ -37,7 +37,9 @@ class ParallelPlan:
         features, "rowwise" the input features and all-reduces its output. A colwise output stays sharded,
         a rowwise input is expected sharded (Megatron pairs).
     fsdp_units: module paths wrapped by `fully_shard`, besides the root (or the stage's root).
-    recompute: module paths whose activations are recomputed in backward, in execution order.
+    recompute: module paths whose activations are recomputed in backward, in execution order. Whole blocks are full
+        recomputation; the modules between the projections of attention ("blocks.0.attn.core" of
+        `opgraph.zoo.transformer`) are Megatron's selective one (Korthikanti et al. 2022, section 5).
     recompute_first: of these paths, how many each stage recomputes, its first ones; one number counts for every stage,
         none stands for all of them.
     recompute_keeps: kinds of ops in recomputed modules whose outputs are kept, not made again: "products" (matrix

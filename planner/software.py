@@ -64,6 +64,7 @@ class Software:
     vocab_parallel: embedding and logits are split over tp. optimizer: one kernel for all parameters, or none at all.
     recompute_matmuls: share of the products in recomputed regions that run again (per-operator policies keep some).
     recompute_share: share of the recomputed regions that is recomputed (policies per operator and stage).
+    recompute_shares: the same of each pipeline stage, where it differs.
     fsdp_copies: whole parameters are copied out of what was gathered, and gradients into one buffer of `reduce_bytes`
     that is scattered, by kernels between those of the model (FSDP2); otherwise both are views of flat buffers (FSDP1).
     attention_speed: of the attention kernel, relative to the one that `attention` names.
@@ -88,6 +89,7 @@ class Software:
     optimizer: Literal["adam", "sgd", "none"] = "adam"
     recompute_matmuls: float = 1.0
     recompute_share: float = 1.0
+    recompute_shares: tuple[float, ...] = ()
     fsdp_copies: bool = False
     attention_speed: float = 1.0
     attention: Literal["flash", "cudnn"] = "flash"

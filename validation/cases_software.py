@@ -65,8 +65,10 @@ def software_of(case: Case) -> Software:
         found = replace(found, tp_overlap=True)
     if "cuda graphs" in notes:
         found = replace(found, host=HOST["graph"])
-    if share := _recomputed_share(case):
-        found = replace(found, recompute_share=share)
+    if operators := _operators(case):  # of all stages together, and of each
+        every, again = operators
+        shares = tuple(b / a for a, b in zip(every, again))
+        found = replace(found, recompute_share=sum(again) / sum(every), recompute_shares=shares)
     if "mode pure" in notes:
         found = replace(found, reduce_bytes=2)
     if not case.whole("vocab", 1):  # a layer alone, not a training step
@@ -74,13 +76,13 @@ def software_of(case: Case) -> Software:
     return found
 
 
-def _recomputed_share(case: Case) -> float:
-    """Recomputed operators over all, where the notes list both per stage; 0 where they do not."""
+def _operators(case: Case) -> tuple[list[int], list[int]] | None:
+    """Operators of every stage and those of them that are recomputed, where the notes list both."""
     listed = re.findall(r"(?:recomputed )?operators per stage \[([\d, ]+)\]", case.text("notes"))
     if len(listed) != 2:
-        return 0.0
-    every, again = (sum(int(n) for n in numbers.split(",")) for numbers in listed)
-    return again / every
+        return None
+    every, again = ([int(n) for n in numbers.split(",")] for numbers in listed)
+    return (every, again) if all(every) and any(again) and len(every) == len(again) else None
 
 
 def _named(case: Case, name: str) -> Software:

@@ -154,3 +154,14 @@ def across() -> Workload:
         return (torch.randn(n, 12, 32),), (torch.randn(n, 12, 32),)
 
     return Workload("across", Rows, batch, mean_of_squares, adamw, 8, ("blocks.0", "blocks.1"))
+
+
+CORES = tuple(f"blocks.{i}.attn.core" for i in range(2))
+
+
+def cored() -> Workload:
+    """A transformer whose attention between the projections is a module that makes the whole matrix of scores, which
+    Megatron's selective recomputation drops."""
+    from opgraph.zoo.transformer import Shape, workload
+
+    return workload("cored", Shape(2, 32, 4, 4, 64, 16, 64, attention="math"), 8)

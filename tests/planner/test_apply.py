@@ -12,7 +12,7 @@ from opgraph.workload import Workload, adamw, mean_square
 from planner.apply import apply
 from planner.dryrun import dry_run, to_json
 from planner.plan import ParallelPlan
-from tests.planner.models import BLOCKS, SHARDINGS, gpt
+from tests.planner.models import BLOCKS, CORES, SHARDINGS, cored, gpt
 from validation.launch import run_plans
 from validation.measure import Options
 
@@ -188,3 +188,20 @@ def test_recomputation_sees_lists_as_they_were():
     plain = apply(ParallelPlan(2), workload, 0)
     plain.backward_only(*workload.batch(2))
     assert all(torch.equal(a, p.grad) for a, p in zip(expected, plain.model.parameters(), strict=True))
+
+
+@pytest.mark.executed
+def test_selective_recomputation_runs_on_two_ranks():
+    """The modules between the projections of attention as paths of `recompute`: the same gradients, and in backward
+    only their ops again."""
+    p = ParallelPlan(global_batch=8, dp=2, recompute=CORES)
+    options = Options(memory=False, measure=False, trace=True, timeout_seconds=120)
+    (m,) = run_plans("tests.planner.models:cored", [p], options)
+    assert (m.status, m.reason) == ("ok", "") and m.loss_error < 1e-5 and m.gradient_error < 1e-5
+    for rank in range(2):
+        dry = comparable(json.loads(json.dumps(to_json(dry_run(p, cored(), rank))))["records"])
+        real = comparable(m.traces[rank]["records"])
+        assert dry == real
+        again = [r["name"] for r in real if r.get("phase") == "recompute"]
+        assert again.count("aten._softmax.default") == again.count("aten.bmm.default") == len(CORES)  # it stops early
+        assert not [name for name in again if "addmm" in name or "layer_norm" in name]

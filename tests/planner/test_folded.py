@@ -18,8 +18,10 @@ from opgraph.batch import trace_workload
 from opgraph.graph import OpGraph
 from opgraph.zoo.transformer import Shape, workload
 from planner.folded import FoldedPrediction, predict_folded
+from planner.folded import context_of as folded_context
 from planner.folded_kernels import Kernels
 from planner.folded_local import local_step
+from planner.folded_memory import memory_of
 from planner.folded_model import FoldedModel, chunks_of
 from planner.folded_overlap import exposed, neighbour
 from planner.folded_parts import parts_of
@@ -127,6 +129,42 @@ def test_recomputation_runs_forward_again_and_keeps_less() -> None:
     assert none.step_seconds < core.step_seconds < full.step_seconds
     assert none.memory.activations > core.memory.activations > full.memory.activations
     assert full.device["gemm"] / none.device["gemm"] == pytest.approx(4 / 3, rel=0.15)
+
+
+@pytest.mark.parametrize(("heads", "seq", "micro"), [(8, 256, 4), (8, 512, 2), (16, 256, 4)])
+def test_activations_of_a_layer_are_those_of_korthikanti(heads: int, seq: int, micro: int) -> None:
+    """Bytes of a layer over s b h, with dropout and 16 bits: 34 + 5 a s / h; 34 where attention between its projections
+    is recomputed (Megatron's selective recomputation: the paths of those modules); 2 where the layer is (Korthikanti
+    et al. 2022, equations 1, 4 and table 2). Theirs leave out the statistics of the norms: 16 / h of s b h here."""
+    shape = replace(SHAPE, heads=heads, kv_heads=heads, seq=seq, dropout=0.1)
+    graph = trace_workload(workload("gpt", shape), fold=False).at_batch(micro)
+    unit, scores = seq * micro * HIDDEN, 5 * heads * seq / HIDDEN
+    core = tuple(f"{block}.attn.core" for block in FULL)
+    for recompute, expected in (((), 34 + scores), (core, 34), (FULL, 2)):
+        own = plan(global_batch=micro, micro_batches=1, recompute=recompute)
+        held = [
+            predict_folded(FoldedModel(graph, layers, seq, VOCAB), own, cluster(), FAST_HOST).memory.activations
+            for layers in (8, 9)
+        ]
+        assert 0 <= (held[1] - held[0]) / unit - expected <= 16.01 / HIDDEN, recompute
+
+
+def test_stages_recompute_their_own_share() -> None:
+    """From the plan's count of blocks, or from the trainer's shares; each stage pays for its own."""
+    whole = tuple(f"blocks.{i}" for i in range(LAYERS))
+    none, full = step(pp=2), step(pp=2, recompute=whole)
+    first = step(pp=2, recompute=whole, recompute_first=(LAYERS // 2, 0))
+    stated = step(replace(FAST_HOST, recompute_shares=(1.0, 0.0)), pp=2, recompute=whole)
+    assert stated == first and none.step_seconds < first.step_seconds < full.step_seconds
+    half = step(pp=2, recompute=whole, recompute_first=(LAYERS // 4,))
+    assert half == step(replace(FAST_HOST, recompute_share=0.5), pp=2, recompute=whole)
+    assert step(pp=2, recompute=whole, recompute_first=(LAYERS // 2,)) == full
+    context = folded_context(model(), plan(pp=2, recompute=whole, recompute_first=(2, 0)), cluster(), FAST_HOST)
+    kept = [memory_of(context.at(s), s).activations for s in range(2)]
+    alone = [memory_of(folded_context(model(), plan(pp=2), cluster(), FAST_HOST), s).activations for s in range(2)]
+    assert kept[0] < alone[0] and kept[1] == alone[1]
+    with pytest.raises(ValueError, match="5 modules of stage 0, which has 4"):
+        step(pp=2, recompute=whole, recompute_first=(5, 0))
 
 
 def test_interleaving_shrinks_the_bubble() -> None:

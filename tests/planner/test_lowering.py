@@ -1,5 +1,7 @@
 """Lowering equals the dry run of the real program: every message, every op, and the peak memory."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -16,7 +18,7 @@ from planner.stage_costs import stage_costs
 from planner.step_costs import step_costs
 from planner.tensor_parallel import tp_shardings
 from tests.planner.conftest import ALEXNET, GPT, LLAMA, VIT, model
-from tests.planner.models import across
+from tests.planner.models import CORES, across, cored
 
 KINDS = {
     "single": {},
@@ -205,3 +207,16 @@ def test_bounds_hold_for_frozen_parameters(adapted):
     stages = stage_costs(costs, ParallelPlan(32, dp=4))
     assert stages.params[0] == 4 * (64 * 64 + 64 + 2 * 64 * 4) * 4 and stages.trained[0] == 4 * 2 * 64 * 4 * 4
     assert stages.tensors[0] == 8
+
+
+@pytest.mark.parametrize("micro_batches", [1, 2])
+def test_selective_recomputation_equals_the_dry_run(micro_batches, uncalibrated):
+    """Megatron's: paths of the modules between the projections of attention."""
+    workload = cored()
+    graph = trace_workload(workload)
+    plan = ParallelPlan(8, dp=2, micro_batches=micro_batches, recompute=CORES)
+    run = dry_run(plan, workload, 0)
+    mismatch = compare(graph, plan, 0, run.records)
+    assert not mismatch, mismatch
+    peaks, kept = (peak_bytes(lower(graph, p, uncalibrated).stages, p) for p in (plan, replace(plan, recompute=())))
+    assert peaks[0] == pytest.approx(run.peak_bytes, rel=0.01) and peaks[0] < kept[0]

@@ -83,6 +83,7 @@ def test_embedding_and_loss_count_as_blocks_where_only_that_divides() -> None:
     uneven = row(layers="8", pp="2", dp="2", notes=notes)
     assert plan_of(uneven, software_of(uneven)).cuts == ("blocks.5",)
     assert software_of(uneven).recompute_share == pytest.approx(33 / 107)
+    assert software_of(uneven).recompute_shares == (0.5, 0.0)
 
 
 @pytest.mark.parametrize(
