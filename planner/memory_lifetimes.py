@@ -88,7 +88,20 @@ def lifetimes(stage: Stage, backend: str) -> Lifetimes:
             found.ends[region.last] = region
             found.forgotten[region.leaves] = region
             found.kept.update(region.kept)
+            _hold_inputs(stage, region, found)
     return found
+
+
+def _hold_inputs(stage: Stage, region: Region, found: Lifetimes) -> None:
+    """A checkpoint keeps what its region reads until it is made again, also where no backward op reads that."""
+    graph, inside = stage.graph, {op.id for op in stage.ops.forward if within(op.module, region.path)}
+    read = {graph.tensors[t].storage for op in stage.ops.forward if op.id in inside for t in op.inputs}
+    held = {s for s in read if graph.storages[s].birth not in inside}
+    for op in stage.ops.forward:
+        dying = found.dies.get(op.id, [])
+        if waiting := [s for s in dying if s in held]:
+            found.dies[op.id] = [s for s in dying if s not in held]
+            found.dies.setdefault(region.first, []).extend(waiting)
 
 
 def _look_inside(stage: Stage, found: Lifetimes) -> None:
