@@ -51,8 +51,9 @@ def options(
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit code: 0, 2 (bad input, one sentence on stderr), 130 (interrupted)."""
     words = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    before = None
     if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, _terminated)
+        before = signal.signal(signal.SIGTERM, _terminated)
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler in the ranks prints its own phases otherwise
     try:
         return _run(words)
@@ -63,6 +64,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+    finally:
+        if before is not None:  # the caller's own, where one process runs several commands
+            signal.signal(signal.SIGTERM, before)
 
 
 def _run(words: list[str]) -> int:

@@ -7,6 +7,7 @@ from math import hypot
 
 from costmodels.cluster import Cluster
 from costmodels.device import basis_of
+from costmodels.families import family
 from costmodels.ops import peak_of
 from costmodels.variability import synchronous
 from opgraph.graph import OpGraph
@@ -98,6 +99,7 @@ def _judge(
     parts = asdict(overall(breakdown(timeline)))
     waited = parts["host"] / step if step else 0.0
     said, away = host_notes(waited, host_costs(cluster, running)), offload_notes(plan, cluster)
+    notes = (*graph.notes, *cluster.notes, *basis_of(cluster.device), *said, *away, *_in_full(graph, plan, cluster))
     held = memory(lowered.stages, plan, cluster.backend)
     peaks = device_peaks(held, cluster)
     fullest = max(held, key=lambda m: m.peak)
@@ -117,7 +119,7 @@ def _judge(
         mfu=model_flops / (step * peak) if step else 0.0,
         shares={k: v / total for k, v in sorted(lowered.seconds_by_source.items())},
         unpriced=lowered.unpriced,
-        notes=tuple(dict.fromkeys((*graph.notes, *cluster.notes, *basis_of(cluster.device), *said, *away))),
+        notes=tuple(dict.fromkeys(notes)),
         tasks=len(lowered.program),
         at_peak={str(category): size for category, size in fullest.at_peak.items()},
         resting_bytes=fullest.resting,
@@ -126,6 +128,16 @@ def _judge(
         host_bytes={str(category): size for category, size in fullest.host.items()},
         host_pinned_bytes=fullest.pinned,
     )
+
+
+def _in_full(graph: OpGraph, plan: ParallelPlan, cluster: Cluster) -> tuple[str, ...]:
+    """A note where torch would use tf32 unasked: it does for convolutions and recurrent layers, not for products."""
+    if plan.precision != "fp32" or "tf32" not in cluster.device.peak_flops:
+        return ()
+    kinds = {family(op.name) for op in graph.run_by(cluster.device.kind).ops} & {"conv", "rnn"}
+    names = " and ".join({"conv": "convolutions", "rnn": "recurrent layers"}[kind] for kind in sorted(kinds))
+    said = f"{names} are priced in full float32; torch runs them in tf32 unless torch.backends.cudnn.allow_tf32 is off"
+    return (said,) if names else ()
 
 
 def device_peaks(held: tuple[RankMemory, ...], cluster: Cluster) -> tuple[int, ...]:

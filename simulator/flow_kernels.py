@@ -218,6 +218,16 @@ def share_all(cap, path_ptr, path, capacity):
 
 
 @njit(cache=True)
+def first_events(indegree, begin, key, heap, place):
+    """Puts the begin of all flows that wait for none into an empty heap; returns its size."""
+    events = 0
+    for i in range(indegree.size):
+        if indegree[i] == 0:
+            events = insert(key, heap, place, events, i, begin[i])
+    return events
+
+
+@njit(cache=True)
 def run_flows(size, begin, latency, cap, path_ptr, path, succ_ptr, succ, indegree, capacity):
     """(start f8[n], finish f8[n], flows that finished). An instant: all its events, then one sharing."""
     n, m = size.size, capacity.size
@@ -227,10 +237,7 @@ def run_flows(size, begin, latency, cap, path_ptr, path, succ_ptr, succ, indegre
     seen_link, seen_flow = np.full(m, -1, np.int64), np.full(n, -1, np.int64)
     links, members = np.empty(m, np.int32), np.empty(n, np.int32)
     key, heap, place = np.empty(n), np.empty(n, np.int32), np.empty(n, np.int32)
-    events = 0
-    for i in range(n):
-        if waiting[i] == 0:
-            events = insert(key, heap, place, events, i, begin[i])
+    events = first_events(indegree, begin, key, heap, place)
     done = 0
     stamp = 0
     while events > 0:

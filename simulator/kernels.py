@@ -81,6 +81,26 @@ def pack(resource, succ_ptr, indegree, unbound):
 
 
 @njit(cache=True)
+def sources(indegree, ready):
+    """Puts the tasks that wait for none at the front of `ready`, in order; returns how many."""
+    count = 0
+    for i in range(indegree.size):
+        if indegree[i] == 0:
+            ready[count] = i
+            count += 1
+    return count
+
+
+@njit(cache=True)
+def empty_tree(leaves):
+    """A tournament tree over at least so many leaves, none of which has anything to come."""
+    size = 1
+    while size < leaves:
+        size *= 2
+    return np.full(2 * size, np.inf)
+
+
+@njit(cache=True)
 def run_fifo(duration, resource, succ_ptr, succ, indegree, capacity, slots):
     """(start f8[n], completed tasks) without pools. `slots` bounds the number of tasks that run at once."""
     n = duration.size
@@ -93,11 +113,7 @@ def run_fifo(duration, resource, succ_ptr, succ, indegree, capacity, slots):
     item = np.empty(slots, np.uint32)
     size = 0
     ready = np.empty(n, np.uint32)
-    count = 0
-    for i in range(n):
-        if indegree[i] == 0:
-            ready[count] = i
-            count += 1
+    count = sources(indegree, ready)
     now = 0.0
     done = 0
     while True:
@@ -241,16 +257,10 @@ def run_shared(duration, resource, succ_ptr, succ, indegree, capacity, demand, p
     key, item, size = np.empty(slots[-1]), np.empty(slots[-1], np.int32), np.zeros(pools, np.int32)
     state = np.zeros((pools, 4))
     state[:, RATE] = 1.0
-    leaves = 1
-    while leaves < pools:
-        leaves *= 2
-    tree = np.full(2 * leaves, np.inf)  # of the pools' next completions
+    tree = empty_tree(pools)  # of the pools' next completions
     touched, changed = np.zeros(pools, np.bool_), np.zeros(pools + 1, np.int32)
-    ready, count = np.empty(n, np.int32), 0
-    for i in range(n):
-        if waiting[i] == 0:
-            ready[count] = i
-            count += 1
+    ready = np.empty(n, np.int32)
+    count = sources(indegree, ready)
     now, done = 0.0, 0
     while True:
         if count > 1:

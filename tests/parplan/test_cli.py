@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from parplan.cli import app
+from parplan.cli import app, main
 from planner.plan import ParallelPlan
 
 ROOT = Path(__file__).parents[2]
@@ -37,6 +37,12 @@ def test_help_imports_nothing_heavy():
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert all(verb in done.stdout for verb in VERBS)
+
+
+def test_the_callers_own_handler_is_back_afterwards(capsys):
+    before = signal.getsignal(signal.SIGTERM)
+    assert main(["--help"]) == 0 and main(["nonsense"]) == 2
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_the_verbs_are_all_of_the_command():

@@ -7,7 +7,7 @@ import pytest
 from costmodels.cluster import load_cluster
 from planner.plan import ParallelPlan
 from planner.predict import predict, simulate_plan
-from tests.planner.conftest import GPT, model
+from tests.planner.conftest import ALEXNET, GPT, model
 from tests.planner.test_lowering import KINDS, plan_of
 
 
@@ -65,3 +65,12 @@ def test_the_same_plan_gives_the_same_timeline(uncalibrated):
     plan = plan_of(GPT, "pp x fsdp")
     first, second = (simulate_plan(graph, plan, uncalibrated)[1] for _ in range(2))
     assert (first.start == second.start).all() and (first.finish == second.finish).all()
+
+
+def test_where_torch_would_use_tf32_unasked_a_note_says_so():
+    _, graph = model(ALEXNET)
+    said = {c: predict(graph, ParallelPlan(8), load_cluster(c)).notes for c in ("dgx-h100", "dgx1-p100")}
+    assert any("allow_tf32" in note for note in said["dgx-h100"])
+    assert not any("allow_tf32" in note for note in said["dgx1-p100"])
+    _, graph = model(GPT)
+    assert not any("allow_tf32" in note for note in predict(graph, ParallelPlan(8), load_cluster("dgx-h100")).notes)
