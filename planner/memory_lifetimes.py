@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 from costmodels.workspace import reserve_bytes, workspace_bytes
 from opgraph.graph import DTYPE_BYTES, Op, OpGraph
 from planner.memory_sizes import gradient_owners, local_bytes, outputs, received
+from planner.memory_strides import stage_strides
 from planner.runtime import recomputed_ops
 from planner.runtime_stage import Stage, is_kept
-from planner.script import tensor_shape
+from planner.script import tensor_shape, tensor_strides
 from planner.stages import LOSS, within
 
 
@@ -106,13 +107,14 @@ def _hold_inputs(stage: Stage, region: Region, found: Lifetimes) -> None:
 
 def _look_inside(stage: Stage, found: Lifetimes) -> None:
     """Scratch memory of ops on a CPU, and outputs whose size fake tensors do not know."""
-    graph, layout = stage.graph, stage.layout
+    graph, layout, moved = stage.graph, stage.layout, stage_strides(stage)
     for op in (*stage.ops.forward, *stage.ops.backward):
         if op.is_view:
             continue
         ins, outs = (tuple(tensor_shape(graph, layout, t) for t in ts) for ts in (op.inputs, op.outputs))
         itemsize = DTYPE_BYTES[graph.tensors[op.inputs[0]].dtype] if op.inputs else 4
-        if size := workspace_bytes(op.name, ins, outs, op.args, itemsize):
+        strides = tuple(moved.get(t) or tensor_strides(graph, layout, t) for t in op.inputs)
+        if size := workspace_bytes(op.name, ins, outs, op.args, itemsize, strides):
             found.inside[op.id] = size
         for i, t in enumerate(op.outputs):
             if size := reserve_bytes(op.name, i, ins, itemsize):

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from costmodels.ops import OpShape, is_causal, variant_of
+from costmodels.workspace_layout import contiguous
 from opgraph.flops import flops_of
 from opgraph.graph import DTYPE_BYTES, Op, OpGraph, Phase
 from planner.layout import Layout
@@ -103,6 +104,12 @@ def tensor_shape(graph: OpGraph, layout: Layout, tensor: int) -> tuple[int, ...]
     return local_shape(graph.tensors[tensor].shape, layout.placements[tensor], layout.parts)
 
 
+def tensor_strides(graph: OpGraph, layout: Layout, tensor: int) -> tuple[int, ...]:
+    """Local strides of a tensor under tensor parallelism."""
+    t = graph.tensors[tensor]
+    return tuple(_local_strides(t.shape, t.strides, tensor_shape(graph, layout, tensor)))
+
+
 def tensor_bytes(graph: OpGraph, layout: Layout, tensor: int) -> int:
     """Bytes that one rank reads or writes of a tensor (expanded dims once)."""
     t = graph.tensors[tensor]
@@ -143,7 +150,7 @@ def copies_nothing(graph: OpGraph, layout: Layout, op: Op) -> bool:
     t = graph.tensors[op.inputs[0]]
     local = tensor_shape(graph, layout, t.id)
     strides = tuple(_local_strides(t.shape, t.strides, local))
-    return not _contiguous(t.shape, t.strides) and _contiguous(local, strides)
+    return not contiguous(t.shape, t.strides) and contiguous(local, strides)
 
 
 def _local_strides(shape: tuple[int, ...], strides: tuple[int, ...], local: tuple[int, ...]) -> list[int]:
@@ -155,15 +162,6 @@ def _local_strides(shape: tuple[int, ...], strides: tuple[int, ...], local: tupl
             if strides[e] > strides[d]:
                 result[e] = strides[e] * local[d] // shape[d]
     return result
-
-
-def _contiguous(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
-    running = 1
-    for n, s in zip(reversed(shape), reversed(strides)):
-        if n != 1 and s != running:
-            return False
-        running *= n
-    return True
 
 
 def copy_work(name: str, elements: int, dtype: str, phase: Phase, module: str) -> Work:
