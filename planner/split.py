@@ -7,8 +7,8 @@ with the real submodules, at exactly the micro-batch size of the recording (shap
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
@@ -79,7 +79,7 @@ def _record(
         if cut not in paths or not cut:
             raise ValueError(f"cut {cut!r} is no module path of the model; paths look like {sorted(paths)[-1]!r}")
     opened = {cut[:i] for cut in cuts for i in range(len(cut)) if i == 0 or cut[i] == "."}
-    with _disable_current_modes(), FakeTensorMode(allow_non_fake_inputs=True):
+    with _disable_current_modes(), FakeTensorMode(allow_non_fake_inputs=True), _own_tensors(module):
         held = {name: _fake(t, device) for name, t in module.named_parameters()}
         held |= {name: _fake(t, device) for name, t in module.named_buffers()}
         fakes = tuple(_fake(t, device) if isinstance(t, torch.Tensor) else t for t in inputs)
@@ -98,6 +98,18 @@ def _record(
             ) from error
         recorder.output = recorder.encode(output)
     return recorder
+
+
+@contextmanager
+def _own_tensors(module: nn.Module) -> Iterator[None]:
+    """Gives every module its tensors back: `functional_call` leaves others in one that the model holds twice."""
+    before = [(m, dict(m._parameters), dict(m._buffers)) for m in module.modules()]
+    try:
+        yield
+    finally:
+        for m, parameters, buffers in before:
+            m._parameters.update(parameters)
+            m._buffers.update(buffers)
 
 
 def _fake(t: torch.Tensor, device: torch.device) -> torch.Tensor:

@@ -41,6 +41,7 @@ def stage_ops(graph: OpGraph, cuts: tuple[str, ...]) -> tuple[StageOps, ...]:
     backward = _backward_stages(graph, stage_of, count)
     parameters = [_used_parameters(graph, ops) for ops in forward]
     sends = _crossing(graph, stage_of, constants, count)
+    _check_sent(graph, cuts, sends)
     return tuple(StageOps(s, tuple(forward[s]), tuple(backward[s]), parameters[s], sends[s]) for s in range(count))
 
 
@@ -70,13 +71,15 @@ def _forward_stages(graph: OpGraph, cuts: tuple[str, ...]) -> dict[int, int]:
 
 
 def _constants(graph: OpGraph) -> tuple[set[int], dict[int, int]]:
-    """Forward ops that depend on no input and no parameter (position ids, masks), and who makes each tensor."""
+    """Forward ops that depend on no input and no parameter (position ids, masks, what is made of buffers), and who makes
+    each tensor."""
     made_by: dict[int, int] = {}
     constant: set[int] = set()
+    given = {t.id for t in graph.tensors if t.role == "buffer"}
     for op in graph.ops:
         if op.phase != "forward":
             break
-        if not op.mutates and all(made_by.get(t, -1) in constant for t in op.inputs):
+        if not op.mutates and all(t in given or made_by.get(t, -1) in constant for t in op.inputs):
             constant.add(op.id)
         for t in op.outputs:
             made_by.setdefault(t, op.id)
@@ -133,14 +136,14 @@ def _used_parameters(graph: OpGraph, ops: list[Op]) -> tuple[str, ...]:
 def _crossing(graph: OpGraph, stage_of: dict[int, int], constants: set[int], count: int) -> list[tuple[int, ...]]:
     """Tensors that each stage sends on: made at or before it, used after it. A view that a later stage makes again of
     what it got (a transpose and back) is its own."""
-    home: dict[int, int] = {}
+    home: dict[int, int] = {t.id: 0 for t in graph.tensors if t.role == "input"}
     crossing: dict[int, list[tuple[int, int]]] = {}  # tensor -> (stage that made it, stage that uses it)
     for op in graph.ops:
         if op.phase != "forward" or op.id in constants:
             continue
         here = stage_of[op.id]
         for t in op.inputs:
-            if t in home:
+            if t in home and not (op.module == LOSS and graph.tensors[t].role == "input"):  # the last rank has targets
                 crossing.setdefault(t, []).append((home[t], here))
         for t in op.outputs:
             if t not in op.inputs:
@@ -149,3 +152,14 @@ def _crossing(graph: OpGraph, stage_of: dict[int, int], constants: set[int], cou
     order = {t: i for i, t in enumerate(home)}
     sent = [{t for t, uses in crossing.items() if any(made <= s < used for made, used in uses)} for s in range(count)]
     return [tuple(sorted(tensors, key=order.__getitem__)) for tensors in sent]
+
+
+def _check_sent(graph: OpGraph, cuts: tuple[str, ...], sends: list[tuple[int, ...]]) -> None:
+    """ValueError where integers would cross a cut, as execution refuses it (`planner.split`)."""
+    for cut, tensors in zip(cuts, sends):
+        for t in (graph.tensors[i] for i in tensors):
+            if not t.dtype.startswith(("float", "bfloat", "complex")):
+                raise ValueError(
+                    f"cut at {cut!r} would have to send an integer tensor ({t.dtype}, shape {t.shape}), which has no "
+                    "gradient; cut elsewhere or compute it in the later stage"
+                )
