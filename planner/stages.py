@@ -71,8 +71,8 @@ def _forward_stages(graph: OpGraph, cuts: tuple[str, ...]) -> dict[int, int]:
 
 
 def _constants(graph: OpGraph) -> tuple[set[int], dict[int, int]]:
-    """Forward ops that depend on no input and no parameter (position ids, masks, what is made of buffers), and who makes
-    each tensor."""
+    """Forward ops that depend on no input and no parameter (position ids, masks, what is made of buffers), and who
+    makes each tensor."""
     made_by: dict[int, int] = {}
     constant: set[int] = set()
     given = {t.id for t in graph.tensors if t.role == "buffer"}
