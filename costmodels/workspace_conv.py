@@ -54,7 +54,7 @@ def convolution_backward(ins: tuple[Shape, ...], args: tuple[Any, ...], size: in
     copied = _copied(ins[:2], last, strides) * size
     gradient, x, w = (_image(t) for t in ins[:3])
     channels = gradient[1]
-    plain_x, plain_w = (prod(x) * size if wanted[0] else 0), prod(w) * size
+    plain_x, plain_w = (prod(t) * size if want else 0 for t, want in zip((x, w), wanted))
     bias = channels * size if wanted[2] else 0
     if not _by_onednn(x, w, stride, dilation, groups):
         joined = _joined(groups, x, w, (channels,) if bias else (0,))
@@ -64,7 +64,8 @@ def convolution_backward(ins: tuple[Shape, ...], args: tuple[Any, ...], size: in
         weights = _last_weights(w, groups, size, data=not transposed)
         scratch = 0 if groups > 1 else STRIDED if strided and not transposed else UNSTRIDED
         peaks = [plain_x + weights + scratch if wanted[0] else 0]
-        peaks.append(plain_x + _last_gradient(w, groups, size) + 2 * bias + 2 * plain_w)
+        if wanted[1]:
+            peaks.append(plain_x + _last_gradient(w, groups, size) + 2 * bias + 2 * plain_w)
         return copied + _weights_copied(w, size) + max(0, max(peaks) - plain_x - plain_w - bias)
     peaks = [0]
     if wanted[0] and transposed:
@@ -73,6 +74,8 @@ def convolution_backward(ins: tuple[Shape, ...], args: tuple[Any, ...], size: in
     elif wanted[0]:
         scratch = STRIDED_SCRATCH + up(2 * x[1] * prod(x[2:]), PAGE) if strided else 0
         peaks.append(_data(gradient, x, w, groups, size, scratch, strided))
+    if not wanted[1]:  # frozen
+        return copied + max(0, max(peaks) - plain_x)
     read, made = (gradient, x) if transposed else (x, gradient)  # of the convolution whose weight it is
     blocked_w = _weights(w, groups, size, narrow=True)
     if _depthwise(w, groups) and max(w[2:]) != 3:  # a product with columns, four gradients beside each other

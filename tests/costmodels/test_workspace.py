@@ -171,6 +171,15 @@ def test_convolutions_copy_what_lies_otherwise() -> None:
     assert held[0] - held[1] == up.nbytes
 
 
+@blocked_by_16
+def test_frozen_convolutions_make_no_gradient_of_the_weight() -> None:
+    x, layer = torch.randn(8, 16, 16, 16, requires_grad=True), torch.nn.Conv2d(16, 32, 3, 1, 1).requires_grad_(False)
+    for form in (torch.contiguous_format, torch.channels_last):
+        run = lambda form=form: with_gradient(layer(x.to(memory_format=form)), [x])  # noqa: E731
+        ((func, args, result, held),) = scratch(run, "convolution_backward")
+        assert predicted(func, args, result) == held > 0
+
+
 @pytest.mark.parametrize(("size", "channels", "mode"), [
     (16, 32, "bilinear"), (40, 32, "bilinear"), (64, 3, "bilinear"), (31, 5, "nearest"), (16, 1, "nearest"),
 ])  # fmt: skip
