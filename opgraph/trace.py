@@ -205,11 +205,7 @@ def trace(
     Raises TraceError (a ValueError) naming the line of the model that cannot be traced, NoFormulaError for a heavy
     op that nobody can count.
     """
-    if precision not in PRECISIONS:
-        raise ValueError(f"precision is {precision!r}; known are {', '.join(PRECISIONS)}")
-    if isinstance(inputs, torch.Tensor):
-        raise ValueError("inputs is a tensor; give a tuple of the module's arguments: (x,)")
-    inputs, targets = (dict(inputs) if isinstance(inputs, Mapping) else tuple(inputs)), tuple(targets)
+    inputs, targets = _checked(inputs, precision), tuple(targets)
     recurrent = has_recurrent(module)
     if accelerator is None and recurrent:
         of = partial(
@@ -241,6 +237,15 @@ def trace(
     with _naming_lines(name):  # on a copy, so that the user's weights keep their values
         tracer = _record(copy.deepcopy(module), inputs, targets, *rest)
     return _finish(tracer, name, batch, precision, "real", (note,))
+
+
+def _checked(inputs: Inputs, precision: str) -> Inputs:
+    """A copy of the inputs. ValueError for what `trace` cannot take."""
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision is {precision!r}; known are {', '.join(PRECISIONS)}")
+    if isinstance(inputs, torch.Tensor):
+        raise ValueError("inputs is a tensor; give a tuple of the module's arguments: (x,)")
+    return dict(inputs) if isinstance(inputs, Mapping) else tuple(inputs)
 
 
 @contextmanager

@@ -248,8 +248,7 @@ def run_shared(duration, resource, succ_ptr, succ, indegree, capacity, demand, p
     pool i4[n]: pool of each task; the last pool has infinitely many cores and holds the tasks that share nothing.
     cores f8[pools]; slots i8[pools + 1]: pool p keeps its heap of virtual finish times in slots[p]:slots[p + 1].
     """
-    n = duration.size
-    pools = cores.size
+    n, pools = duration.size, cores.size
     start, finish = np.empty(n), np.empty(n)
     waiting, free = indegree.copy(), capacity.copy()
     head, tail = np.full(capacity.size, -1, np.int32), np.full(capacity.size, -1, np.int32)
@@ -280,8 +279,7 @@ def run_shared(duration, resource, succ_ptr, succ, indegree, capacity, demand, p
         changed[-1] = 0
         if tree[1] == np.inf:
             return start, finish, done
-        now = tree[1]
-        count = 0
+        now, count = tree[1], 0
         while tree[1] == now:
             p = first_leaf(tree)
             i = end_first(p, demand, state, key, item, slots, size)
