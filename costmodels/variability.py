@@ -1,9 +1,10 @@
 """The slowest of many equal GPUs: what a synchronous step waits for.
 
 GPUs of one model differ. Sinha et al. (SC 2022, arXiv:2208.11035, abstract) timed the same kernels on over 90 % of the
-GPUs of five clusters (V100, MI60, Quadro RTX 5000): between the ends of the whiskers of a box plot lie 8 % of the
-median on average. Those whiskers reach 1.5 times the interquartile range beyond the quartiles, 4 interquartile ranges
-in all, which is 5.4 standard deviations of a normal distribution: SPREAD. The cause is the clock that a power limit
+GPUs of five clusters (V100, MI60, Quadro RTX 5000) and found a variation of 8 % on average. That this is the distance
+between the whiskers of a box plot, over the median, is from memory: an ASSUMPTION. Such whiskers reach 1.5 times the
+interquartile range beyond the quartiles, 4 interquartile ranges in all, which is 5.4 standard deviations of a normal
+distribution: SPREAD. The cause is the clock that a power limit
 allows a chip, so products, convolutions and attention differ and what waits for memory or links does not. The same
 study's outliers (up to 1.5 times the median) and sick machines are not in it: a job that runs well has dropped them.
 
