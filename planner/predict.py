@@ -134,7 +134,7 @@ def _in_full(graph: OpGraph, plan: ParallelPlan, cluster: Cluster) -> tuple[str,
     """A note where torch would use tf32 unasked: it does for convolutions and recurrent layers, not for products."""
     if plan.precision != "fp32" or "tf32" not in cluster.device.peak_flops:
         return ()
-    kinds = {family(op.name) for op in graph.run_by(cluster.device.kind).ops} & {"conv", "rnn"}
+    kinds = {family(op.name) for op in graph.ops} & {"conv", "rnn"}
     names = " and ".join({"conv": "convolutions", "rnn": "recurrent layers"}[kind] for kind in sorted(kinds))
     said = f"{names} are priced in full float32; torch runs them in tf32 unless torch.backends.cudnn.allow_tf32 is off"
     return (said,) if names else ()
