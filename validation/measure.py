@@ -15,11 +15,13 @@ from typing import Any, Literal
 import numpy as np
 
 from planner.plan import ParallelPlan
+from validation.allocations import recorded_allocations
 from validation.environment import available_cores, let_gloo_wait, room_to_grow
 from validation.pace import usual
 
 BLOCK = 5  # steps between two looks at the machine's pace
 DISTURBED = 1.2
+STEADY, AFTER = "parplan.steady_step", "parplan.after_it"  # marks among the allocations of a step
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,7 +230,7 @@ def undisturbed(paces: list[float]) -> list[bool]:
 def peak_of_steady_step(build: Callable[[], Callable[[], Any]], cuda: bool) -> tuple[Callable[[], Any], int]:
     """Builds a step with `build`, runs it three times and returns it with the peak bytes inside the third run.
 
-    On the CPU: the running sum of the profiler's `[memory]` events, from before the model is built.
+    On the CPU: the running sum of what torch's allocator gives and takes, from before the model is built.
     """
     import torch
 
@@ -241,17 +243,17 @@ def peak_of_steady_step(build: Callable[[], Callable[[], Any]], cuda: bool) -> t
         run()
         torch.cuda.synchronize()
         return run, torch.cuda.max_memory_allocated()
-    from torch.profiler import ProfilerActivity, profile, record_function
-
     gc.collect()  # what an earlier plan left behind must not be freed inside the profile
-    with _patient_waits(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    with _patient_waits(), recorded_allocations() as allocations:
         run = build()
         run()
         run()  # DDP changes its buckets in the second step
         gc.collect()
-        with record_function("parplan.steady_step"):
+        with torch.autograd.profiler.record_function(STEADY):
             run()
-    return run, _peak(profiler)
+        with torch.autograd.profiler.record_function(AFTER):
+            pass
+    return run, _peak(allocations)
 
 
 @contextmanager
@@ -289,18 +291,15 @@ def _patient_waits() -> Iterator[None]:
         work.wait = original  # type: ignore[method-assign]
 
 
-def _peak(profiler: Any) -> int:
-    """The largest running sum of memory events inside the marked step, bytes."""
-    events = profiler.profiler.kineto_results.events()
-    window = next(e for e in events if e.name() == "parplan.steady_step")
-    start, end = window.start_ns(), window.start_ns() + window.duration_ns()
+def _peak(allocations: list[tuple[float, str, int]]) -> int:
+    """The largest running sum of allocations inside the marked step, bytes."""
     running = peak = 0
-    for event in sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns()):
-        if event.start_ns() >= start:
-            peak = max(peak, running)
-        if event.start_ns() > end:
+    inside = False
+    for _, name, size in allocations:
+        inside = inside or name == STEADY
+        if name == AFTER:
             break
-        running += event.nbytes()
-        if start <= event.start_ns():
+        running += size
+        if inside:
             peak = max(peak, running)
     return peak

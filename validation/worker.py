@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import datetime
+import gc
 import importlib
 import json
 import logging
@@ -68,6 +69,22 @@ def run_rank(spec: str, plan: ParallelPlan, rank: int, options: Options, store: 
         return reply | _steps(plan, workload, rank, device, options, cuda)
     finally:
         dist.destroy_process_group()
+        forget_meshes()
+
+
+def forget_meshes() -> None:
+    """Drops what DTensor remembers of ops: it names their meshes, whose groups, with threads and sockets, stayed."""
+    from torch.distributed.tensor import _redistribute, debug
+
+    infos = getattr(_redistribute, "_gen_transform_infos", None)
+    for clear in (
+        getattr(debug, "_clear_sharding_prop_cache", None),
+        getattr(infos, "cache_clear", None),
+        getattr(_redistribute, "clear_redistribute_planner_cache", None),
+    ):
+        if clear is not None:  # they are private: another torch may lack them
+            clear()
+    gc.collect()
 
 
 def _steps(

@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from torch.profiler import ProfilerActivity, profile, record_function
+from torch.autograd.profiler import record_function
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from costmodels.workspace import reserve_bytes, workspace_bytes
+from validation.allocations import recorded_allocations
 
 aten = torch.ops.aten
 blocked_by_16 = pytest.mark.skipif(
@@ -38,6 +39,8 @@ class Ops(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         with record_function(f"call {len(self.calls)}"):
             result = func(*args, **(kwargs or {}))
+        with record_function("returned"):
+            pass
         self.calls.append((func, args, result))
         return result
 
@@ -45,23 +48,19 @@ class Ops(TorchDispatchMode):
 def scratch(run: Callable[[], Any], name: str) -> list[tuple[Any, Any, Any, int]]:
     """Ops of that name in `run`, with the bytes that each held inside beyond what was left after it."""
     run()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler, Ops() as ops:
+    with recorded_allocations() as allocations, Ops() as ops:
         run()
-    events = profiler.profiler.kineto_results.events()
-    memory = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
-    found = []
-    for e in events:
-        if not e.name().startswith("call "):
-            continue
-        call = ops.calls[int(e.name()[5:])]
-        if call[0].name().split(".")[0] != f"aten::{name}":
-            continue
-        running = peak = 0
-        for at, size in memory:
-            if e.start_ns() <= at <= e.start_ns() + e.duration_ns():
-                running += size
-                peak = max(peak, running)
-        found.append((*call, peak - running))
+    found: list[tuple[Any, Any, Any, int]] = []
+    call, running, peak = -1, 0, 0
+    for _, mark, size in allocations:
+        if mark.startswith("call "):
+            call, running, peak = int(mark[5:]), 0, 0
+        elif mark == "returned":
+            if ops.calls[call][0].name().split(".")[0] == f"aten::{name}":
+                found.append((*ops.calls[call], peak - running))
+        else:
+            running += size
+            peak = max(peak, running)
     return found
 
 

@@ -13,6 +13,7 @@ from opgraph.batch import trace_workload
 from opgraph.graph import OpGraph, Storage
 from opgraph.memory import replay_memory
 from opgraph.models import load_workload
+from validation.allocations import recorded_allocations
 
 # spec -> largest error allowed. The LSTM's real run asks oneDNN for a workspace inside the op, and its backward is
 # another op than under fake tensors; ResNet's convolutions take scratch memory inside the op.
@@ -49,10 +50,9 @@ def real_peak(spec: str) -> int:
         t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
         for t in (*model.parameters(), *model.buffers(), *state, *inputs, *targets)
     }
-    with torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+    with recorded_allocations() as allocations:
         step()
-    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-    changes = [e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]
+    changes = [size for _, _, size in allocations]
     return sum(resting.values()) + max(accumulate(changes), default=0)
 
 

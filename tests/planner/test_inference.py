@@ -19,6 +19,7 @@ from planner.plan import ParallelPlan
 from planner.runtime import forward_script
 from planner.script import Work
 from tests.planner.conftest import LLAMA as SMALL_LLAMA
+from validation.allocations import recorded_allocations
 
 H100 = load_cluster("dgx-h100")
 GPT = "gpt2:layers=3,hidden=128,heads=4,vocab=512,seq=64"
@@ -160,10 +161,9 @@ def test_the_forward_pass_holds_what_a_real_one_allocates(spec, uncalibrated):
     module, (inputs, _) = workload.build().eval(), workload.batch(workload.batch_size)
     with torch.no_grad():
         module(*inputs)
-        with torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        with recorded_allocations() as allocations:
             module(*inputs)
-    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-    changes = [e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]
+    changes = [size for _, _, size in allocations]
     held = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in (*module.parameters(), *inputs)}
     real = sum(held.values()) + max(accumulate(changes))
     assert found.peak_bytes - found.cache_per_rank == pytest.approx(real, rel=0.002)

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -14,7 +15,7 @@ import pytest
 
 from planner.plan import ParallelPlan
 from tests.validation.workloads import DIES, HANGS, RAISES
-from validation.launch import run_plans
+from validation.launch import World, run_plans
 from validation.measure import Options
 
 pytestmark = pytest.mark.executed
@@ -58,9 +59,23 @@ def test_measurement_of_a_plan():
     assert 5 * parameters < two.peak_bytes[0] < 6 * parameters  # and the buckets
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="threads are counted in /proc")
+def test_a_plan_leaves_no_thread_behind(tmp_path):
+    options = replace(QUICK, prove=True, timeout_seconds=60)
+    world = World(2, "tests.planner.models:mlp", options, str(tmp_path))
+    try:
+        counts = []
+        for _ in range(3):
+            assert world.run(ParallelPlan(global_batch=8, dp=2, data_parallel="fsdp")).status == "ok"
+            counts.append([len(list(Path(f"/proc/{rank.pid}/task").iterdir())) for rank in world._ranks])
+    finally:
+        world.stop()
+    assert counts[2] == counts[1]  # the first makes threads that stay (autograd's)
+
+
 PARENT = """
 from planner.plan import ParallelPlan
-from validation.launch import run_plans
+from validation.launch import World, run_plans
 from validation.measure import Options
 from tests.validation.workloads import HANGS
 run_plans("tests.validation.workloads:moody", [ParallelPlan(global_batch=HANGS, dp=2)], Options(timeout_seconds=300))
@@ -89,7 +104,7 @@ def wait_for(condition, seconds: float = 20) -> None:
 INSIDE = """
 import os
 from planner.plan import ParallelPlan
-from validation.launch import run_plans
+from validation.launch import World, run_plans
 from validation.measure import Options
 ddp = ParallelPlan(global_batch=8, dp=2)
 plans = [ParallelPlan(global_batch=8, dp=2, data_parallel="fsdp"), ParallelPlan(global_batch=8), ddp]
