@@ -2,8 +2,9 @@
 so prices do too.
 
 A law is `seconds = coefficients . features` with non-negative coefficients; `FORMS` names the features.
-Bytes count once as they are and again as far as they exceed 1 and 8 MiB (the caches of a core: shared/facts/torch.md
-section 7), so that a byte never costs less because there are more of them: laws that priced the tiers apart gave
+Bytes count once as they are and again as far as they exceed 1, 8 and 64 MiB (the caches of a core: shared/facts,
+torch.md section 7; the last is where an EPYC's shared cache has ended for good: zeroing 94 MB took three times as long
+a byte as 49 MB), so that a byte never costs less because there are more of them: laws that priced the tiers apart gave
 nothing to a tier of which calibration had seen little, and were half too low there.
 """
 
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from costmodels.ops import OpShape
 
 MIB = 2**20
-TIERS = (0, MIB, 8 * MIB)
+TIERS = (0, MIB, 8 * MIB, 64 * MIB)
 LEAST_DEPTH = 32  # found on an EPYC core: 0.76 ns per element for depths 2 to 8, the time of 32 terms
 Shape = tuple[int, ...]
 
@@ -31,26 +32,32 @@ FORMS: dict[str, tuple[str, ...]] = {
     ),
     "attention": ("one", "flops", "scores", "bytes"),
     "rnn": ("one", "steps", "flops_input", "flops_hidden", "weights", "states"),
-    "sides_over": (
-        "one", "read", "read_over_1M", "read_over_8M", "written", "written_over_1M", "written_over_8M",
+    "rows": (
+        "one", "rows", "rows_cold", "read", "read_over_1M", "read_over_8M", "read_over_64M", "written",
+        "written_over_1M", "written_over_8M", "written_over_64M",
     ),
-    "pool": ("one", "same_size", "reduced_from", "reduced_to"),
-    "stream_over": ("one", "bytes", "bytes_over_1M", "bytes_over_8M"),
-    "optimizer_over": ("one", "tensors", "bytes", "bytes_over_1M", "bytes_over_8M"),
+    "reduce": (
+        "one", "read_along", "read_across", "read_over_1M", "read_over_8M", "read_over_64M", "written",
+    ),
+    "norm": ("one", "rows", "bytes", "bytes_over_1M", "bytes_over_8M", "bytes_over_64M"),
+    "pool_taps": ("one", "taps", "large", "small"),
+    "stream": ("one", "bytes", "bytes_over_1M", "bytes_over_8M", "bytes_over_64M"),
+    "optimizer": ("one", "tensors", "bytes", "bytes_over_1M", "bytes_over_8M", "bytes_over_64M"),
 }  # fmt: skip
 BYTES = ("bytes", "read", "written")  # features that are bytes, or bytes over a size, begin so
 TINY_MAP, TINY_IMAGES = (4, 9), 128  # pixels of one map, and of all maps of a batch: see `_conv`
 
 _FORM_OF_FAMILY = {
     "gemm": "gemm", "conv": "conv_small", "conv_backward": "conv_small", "attention": "attention",
-    "attention_backward": "attention", "rnn": "rnn", "rnn_backward": "rnn", "optimizer": "optimizer_over",
-    "pool": "pool", "pool_backward": "pool", "embedding": "sides_over", "reduction": "sides_over",
+    "attention_backward": "attention", "rnn": "rnn", "rnn_backward": "rnn", "optimizer": "optimizer",
+    "pool": "pool_taps", "pool_backward": "pool_taps", "embedding": "rows", "reduction": "reduce", "norm": "norm",
+    "norm_backward": "norm",
 }  # fmt: skip
 
 
 def form_of(name: str) -> str:
     """The form of law that ops of this name follow."""
-    return _FORM_OF_FAMILY.get(family(name), "stream_over")
+    return _FORM_OF_FAMILY.get(family(name), "stream")
 
 
 def features(shape: OpShape, form: str) -> tuple[float, ...]:
@@ -101,9 +108,10 @@ def gathers(name: str) -> bool:
     return base_name(name) in ("embedding", "index_select", "gather", "index", "take")
 
 
-def _tiers(nbytes: float) -> tuple[float, float, float]:
-    """Bytes, and bytes over 1 and over 8 MiB."""
-    return float(nbytes), float(max(nbytes - TIERS[1], 0)), float(max(nbytes - TIERS[2], 0))
+def _tiers(nbytes: float) -> tuple[float, float, float, float]:
+    """Bytes, and bytes over 1, 8 and 64 MiB."""
+    over_1, over_8, over_64 = (float(max(nbytes - tier, 0)) for tier in TIERS[1:])
+    return float(nbytes), over_1, over_8, over_64
 
 
 def _gemm(shape: OpShape) -> tuple[float, ...]:
@@ -174,17 +182,44 @@ def _rnn(shape: OpShape) -> tuple[float, ...]:
     )  # fmt: skip
 
 
-def _sides(shape: OpShape) -> tuple[float, ...]:
-    read = shape.bytes_written if gathers(shape.name) else shape.bytes_read
-    return (1.0, *_tiers(read), *_tiers(shape.bytes_written))
+def _rows(shape: OpShape) -> tuple[float, ...]:
+    """Rows that are taken or added one by one, and how many of them lie in no cache: a table beyond the first tier is
+    met cold, but for as many of its rows as fit."""
+    gather = gathers(shape.name)
+    moved, table = (shape.out_shapes, shape.in_shapes) if gather else (shape.in_shapes, shape.out_shapes)
+    rows = float(prod(moved[0][:-1])) if moved and moved[0] else 1.0
+    known = 4 * prod(table[0]) if table else 0
+    cold = rows * max(0.0, 1 - MIB / known) if known else 0.0
+    read = shape.bytes_written if gather else shape.bytes_read
+    return (1.0, rows, cold, *_tiers(read), *_tiers(shape.bytes_written))
+
+
+def _reduce(shape: OpShape) -> tuple[float, ...]:
+    """Bytes read by sums along the last dim, or across the others, where a partial result is read and written for every
+    element (measured: 0.15 against 0.25 to 0.6 ns an element)."""
+    whole = shape.in_shapes[0] if shape.in_shapes else ()
+    result = shape.out_shapes[0] if shape.out_shapes else ()
+    across = bool(whole and result) and whole[-1] == result[-1]
+    read, *over = _tiers(shape.bytes_read)
+    return (1.0, 0.0 if across else read, read if across else 0.0, *over, float(shape.bytes_written))
+
+
+def _norm(shape: OpShape) -> tuple[float, ...]:
+    """What is normalised by itself counts too: a map of a channel (batch, group), a token (layer). Maps of 3x3 to 6x6
+    took 20 to 50 ns each in a backward pass, as long as 50 of their elements in a large map."""
+    whole = next((s for s in shape.in_shapes if len(s) >= 2), (1, 1))
+    by_channel = any(kind in shape.name for kind in ("batch_norm", "group_norm"))
+    return (1.0, float(prod(whole[:2] if by_channel else whole[:-1])), *_tiers(touched(shape)))
 
 
 def _pool(shape: OpShape) -> tuple[float, ...]:
-    """Elements of the larger and the smaller map. Shapes do not tell the kernel, but a map that keeps its size was
-    pooled by a kernel of 3 or more with stride 1, which costs much more per element than halving the map."""
+    """Elements under all windows of a forward pass (2.2 to 3.5 ns each), and of the larger and the smaller map. The
+    window is the op's variant; where that is not known, as many elements as the map shrinks by, or 9 if it does not."""
     maps = [prod(s) for s in (*shape.in_shapes, *shape.out_shapes) if len(s) >= 3]
     large, small = float(max(maps, default=1)), float(min(maps, default=1))
-    return (1.0, large, 0.0, 0.0) if large == small else (1.0, 0.0, large, small)
+    window = prod(int(n) for n in shape.variant.split("x")) if shape.variant else large / small if large > small else 9
+    forward = family(shape.name) == "pool"
+    return (1.0, window * small if forward else 0.0, large, small)
 
 
 def _stream(shape: OpShape) -> tuple[float, ...]:
@@ -196,6 +231,6 @@ def _optimizer(shape: OpShape) -> tuple[float, ...]:
 
 
 _FUNCTIONS: dict[str, Callable[[OpShape], tuple[float, ...]]] = {
-    "gemm": _gemm, "conv_small": _conv, "attention": _attention, "rnn": _rnn, "sides_over": _sides, "pool": _pool,
-    "stream_over": _stream, "optimizer_over": _optimizer,
+    "gemm": _gemm, "conv_small": _conv, "attention": _attention, "rnn": _rnn, "rows": _rows, "reduce": _reduce,
+    "norm": _norm, "pool_taps": _pool, "stream": _stream, "optimizer": _optimizer,
 }  # fmt: skip

@@ -1,7 +1,7 @@
 """Small training steps whose ops calibration measures. They are never used for validation.
 
 Every entry is a function without arguments that returns (module, inputs, targets, loss). Together they spread over
-widths 64-1024, 64-4096 tokens, vocabularies 1k-24k, 3-1024 channels on maps of 2-160, matrices with few rows, tokens
+widths 64-1024, 64-4096 tokens, vocabularies 1k-100k, 3-1024 channels on maps of 2-160, matrices with few rows, tokens
 that are routed to experts.
 """
 
@@ -28,6 +28,7 @@ from validation.calibrate_nets import (
     residual_net,
     routed,
     streams,
+    tied,
     transformer,
 )
 
@@ -86,6 +87,8 @@ def _all() -> tuple[Source, ...]:
         "t768": partial(transformer, 768, 12, 1, 160, 1500, packed=False, causal=False),
         "large-kernels24": partial(large_kernels, 8, 120, 24, 640),
         "llama128": partial(transformer, 128, 4, 8, 64, 12000, llama=True, inner=336),
+        "tied256": partial(tied, 256, 1, 48, 100000),  # a table larger than any cache: 102 MB
+        "tied96": partial(tied, 96, 4, 24, 60000),
         "mlp-tall": partial(perceptron, 512, 256, 640, 640, 64),
     }
     half = {

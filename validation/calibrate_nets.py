@@ -254,6 +254,22 @@ def perceptron(batch: int, *widths: int, activation: type[nn.Module] = nn.ReLU) 
     return module, (torch.randn(batch, widths[0]),), (torch.randn(batch, widths[-1]),), F.mse_loss
 
 
+class Tied(nn.Module):
+    """A table that gives the tokens their rows and the result its scores: its two gradients are added."""
+
+    def __init__(self, width: int, vocab: int) -> None:
+        super().__init__()
+        self.tokens, self.inner = nn.Embedding(vocab, width), nn.Linear(width, width)
+
+    def forward(self, ids: Tensor) -> Any:
+        return F.linear(self.inner(self.tokens(ids)), self.tokens.weight)
+
+
+def tied(width: int, batch: int, length: int, vocab: int) -> Case:
+    ids = torch.randint(0, vocab, (batch, length))
+    return Tied(width, vocab), (ids,), (ids.clone(),), token_loss
+
+
 class Recurrent(nn.Module):
     def __init__(self, vocab: int, width: int, hidden: int, layers: int) -> None:
         super().__init__()

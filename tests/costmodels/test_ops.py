@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from math import prod
 
 import pytest
 from hypothesis import given
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 
 from costmodels.device import Device, Law, load_device
 from costmodels.families import FAMILIES, FREE, base_name, family, is_known
-from costmodels.features import FORMS, conv_flops, features, form_of, gemm_dims
+from costmodels.features import FORMS, Shape, conv_flops, features, form_of, gemm_dims
 from costmodels.ops import OpShape, law_among, price, price_many, shape_of, signature, variant_of
 
 DIM = st.integers(1, 600)
@@ -20,11 +21,13 @@ DIM = st.integers(1, 600)
 def laws() -> dict[str, Law]:
     """A law with all coefficients positive for every form, under the names that the tests use."""
     names = ("mm", "addmm", "bmm", "convolution", "convolution_backward", "relu", "sum", "embedding", "_fused_adamw",
+             "native_layer_norm", "max_pool2d_with_indices",
              "_scaled_dot_product_flash_attention_for_cpu", "mkldnn_rnn_layer")  # fmt: skip
     made = {}
     for name in names:
         form = form_of(name)
-        coefficients = tuple(1e-6 if f in ("one", "batches", "steps", "tensors") else 1e-11 for f in FORMS[form])
+        counts = ("one", "batches", "steps", "tensors", "rows")
+        coefficients = tuple(1e-6 if f in counts else 1e-11 for f in FORMS[form])
         made[f"{name}/float32"] = Law(f"{name}/float32", form, coefficients, error=0.05)
     return made
 
@@ -85,7 +88,7 @@ def test_many_prices_are_the_single_prices(dims: list[tuple[int, int, int]]) -> 
 
 def test_sources_say_how_a_price_was_found() -> None:
     law = Law("mm/float32", "gemm", (1e-6, 0, 1e-11, 0, 0, 0, 0), (8, 8, 8), (64, 64, 64), 0.05, 20)
-    pooled = Law("pointwise:float32", "stream_over", (1e-6, 1e-11, 1e-11, 1e-11), (1,), (1e9,), 0.1, 20)
+    pooled = Law("pointwise:float32", "stream", (1e-6, 1e-11, 1e-11, 1e-11, 0.0), (1,), (1e9,), 0.1, 20)
     device = Device(
         "core", "cpu", {"float32": 1e11}, 2**34, 2e10, laws={law.key: law, pooled.key: pooled},
         samples={signature(mm(16, 16, 16)): 7e-6},
@@ -138,7 +141,9 @@ def test_a_gather_pays_for_rows_not_for_the_table() -> None:
         OpShape("aten.embedding.default", "forward", ((vocab, 8), (4,)), ((4, 8),), "float32", 0, vocab * 32, 128)
         for vocab in (10, 10**6)
     )
-    assert price(LAWFUL, small).seconds == price(LAWFUL, large).seconds
+    by_name = dict(zip(FORMS["rows"], LAWFUL.laws["embedding/float32"].coefficients))
+    cold = 4 * (1 - 2**20 / (32 * 10**6)) * by_name["rows_cold"]  # what a row of a table beyond the caches costs more
+    assert price(LAWFUL, large).seconds == pytest.approx(price(LAWFUL, small).seconds + cold)
 
 
 def test_the_tables_cover_the_ops_of_traced_models() -> None:
@@ -161,7 +166,7 @@ def test_the_tables_cover_the_ops_of_traced_models() -> None:
 def test_a_byte_never_costs_less_because_there_are_more(few: int, more: int) -> None:
     """Each further byte costs at least what the one before did, whatever non-negative coefficients a fit finds."""
     small, large = min(few, more), max(few, more)
-    law = Law("relu/float32", "stream_over", (1e-6, 2e-11, 0.0, 3e-11))
+    law = Law("relu/float32", "stream", (1e-6, 2e-11, 0.0, 3e-11, 1e-11))
 
     def next_byte(n: int) -> float:
         at = [OpShape("aten.relu.default", "forward", (), (), "float32", 0, k, 0) for k in (n, n + 1024)]
@@ -179,7 +184,7 @@ def test_arguments_choose_kernels_that_shapes_do_not_show() -> None:
     tanh = replace(exact, variant="tanh")
     assert signature(tanh) != signature(exact)
     laws = {
-        key: Law(key, "stream_over", (seconds, 0, 0, 0))
+        key: Law(key, "stream", (seconds, 0, 0, 0, 0))
         for key, seconds in (("gelu/float32", 1.0), ("gelu.tanh/float32", 2.0), ("pointwise:float32", 3.0))
     }
     assert law_among(laws, tanh) is laws["gelu.tanh/float32"] and law_among(laws, exact) is laws["gelu/float32"]
@@ -200,6 +205,50 @@ def test_gradients_through_1x1_kernels_on_tiny_maps_are_work_of_their_own() -> N
     assert features(forward, "conv_small")[-1] == 2 * 4 * 9 * 32 * 16
     strided = replace(forward, in_shapes=((4, 32, 6, 6), (16, 32, 1, 1)))
     assert features(strided, "conv_small")[-1] == 0.0, "a stride takes another kernel"
+
+
+def part(shape: OpShape, name: str) -> float:
+    form = form_of(shape.name)
+    return dict(zip(FORMS[form], features(shape, form)))[name]
+
+
+def float32(name: str, ins: tuple[Shape, ...], outs: tuple[Shape, ...], variant: str = "") -> OpShape:
+    read, written = (4 * sum(prod(s) for s in shapes) for shapes in (ins, outs))
+    return OpShape(f"aten.{name}.default", "forward", ins, outs, "float32", 0, read, written, False, variant)
+
+
+def test_a_norm_counts_what_it_normalises() -> None:
+    image, channel = (2, 8, 3, 3), (8,)
+    assert part(float32("native_batch_norm", (image, channel, channel), (image, channel)), "rows") == 2 * 8
+    assert part(float32("native_layer_norm", ((4, 5, 64), (64,), (64,)), ((4, 5, 64),)), "rows") == 4 * 5
+
+
+def test_sums_along_and_across() -> None:
+    along = float32("sum", ((4, 128, 256),), ((4, 128, 1),))
+    across = float32("sum", ((4, 128, 256),), ((1, 1, 256),))
+    everything = float32("sum", ((4, 128, 256),), ((),))
+    nbytes = 4 * 4 * 128 * 256
+    for shape, kind in ((along, "along"), (across, "across"), (everything, "along")):
+        assert part(shape, f"read_{kind}") == nbytes == part(shape, "read_along") + part(shape, "read_across")
+
+
+def test_rows_of_a_large_table_are_met_cold() -> None:
+    small, large = (float32("embedding", ((n, 256), (2, 8)), ((2, 8, 256),)) for n in (1024, 65536))
+    assert part(small, "rows") == part(large, "rows") == 16
+    assert part(small, "rows_cold") == 0 and part(large, "rows_cold") == pytest.approx(16 * (1 - 1 / 64))
+    back = float32("embedding_dense_backward", ((2, 8, 256), (2, 8)), ((65536, 256),))
+    assert part(back, "rows") == 16 and part(back, "written") == 4 * 65536 * 256
+    assert part(back, "written_over_64M") == 0
+
+
+def test_pooling_costs_what_its_windows_cover() -> None:
+    whole, half = (2, 8, 16, 16), (2, 8, 8, 8)
+    known = float32("max_pool2d_with_indices", (whole,), (half, half), "3x3")
+    assert part(known, "taps") == 9 * prod(half)
+    assert part(replace(known, variant=""), "taps") == prod(whole)
+    assert part(float32("max_pool2d_with_indices", (whole,), (whole, whole)), "taps") == 9 * prod(whole)
+    back = float32("max_pool2d_with_indices_backward", (half, whole, half), (whole,), "3x3")
+    assert (part(back, "taps"), part(back, "large"), part(back, "small")) == (0, prod(whole), prod(half))
 
 
 def test_a_strided_1x1_kernel_reads_a_part_of_the_image() -> None:
