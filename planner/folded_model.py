@@ -14,13 +14,13 @@ from planner.plan import ParallelPlan
 class FoldedModel:
     """graph: the step with three blocks at the plan's micro-batch (see `planner.folded_pieces`). layers: blocks of the
     whole model. seq: tokens per sequence on one context-parallel rank. vocab: size that embedding and logits share
-    (0: neither). first_differs: block 0 is not like the others."""
+    (0: neither). different: so many blocks at the front are like block 0, the rest like block 1."""
 
     graph: OpGraph
     layers: int
     seq: int
     vocab: int
-    first_differs: bool = False
+    different: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,8 +41,8 @@ def chunks_of(model: FoldedModel, plan: ParallelPlan) -> list[Chunk]:
     found = []
     for i, (begin, end) in enumerate(pairwise(bounds)):
         parts: list[tuple[Where, int]] = [("first", 1)] if i == 0 else []
-        special = 1 if model.first_differs and begin == 0 < end else 0
-        parts += [("block0", 1)] if special else []
+        special = max(min(model.different, end) - begin, 0)
+        parts += [("block0", special)] if special else []
         parts += [("block", end - begin - special)] if end - begin > special else []
         parts += [("last", 1)] if i == len(bounds) - 2 else []
         found.append(Chunk(tuple(parts)))

@@ -22,6 +22,10 @@ VISION = (
 )  # fmt: skip
 
 
+UNSTATED = ("", "nan", "none", "null", "n/a", "na", "-", "?")  # how tables write that nothing was published
+MOST = 10**12  # of any whole number; more is a slip
+
+
 class CaseError(ValueError):
     """A row that cannot be predicted; the sentence is its reason."""
 
@@ -44,24 +48,36 @@ class Case:
     def text(self, name: str) -> str:
         return self.fields.get(name, "").strip()
 
-    def whole(self, name: str, default: int | None = None) -> int:
+    def word(self, name: str) -> str:
+        """A word of the schema: lower case, empty where nothing was published ("none" stays: it is a word)."""
+        text = self.text(name).lower()
+        return text if text == "none" or text not in UNSTATED else ""
+
+    def whole(self, name: str, default: int | None = None, least: int = 0) -> int:
         """A whole number. CaseError where the row has none."""
-        text = self.text(name)
-        if not text and default is not None:
-            return default
         try:
-            value = float(text)
-        except ValueError:
-            raise CaseError(f"column {name} is {text!r}; a whole number is needed") from None
-        if value != int(value) or value < 0:
-            raise CaseError(f"column {name} is {text}; a whole number of 0 or more is needed")
+            value = self.number(name)
+        except CaseError:
+            raise CaseError(f"column {name} is {self.text(name)!r}; a whole number is needed") from None
+        if value is None:
+            if default is not None:
+                return default
+            raise CaseError(f"column {name} is {self.text(name)!r}; a whole number is needed")
+        if not least <= value <= MOST or value != int(value):
+            raise CaseError(f"column {name} is {self.text(name)}; a whole number of {least} or more is needed")
         return int(value)
 
+    def degree(self, name: str) -> int:
+        """A parallel degree: 1 where it is not stated, or 0 as some tables write for "off"."""
+        return self.whole(name, 1) or 1
+
     def number(self, name: str) -> float | None:
-        """A measured number, None where it is empty."""
+        """A number, None where it is not stated."""
         text = self.text(name)
+        if text.lower() in UNSTATED:
+            return None
         try:
-            return float(text) if text else None
+            return float(text)
         except ValueError:
             raise CaseError(f"column {name} is {text!r}; a number is needed") from None
 
@@ -72,20 +88,23 @@ class Case:
     @property
     def scored(self) -> bool:
         """Whether the row counts: what was quoted from memory, or marked as suspect by who collected it, does not."""
-        return self.text("from_memory") != "1"
+        return self.text("from_memory").lower() not in ("1", "1.0", "true", "yes")
 
 
 def read_cases(path: Path) -> list[Case]:
     """All rows of a file. ValueError, in one sentence, where it is no such file."""
     try:
-        with path.open(newline="") as file:
+        with path.open(newline="", encoding="utf-8-sig") as file:  # spreadsheets write a byte order mark
             reader = csv.DictReader(file)
-            columns = [c for c in reader.fieldnames or () if c is not None]
+            reader.fieldnames = [c.strip().lower() for c in reader.fieldnames or ()]
+            columns = list(reader.fieldnames)
             rows = [{k: v or "" for k, v in row.items() if k is not None} for row in reader]
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:
         raise ValueError(f"{path} is no text file; give a CSV file with a header line") from None
+    except csv.Error as error:
+        raise ValueError(f"{path} is no CSV file ({error}); give a CSV file with a header line") from None
     if not columns:
         raise ValueError(f"{path} is empty; give a CSV file with a header line")
     kind = _kind(columns, path)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from math import ceil
+from math import ceil, gcd
 
 from costmodels.cluster import Cluster, Fabric, Link, Wire, load_cluster, machine_tables
 from costmodels.device import Device, on_machine
@@ -15,7 +15,11 @@ LATENCY_INSIDE, LATENCY_BETWEEN = 0.0, 0.0  # the collective models have the lat
 # Network share of one device in bytes/s where a row does not state it: ASSUMPTION, the reference designs of DGX A100
 # (8 x 200 Gb/s), DGX H100 and later (400 Gb/s a device), DGX-1 (4 x 100 Gb/s per node of 8); elsewhere 100 Gb/s a node.
 UNSTATED = {"a100": 25e9, "h100": 50e9, "h200": 50e9, "b200": 50e9, "b300": 100e9, "gb200": 50e9, "gb300": 100e9,
-            "v100": 6.25e9, "p100": 6.25e9, "mi300x": 50e9, "mi355x": 50e9}  # fmt: skip
+            "v100": 6.25e9, "p100": 6.25e9, "mi300x": 50e9, "mi355x": 50e9, "mi325x": 50e9, "mi350x": 50e9,
+            "h800": 50e9, "h20": 50e9, "gh200": 50e9, "b100": 50e9}  # fmt: skip
+# Words that name links between the devices of a node.
+LINKS = ("nvlink", "nvswitch", "xgmi", "infinity fabric", "infinityfabric", "ici", "neuronlink", "hccs", "xe link")
+MOST_INSIDE = 4096  # devices that any published node, rack or pod joins
 # Runs whose source published op times of the very machine (micro-benchmarks, no step): set of the row -> machine.
 MACHINES = {"simumax_b200": "b200-simumax"}
 PCIE_SHARED = 0.5  # share of its PCIe rate that a device reaches while its neighbours use the same switch: ASSUMPTION
@@ -28,24 +32,41 @@ def cluster_of(case: Case, devices: dict[str, Device]) -> Cluster:
     key = f"{name} {machine}"
     try:
         if key not in devices:
-            found = device_named(name)
+            found = _device(name)
             devices[key] = on_machine(found, machine) if machine else found
         device = devices[key]
     except ValueError as error:
         raise CaseError(str(error)) from None
-    count, per_node = case.whole("num_gpus"), case.whole("gpus_per_node", 8) or 1
+    count, per_node = case.whole("num_gpus", least=1), case.whole("gpus_per_node", 8) or 8
     inside = case.text("intra_node") or case.text("interconnect")
     between = case.text("inter_node") or case.text("interconnect").partition("inside the node")[2]
-    if domain := re.search(r"NVL(\d+)", inside):
+    if (domain := re.search(r"NVL([1-9]\d*)", inside)) and case.text("intra_node"):
         per_node = int(domain[1])
+    per_node = min(per_node, MOST_INSIDE)
     intra = _inside(device, inside)
     inter, assumed = _between(device, between, per_node, case)
     notes = (f"network between nodes assumed: {inter.bandwidth / GB:.3g} GB/s a device",) if assumed else ()
-    cluster = Cluster(
+    fabric = _fabric(device, intra, inside)
+    dims = _grid(count, 3 if "3D" in device.link else 2) if fabric == "torus" else ()
+    if fabric == "torus" and count % per_node:
+        per_node = gcd(count, per_node)  # hosts of equal size; a torus does not mind them
+    return Cluster(
         f"{case.text('gpu')} x {count}", device, ceil(count / per_node), per_node, intra, inter, "nccl",
-        notes=notes, fabric=_fabric(inside), wires=_mesh(inside, device), tables=machine_tables(machine),
+        notes=notes, fabric=fabric, wires=_mesh(inside, device), dims=dims, tables=machine_tables(machine),
     )  # fmt: skip
-    return cluster
+
+
+def _device(text: str) -> Device:
+    """The device of a published name; what stands in brackets and the vendor's system are left out where the whole
+    name is unknown ("DGX H100", "H100 SXM5 80GB (HGX)")."""
+    try:
+        return device_named(text)
+    except ValueError as error:
+        bare = re.sub(r"\(.*?\)|\b[DHM]GX\b", "", text).strip()
+        try:
+            return device_named(bare)
+        except ValueError:
+            raise error from None
 
 
 def _mesh(text: str, device: Device) -> tuple[Wire, ...]:
@@ -55,17 +76,37 @@ def _mesh(text: str, device: Device) -> tuple[Wire, ...]:
     return load_cluster("dgx1-p100" if "P100" in device.name else "dgx1-v100").wires
 
 
-def _fabric(text: str) -> Fabric:
-    low = text.lower()
-    return "cube-mesh" if "cube" in low else "nvswitch" if "nvlink" in low or "nvswitch" in low else "pcie"
+def _fabric(device: Device, intra: Link, text: str) -> Fabric:
+    """How the links of a node join its devices: through switches, each pair by its own (AMD, Gaudi, Ascend, Intel), or
+    as a torus (TPU)."""
+    if intra.name == "PCIe":
+        return "pcie"
+    if "cube" in text.lower():
+        return "cube-mesh"
+    if device.kind == "tpu":
+        return "torus"
+    return "mesh" if re.search(r"xgmi|^if$|infinity|hccs|roce|xe link", device.link.lower()) else "nvswitch"
+
+
+def _grid(count: int, axes: int) -> tuple[int, ...]:
+    """The sides of a torus of so many chips, as equal as they can be."""
+    if axes == 1:
+        return (count,)
+    side = next(n for n in range(max(round(count ** (1 / axes)), 1), 0, -1) if count % n == 0)
+    return (side, *_grid(count // side, axes - 1))
 
 
 def _inside(device: Device, text: str) -> Link:
-    """NVLink at the device's own rate, or PCIe."""
-    if "nvlink" in text.lower() or ("xgmi" in text.lower() or "infinity" in text.lower()):
+    """The links of the device at its own rate, or PCIe where the row says so or the device has nothing that joins all
+    of a node (bridges join pairs)."""
+    low = re.sub(r"(no|without) (nvlink|nvswitch|xgmi|infinity)", "", text.lower())
+    named = any(word in low for word in LINKS)
+    own = bool(device.link) and not re.search(r"bridge|connectx", device.link.lower())
+    if named or (own and "pci" not in low):
         rate = device.link_bandwidth
-        if stated := re.search(r"(\d+)\s*GB/s", text):
-            rate = float(stated[1]) * GB / 2  # both directions are quoted
+        if stated := re.search(r"(\d+(?:\.\d+)?)\s*([GT])B/s", text):
+            ways = 1 if re.search(r"unidirectional|(per|each|one) (direction|way)", low) else 2
+            rate = float(stated[1]) * GB * (1000 if stated[2] == "T" else 1) / ways  # both directions are quoted
         if rate:
             return Link(device.link or "NVLink", rate, LATENCY_INSIDE, "device file")
     rate = device.pcie_bandwidth or 12 * GB
@@ -73,17 +114,23 @@ def _inside(device: Device, text: str) -> Link:
 
 
 def _between(device: Device, text: str, per_node: int, case: Case) -> tuple[Link, bool]:
-    """One device's share of the network between nodes."""
-    rate = None
-    if found := re.search(r"(\d+)\s*x\s*(\d+)\s*Gb/s.*per node", text):
-        rate = int(found[1]) * int(found[2]) / 8 * GB / per_node
-    elif found := re.search(r"(\d+)\s*Gb/s.*per (node|GPU)", text):
-        rate = int(found[1]) / 8 * GB / (per_node if found[2] == "node" else 1)
-    elif "EC2" in text:
-        rate = 1.25 * GB / per_node  # p2.8xlarge: 10 Gb/s a node, from memory
-    if rate is not None:
-        return Link(text, rate, LATENCY_BETWEEN, "the row"), False
+    """One device's share of the network between nodes, and whether it is an assumption."""
+    text = re.sub(r"(?<=\d)\s*T(bps|bit/s|b/s)", "000 Gb/s", re.sub(r"(\d)\.(\d) ?T(?=b)", r"\1\g<2>00 G", text))
+    text = re.sub(r"(?<=\d)\s*G(bps|bit/s|bE\b)", " Gb/s", text)
     name = re.sub(r"[^a-z0-9]", "", device.name.lower())
     family = next((f for f in sorted(UNSTATED, key=len, reverse=True) if f in name), "")
     share = UNSTATED.get(family, 12.5e9 / per_node)
+    rate = None
+    if found := re.search(r"(\d+)\s*x\s*(\d+)\s*Gb/s", text):
+        shared = 1 if re.search(r"per (gpu|device)", text.lower()) else per_node
+        rate = int(found[1]) * int(found[2]) / 8 * GB / shared
+    elif found := re.search(r"(\d+)\s*Gb/s.*per (node|GPU)", text):
+        rate = int(found[1]) / 8 * GB / (per_node if found[2] == "node" else 1)
+    elif found := re.search(r"(\d+)\s*Gb/s", text):  # of a NIC; above 100 and up to 400 Gb/s every GPU has its own
+        rate = int(found[1]) / 8 * GB
+        rate = min(rate, share) if family and 12.5e9 < rate <= 50e9 else rate / per_node
+    elif "EC2" in text:
+        rate = 1.25 * GB / per_node  # p2.8xlarge: 10 Gb/s a node, from memory
+    if rate:
+        return Link(text, rate, LATENCY_BETWEEN, "the row"), False
     return Link("network (assumed)", share, LATENCY_BETWEEN, "reference design"), case.whole("num_gpus") > per_node

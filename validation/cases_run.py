@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from math import inf
 from typing import Any
 
 from validation.cases import Case, CaseError
@@ -57,10 +58,12 @@ class Outcome:
 
 
 def _published(case: Case, name: str) -> float | None:
+    """A measured number; None where it is not stated or cannot have been measured."""
     try:
-        return case.number(name)
+        value = case.number(name)
     except CaseError:
         return None
+    return value if value is not None and 0 < value < inf else None
 
 
 def _error(predicted: float | None, measured: float | None) -> float | None:
@@ -92,6 +95,9 @@ class _Runner:
             return self._vision(case) if case.kind == "vision" else self._transformer(case)
         except ValueError as error:  # a CaseError, or a plan or model that does not fit, or a shape not divisible
             return Outcome(case, reason=str(error))
+        except Exception as error:  # ours: the other rows of the file are predicted all the same
+            said = str(error).strip().partition("\n")[0][:200]
+            return Outcome(case, reason=f"a fault of Parplan ({type(error).__name__}: {said}); please report the row")
 
     def cluster(self, case: Case) -> Any:
         """Clusters are shared so that their devices remember prices."""
@@ -106,7 +112,7 @@ class _Runner:
     def _transformer(self, case: Case) -> Outcome:
         from planner.folded import predict_folded
         from validation.cases_software import software_of
-        from validation.cases_transformer import model_of, plan_of
+        from validation.cases_transformer import family_of, model_of, plan_of
 
         software = software_of(case)
         plan = plan_of(case, software)
@@ -120,7 +126,9 @@ class _Runner:
                 case, p.step_seconds, p.interval, p.allocated_bytes, p.reserved_bytes or None,
                 p.device, p.shares, plan.label, software.name, cluster.notes,
             )  # fmt: skip
-        return replace(self.known[key], case=case)
+        said, built = case.text("family"), family_of(case)
+        notes = (f"family {said} is predicted as {built}",) if said.lower() != built else ()
+        return replace(self.known[key], case=case, notes=(*cluster.notes, *notes))
 
     def _vision(self, case: Case) -> Outcome:
         from planner.whole_step import predict_whole

@@ -44,6 +44,9 @@ ONEFLOW = replace(
 DDP_2020 = Software(
     "torch DDP 2020", HOST["torch-2021"], "module", main_grads=0, fused_accumulation=False, vocab_parallel=False,
 )  # fmt: skip
+# Programs of today that are none of these: eager torch with its DistributedDataParallel, or XLA, which fuses.
+TORCH_DDP = replace(TORCHTITAN, name="torch DDP", fsdp_copies=False)
+XLA = replace(TORCHTITAN, name="XLA", host=HOST["static graph"], fusion="chain", fused_loss=True, fsdp_copies=False)
 TENSORFLOW = replace(DDP_2020, name="TensorFlow", host=HOST["static graph"], fusion="none")  # without XLA
 
 
@@ -71,7 +74,7 @@ def software_of(case: Case) -> Software:
         found = replace(found, recompute_share=sum(again) / sum(every), recompute_shares=shares)
     if "mode pure" in notes:
         found = replace(found, reduce_bytes=2)
-    if not case.whole("vocab", 1):  # a layer alone, not a training step
+    if case.number("vocab") == 0:  # a layer alone, not a training step
         found = replace(found, optimizer="none", host=replace(found.host, step=0.0))
     return found
 
@@ -90,7 +93,10 @@ def _named(case: Case, name: str) -> Software:
         return ONEFLOW
     if "tensorflow" in name:
         return TENSORFLOW
-    if "megatron-deepspeed" in name or "8aa4619" in name or "aceso" in name:
+    if any(w in name for w in ("jax", "maxtext", "xla", "flax", "pax", "t5x")):
+        return XLA
+    old = re.search(r"megatron(-lm)?[ (]+(20(19|20|21)\b|v[12]\.)", name)
+    if old or "megatron-deepspeed" in name or "8aa4619" in name or "aceso" in name:
         return MEGATRON_2021
     if "megatron-lm 2022" in name:
         return MEGATRON_2022
@@ -102,6 +108,6 @@ def _named(case: Case, name: str) -> Software:
         return TORCHTITAN
     if "apex" in name or "pytorch 1." in name:
         return DDP_2020
-    if "megatron" in name or "nemo" in name or case.whole("tp", 1) > 1 or case.whole("pp", 1) > 1:
+    if "megatron" in name or "nemo" in name or case.degree("tp") > 1 or case.degree("pp") > 1:
         return MEGATRON_CORE
-    return TORCHTITAN if case.text("zero_fsdp") == "zero3" else DDP_2020
+    return TORCHTITAN if case.word("zero_fsdp") in ("zero3", "fsdp") else TORCH_DDP

@@ -17,6 +17,18 @@ BLOCK_MODULES_SELECTIVE = ("attn.core",)
 # Per-operator policy of torchtitan: every second product and attention are kept, all else is made again.
 PER_OP = ("norm1", "attn.q", "attn.k", "attn.v", "attn.o", "attn.rope_q", "attn.rope_k", "norm2", "mlp.up", "mlp.gate",
           "mlp.act")  # fmt: skip
+ZERO: dict[str, DataParallel] = {"none": "ddp", "": "ddp", "0": "ddp", "zero0": "ddp", "ddp": "ddp", "zero1": "zero1",
+                                 "zero2": "zero2", "zero3": "fsdp", "fsdp": "fsdp"}  # fmt: skip
+FAMILIES = ("gpt", "mpt", "llama", "gpt_gqa_relu2", "bert", "moe_mla")
+ENCODERS = ("bert", "encoder", "electra")
+DECODERS = ("gpt", "llama", "opt", "bloom", "falcon", "neox", "pythia", "mistral", "mixtral", "qwen", "gemma", "yi",
+            "phi", "palm", "mpt", "glm", "olmo", "grok", "dbrx", "nemotron", "granite", "deepseek", "moe", "megatron",
+            "decoder", "dense", "transformer")  # fmt: skip
+FUSED = ("flash", "fused", "cudnn", "sdpa", "xformers", "memory-efficient", "memory efficient", "transformer engine",
+         "triton", "splash", "pallas")  # fmt: skip
+UNSTATED_KERNELS = ("", "not stated", "unknown", "not published")
+PRECISIONS = {"fp32": "fp32", "float32": "fp32", "tf32": "tf32", "fp16": "fp16", "float16": "fp16", "half": "fp16",
+              "bf16": "bf16", "bfloat16": "bf16", "fp8": "fp8", "float8": "fp8", "mxfp8": "fp8"}  # fmt: skip
 PREDICTIONS_PER_SEQUENCE = 20  # masked positions of BERT pre-training at length 128 (its scripts and the rows' notes)
 
 
@@ -39,33 +51,27 @@ class Traces:
 
 def model_of(case: Case, software: Software, traces: Traces) -> FoldedModel:
     """The model of a row, traced with three blocks at its micro-batch."""
-    from opgraph.zoo.transformer import Experts, Latent, Shape
+    from opgraph.zoo.transformer import Latent, Shape
 
-    family, precision = case.text("family"), case.text("precision")
-    if family not in ("gpt", "mpt", "llama", "gpt_gqa_relu2", "bert", "moe_mla"):
-        raise CaseError(f"family {family!r} is none of gpt, mpt, llama, gpt_gqa_relu2, bert, moe_mla")
-    tp, cp, ep = case.whole("tp", 1), case.whole("cp", 1), case.whole("ep", 1)
-    seq = case.whole("seq_len")
+    family, precision = family_of(case), precision_of(case)
+    tp, cp = case.degree("tp"), case.degree("cp")
+    seq, hidden, heads = (case.whole(name, least=1) for name in ("seq_len", "hidden", "heads"))
+    kv_heads = case.whole("kv_heads", heads) or heads
     if seq % cp:
         raise CaseError(f"seq_len {seq} does not divide into cp = {cp} parts")
-    kernel = case.text("attention").lower()
-    unfused = kernel.startswith(("unfused", "eager")) or "no flash" in kernel
-    fused = not unfused and any(w in kernel for w in ("flash", "fused", "cudnn", "sdpa"))
-    experts = None
+    if hidden % heads or heads % kv_heads:
+        raise CaseError(f"hidden {hidden}, heads {heads} and kv_heads {kv_heads} must divide one by the other")
+    fused = fused_attention(case)
     moe = case.whole("moe_experts", 0)
-    if moe:
-        if tp > 1:
-            raise CaseError("experts together with tensor parallelism are not predicted yet")
-        shared = re.search(r"shared-expert ffn (\d+)", case.text("notes"))
-        width = int(shared[1]) if shared else 0
-        experts = Experts(moe // ep, moe, case.whole("moe_topk"), case.whole("moe_ffn"), width)
+    experts = _experts(case, moe) if moe else None
     old = ("megatron" in case.text("software").lower() and not fused) or family == "bert"
     vocab = case.whole("vocab")
     padded = ceil(vocab / (128 * tp)) * 128 * tp if software.vocab_parallel else vocab
     llama = family in ("llama", "moe_mla")
     shape = Shape(
-        layers=TRACED_BLOCKS, hidden=case.whole("hidden"), heads=case.whole("heads"),
-        kv_heads=case.whole("kv_heads", case.whole("heads")), ffn=case.whole("ffn"), seq=seq // cp, vocab=padded,
+        layers=TRACED_BLOCKS, hidden=hidden, heads=heads, kv_heads=kv_heads,
+        ffn=case.whole("moe_ffn" if experts and not case.whole("ffn", 0) else "ffn", least=1), seq=seq // cp,
+        vocab=padded,
         norm="rms" if llama else "layer",
         mlp=_activation(case),
         positions="rope" if llama or family == "gpt_gqa_relu2" else "learned",
@@ -77,14 +83,65 @@ def model_of(case: Case, software: Software, traces: Traces) -> FoldedModel:
         dtype={"fp16": "float16", "bf16": "bfloat16", "fp8": "bfloat16"}.get(precision, "float32"),
     )  # fmt: skip
     name = f"{family}{' tied' if shape.tied else ''}"
-    graph = traces.graph(name, shape, case.whole("micro_batch"))
-    return FoldedModel(graph, case.whole("layers"), seq // cp, padded, first_differs=experts is not None)
+    graph = traces.graph(name, shape, case.whole("micro_batch", least=1))
+    return FoldedModel(graph, case.whole("layers", least=1), seq // cp, padded, _dense_first(case) if experts else 0)
+
+
+def family_of(case: Case) -> str:
+    """The family of the schema that a row's model is built as; other names count as what their layers are like."""
+    family = re.sub(r"[^a-z0-9]", "", case.word("family"))
+    if found := next((known for known in FAMILIES if known.replace("_", "") == family), None):
+        return found
+    if "mla" in family or "deepseekv" in family:
+        return "moe_mla"
+    if any(word in family for word in ENCODERS):
+        return "bert"
+    if any(word in family for word in DECODERS):
+        return "llama" if case.whole("gated_mlp", 0) else "gpt"
+    raise CaseError(
+        f"family {case.text('family')!r} is none of {', '.join(FAMILIES)}; the columns do not tell what its layers are"
+    )
+
+
+def fused_attention(case: Case) -> bool:
+    """Whether one kernel computes attention: what the row says; where it says nothing, what its trainer does by
+    default (torch's `scaled_dot_product_attention` and Transformer Engine are fused, older programs are not)."""
+    kernel = case.word("attention")
+    if kernel.startswith(("unfused", "eager", "math", "naive", "non-flash", "none")) or "no flash" in kernel:
+        return False
+    if any(word in kernel for word in FUSED):
+        return True
+    old = ("megatron-deepspeed", "2022", "hugging face", "pytorch 1.", "tensorflow", "oneflow", "2021", "2020")
+    return kernel in UNSTATED_KERNELS and not any(word in case.word("software") for word in old)
+
+
+def _experts(case: Case, count: int) -> Any:
+    from opgraph.zoo.transformer import Experts
+
+    if case.degree("tp") > 1:
+        raise CaseError("experts together with tensor parallelism are not predicted yet")
+    ep, top = case.degree("ep"), case.whole("moe_topk", least=1)
+    if count % ep:
+        raise CaseError(f"ep = {ep} does not divide moe_experts = {count}; each rank has equally many experts")
+    if top > count:
+        raise CaseError(f"moe_topk {top} is more than moe_experts {count}")
+    shared = re.search(r"shared-expert ffn (\d+)", case.text("notes"))
+    gated = case.whole("gated_mlp", 1) > 0
+    return Experts(count // ep, count, top, case.whole("moe_ffn", least=1), int(shared[1]) if shared else 0, gated)
+
+
+def _dense_first(case: Case) -> int:
+    """Blocks before the first with experts: as the notes say ("1 dense + 3 MoE layers"), else one in DeepSeek's
+    family (DeepSeek-V2's; V3 has three), none in others (Mixtral, Grok)."""
+    if stated := re.search(r"(\d+) dense\b", case.text("notes")):
+        return int(stated[1])
+    return 0 if family_of(case) != "moe_mla" else 3 if re.search(r"v-?3|r1", case.text("model").lower()) else 1
 
 
 def _activation(case: Case) -> Any:
     """What stands between the products of an MLP. Hugging Face's GPT-2 spells GELU out ("gelu_new", the default of its
     configuration and the value in NeuSight's); its OPT has one kernel (ReLU), and Megatron's layers have their own."""
-    name, family = case.text("software").lower(), case.text("family")
+    name, family = case.text("software").lower(), family_of(case)
     if case.whole("gated_mlp", 0):
         return "swiglu"
     if family == "gpt_gqa_relu2":
@@ -96,43 +153,49 @@ def _activation(case: Case) -> Any:
 def _predicted(case: Case) -> int:
     """Positions whose logits are made: the masked ones in BERT pre-training. NVIDIA's PyTorch scripts of that time
     make those of all positions."""
-    masked = case.text("family") == "bert" and "pre-training" in case.text("notes")
+    masked = family_of(case) == "bert" and "pre-training" in case.text("notes")
     return PREDICTIONS_PER_SEQUENCE if masked and "pytorch" not in case.text("software").lower() else 0
 
 
 def plan_of(case: Case, software: Software) -> ParallelPlan:
     """The plan of a row."""
-    dp, tp, pp, cp = (case.whole(axis, 1) for axis in ("dp", "tp", "pp", "cp"))
+    dp, tp, pp, cp, ep, vpp = (case.degree(axis) for axis in ("dp", "tp", "pp", "cp", "ep", "vpp"))
+    layers = case.whole("layers", least=1)
+    if pp * vpp > layers + 2:
+        raise CaseError(f"{layers} layers, embedding and loss cannot fill pp x vpp = {pp} x {vpp} chunks")
     if dp * tp * pp * cp != case.whole("num_gpus"):
         raise CaseError(f"dp x tp x pp x cp = {dp * tp * pp * cp} differs from num_gpus = {case.whole('num_gpus')}")
-    batch, micro = case.whole("global_batch"), case.whole("micro_batch")
-    if not micro or batch % (dp * micro):
+    batch, micro = case.whole("global_batch", least=1), case.whole("micro_batch", least=1)
+    if batch % (dp * micro):
         raise CaseError(f"global_batch {batch} is no multiple of dp x micro_batch = {dp} x {micro}")
-    zero: dict[str, DataParallel] = {"none": "ddp", "": "ddp", "zero1": "zero1", "zero2": "zero2", "zero3": "fsdp"}
-    if case.text("zero_fsdp") not in zero:
+    zero = re.sub(r"[^a-z0-9]", "", case.word("zero_fsdp"))
+    if zero not in ZERO:
         raise CaseError(f"zero_fsdp is {case.text('zero_fsdp')!r}; it must be none, zero1, zero2 or zero3")
     try:
         return ParallelPlan(
-            global_batch=batch, pp=pp, dp=dp, tp=tp, cp=cp, ep=case.whole("ep", 1), vpp=case.whole("vpp", 1),
-            micro_batches=batch // (dp * micro), data_parallel=zero[case.text("zero_fsdp")],
-            cuts=_cuts(case, pp * case.whole("vpp", 1)), shardings=_shardings(case, software) if tp > 1 else (),
-            recompute=_recompute(case), precision=_precision(case), sequence_parallel=case.text("sp") == "1" and tp > 1,
+            global_batch=batch, pp=pp, dp=dp, tp=tp, cp=cp, ep=ep, vpp=vpp,
+            micro_batches=batch // (dp * micro), data_parallel=ZERO[zero],
+            cuts=_cuts(case, pp * vpp), shardings=_shardings(case, software) if tp > 1 else (),
+            recompute=_recompute(case), precision=precision_of(case),
+            sequence_parallel=case.word("sp") in ("1", "1.0", "true", "yes") and tp > 1,
         )  # fmt: skip
     except ValueError as error:
         raise CaseError(str(error)) from None
 
 
-def _precision(case: Case) -> Any:
-    precision = case.text("precision")
-    if precision not in ("fp32", "tf32", "fp16", "bf16", "fp8"):
-        raise CaseError(f"precision is {precision!r}; it must be fp32, tf32, fp16, bf16 or fp8")
-    return precision
+def precision_of(case: Case) -> Any:
+    """What the products compute in: the first word of the column that names a type ("bf16-mixed", "fp8 (hybrid)")."""
+    words = re.split(r"[^a-z0-9]+", case.word("precision"))
+    found = next((PRECISIONS[word] for word in words if word in PRECISIONS), None)
+    if found is None:
+        raise CaseError(f"precision is {case.text('precision')!r}; it must be fp32, tf32, fp16, bf16 or fp8")
+    return found
 
 
 def _cuts(case: Case, chunks: int) -> tuple[str, ...]:
     """Where chunks begin: equal numbers of blocks; embedding and loss count as a block each where only that divides;
     operators per stage where the notes list them (13 a block and 3 around them)."""
-    layers = case.whole("layers")
+    layers = case.whole("layers", least=1)
     if chunks == 1:
         return ()
     if listed := re.search(r"operators per stage \[([\d, ]+)\]", case.text("notes")):
@@ -159,13 +222,13 @@ def _shardings(case: Case, software: Software) -> tuple[tuple[str, Sharding], ..
 
 
 def _recompute(case: Case) -> tuple[str, ...]:
-    kind = case.text("recompute")
+    kind = case.word("recompute")
     notes = case.text("notes")
     if kind in ("none", ""):
         return ()
     if kind == "full" or "whole layers" in notes or "recomputed operators per stage" in notes:
         return tuple(f"blocks.{i}" for i in range(TRACED_BLOCKS))
     if kind != "selective":
-        raise CaseError(f"recompute is {kind!r}; it must be none, full or selective")
+        raise CaseError(f"recompute is {case.text('recompute')!r}; it must be none, full or selective")
     names = PER_OP if "per-op" in notes else BLOCK_MODULES_SELECTIVE
     return tuple(f"blocks.{i}.{name}" for i in range(TRACED_BLOCKS) for name in names)

@@ -10,6 +10,7 @@ from planner.plan import ParallelPlan
 from planner.software import HOST, Software
 from planner.whole_step import Sharing
 from validation.cases import Case, CaseError
+from validation.cases_transformer import precision_of
 
 # PyTorch runs every op as a kernel; TensorFlow 2017 and cuda-convnet run a static graph.
 TORCH = Software("torch DDP", HOST["torch-2021"], "none", fused_accumulation=False, main_grads=0, norm_clip=False,
@@ -59,7 +60,7 @@ def software_of(case: Case) -> Software:
 
 def sharing_of(case: Case) -> Sharing:
     """How the replicas of a row agree."""
-    kind, notes = case.text("parallelism"), case.text("notes").lower()
+    kind, notes = case.word("parallelism"), case.text("notes").lower()
     if kind == "ps":
         return Sharing("copies" if "variables on the gpus" in notes else "server", barrier="distributed" in notes)
     if "without nccl" in notes:
@@ -68,16 +69,18 @@ def sharing_of(case: Case) -> Sharing:
         return Sharing(divided=("head",), sampled=0.1 if "sample ratio 0.1" in notes else 1.0)
     if kind == "owt" and model_name(case) == "alexnet":
         return Sharing(divided=("blocks.5", "blocks.6", "head"))
-    if kind in ("dp", "single", "gpipe"):
+    if kind in ("", "none", "dp", "ddp", "horovod", "single", "gpipe"):
         return Sharing()
     raise CaseError(f"{kind!r} of {case.text('model')} is not predicted; single, dp, ps, gpipe and dp+mp_fc are")
 
 
 def plan_of(case: Case) -> ParallelPlan:
     """The plan of a row."""
-    dp, pp = case.whole("dp", 1), case.whole("pp", 1)
-    batch, chunks = case.whole("global_batch"), case.whole("chunks", 1)
-    gpipe = case.text("parallelism") == "gpipe"
+    dp, pp, chunks = (case.degree(name) for name in ("dp", "pp", "chunks"))
+    batch = case.whole("global_batch", least=1)
+    if dp * pp > case.whole("num_gpus"):
+        raise CaseError(f"dp x pp = {dp * pp} is more than num_gpus = {case.whole('num_gpus')}")
+    gpipe = case.word("parallelism") == "gpipe"
     if gpipe and batch // chunks * chunks != batch:
         batch = batch // chunks * chunks
     if batch % (dp * chunks):
@@ -92,9 +95,10 @@ def plan_of(case: Case) -> ParallelPlan:
 
 
 def _precision(case: Case) -> Any:
-    if case.text("precision") not in ("fp32", "tf32", "fp16", "bf16"):
-        raise CaseError(f"precision is {case.text('precision')!r}; it must be fp32, tf32, fp16 or bf16")
-    return case.text("precision")
+    found = precision_of(case)
+    if found == "fp8":
+        raise CaseError("convolutions in fp8 are not predicted; precision must be fp32, tf32, fp16 or bf16")
+    return found
 
 
 def _cuts(case: Case, pp: int) -> tuple[str, ...]:

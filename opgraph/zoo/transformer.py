@@ -33,13 +33,15 @@ class Latent:
 
 @dataclass(frozen=True, slots=True)
 class Experts:
-    """`count` experts of width `ffn` on this rank's part of the tokens, `shared` width of the expert of all tokens."""
+    """`count` experts of width `ffn` on this rank's part of the tokens, `shared` width of the expert of all tokens.
+    gated: three matrices an expert (SwiGLU), else two with the shape's activation."""
 
     count: int
     routed: int  # experts that the router tells apart (all ranks)
     top_k: int
     ffn: int
     shared: int = 0
+    gated: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -264,8 +266,8 @@ class Mixture(nn.Module):
         self.count = e.count
         self.router = Router(s.hidden, e.routed, e.top_k)
         self.dispatch, self.combine = Dispatch(), Combine()
-        self.up = Grouped(e.count, s.hidden, 2 * e.ffn)
-        self.act = Activation("swiglu", True)
+        self.up = Grouped(e.count, s.hidden, (2 if e.gated else 1) * e.ffn)
+        self.act = Activation("swiglu" if e.gated else s.mlp, True)
         self.down = Grouped(e.count, e.ffn, s.hidden)
         self.shared = Mlp(s, e.shared) if e.shared else None
 

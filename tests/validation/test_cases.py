@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import csv
 import json
+from math import prod
 from pathlib import Path
 
 import pytest
 
+from planner.folded_model import chunks_of
 from validation import cases_vision
 from validation.cases import TRANSFORMER, VISION, Case, CaseError, read_cases
 from validation.cases_cluster import cluster_of
@@ -15,7 +17,7 @@ from validation.cases_report import write_report
 from validation.cases_run import Outcome, run_cases
 from validation.cases_score import score, summary
 from validation.cases_software import software_of
-from validation.cases_transformer import _activation, plan_of
+from validation.cases_transformer import Traces, _activation, family_of, model_of, plan_of
 
 ROW = {
     "case_id": "a", "set": "s", "model": "GPT", "family": "gpt", "layers": "8", "hidden": "512", "heads": "8",
@@ -191,3 +193,135 @@ def test_gelu_of_hugging_faces_gpt2_is_spelled_out() -> None:
     assert _activation(row(**eager, model="gpt2_large")) == "gelu_new"
     assert _activation(row(**eager, model="opt_13")) == "gelu"
     assert _activation(row(**{**eager, "software": "Hugging Face eager, Megatron via accelerate"})) == "gelu"
+
+
+def test_tables_that_spreadsheets_wrote_are_read(tmp_path: Path) -> None:
+    """A byte order mark, other line ends, capital headers, another order, and further columns change nothing."""
+    header = [*reversed([k.upper() for k in ROW]), "Remark"]
+    lines = [",".join(header), ",".join([*(f'"{v}"' for v in reversed(ROW.values())), "", "too", "much"]), ""]
+    (tmp_path / "t.csv").write_bytes(b"\xef\xbb\xbf" + "\r\n".join(lines).encode())
+    (case,) = read_cases(tmp_path / "t.csv")
+    assert case.whole("layers") == 8 and case.text("intra_node") == ROW["intra_node"]
+    assert plan_of(case, software_of(case)) == plan_of(row(), software_of(row()))
+
+
+def test_words_of_the_schema_are_read_in_any_case_and_spelling() -> None:
+    words = {"recompute": "Full", "precision": "BF16-mixed", "zero_fsdp": "ZeRO-1", "sp": "True", "family": "GPT"}
+    odd = row(vpp="0", cp="0", ep="nan", **words)
+    plan, plain = plan_of(odd, software_of(odd)), row(precision="bf16", zero_fsdp="zero1", sp="1")
+    assert plan == plan_of(plain, software_of(plain))
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"layers": "inf"}, "whole number"),
+        ({"layers": "1e400"}, "whole number"),
+        ({"hidden": "0"}, "1 or more"),
+        ({"hidden": "500"}, "divide"),
+        ({"heads": "6", "kv_heads": "4"}, "divide"),
+        ({"micro_batch": "nan"}, "whole number"),
+        ({"seq_len": ""}, "whole number"),
+        ({"pp": "2", "vpp": "8"}, "cannot fill"),
+        ({"family": "mixtral", "moe_experts": "7", "moe_topk": "2", "moe_ffn": "64", "tp": "1", "dp": "4", "ep": "2"},
+         "does not divide moe_experts"),
+    ],
+)  # fmt: skip
+def test_odd_numbers_are_reasons_not_tracebacks(changes: dict[str, str], sentence: str) -> None:
+    (outcome,) = run_cases([row(**changes)], lambda what, share: None)
+    assert outcome.predicted_seconds is None and sentence in outcome.reason
+
+
+def test_a_fault_of_ours_in_one_row_leaves_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> None:
+        raise KeyError("of ours")
+
+    monkeypatch.setattr("planner.whole_step.predict_whole", broken)
+    first, second = run_cases([picture(), row(family="rnn")], lambda what, share: None)
+    assert "fault of Parplan" in first.reason and "rnn" in second.reason
+
+
+def test_impossible_measurements_are_no_measurements() -> None:
+    for text in ("0", "-3", "inf", "nan", "n/a", "slow"):
+        assert Outcome(row(step_time_s=text), predicted_seconds=1.0).error is None
+
+
+def test_families_outside_the_schema_are_built_as_what_their_layers_are_like() -> None:
+    names = {"OPT": "0", "falcon": "0", "Mistral": "1", "mixtral": "1", "DeepSeek-V3": "1", "roberta": "0"}
+    found = [family_of(row(family=name, gated_mlp=gated)) for name, gated in names.items()]
+    assert found == ["gpt", "gpt", "llama", "llama", "moe_mla", "bert"]
+    with pytest.raises(CaseError, match="none of gpt"):
+        family_of(row(family="t5"))
+    (outcome,) = run_cases([row(family="opt")], lambda what, share: None)
+    assert "family opt is predicted as gpt" in outcome.notes
+
+
+def test_experts_of_every_block_and_of_all_but_the_first() -> None:
+    changes = {"moe_experts": "4", "moe_topk": "2", "moe_ffn": "256", "ep": "2", "tp": "1", "dp": "4", "gated_mlp": "1"}
+    rows = [row(family="mixtral", ffn="", **changes), row(family="moe_mla", **changes),
+            row(family="moe_mla", notes="3 dense + 5 MoE layers", **changes)]  # fmt: skip
+    models = [model_of(case, software_of(case), Traces()) for case in rows]
+    assert [m.different for m in models] == [0, 1, 3]
+    plan = plan_of(rows[2], software_of(rows[2]))
+    assert [c.parts for c in chunks_of(models[2], plan)] == [
+        (("first", 1), ("block0", 3), ("block", 1)), (("block", 4), ("last", 1))
+    ]  # fmt: skip
+
+
+def test_experts_have_two_matrices_where_the_mlp_has() -> None:
+    changes = {"moe_experts": "4", "moe_topk": "2", "moe_ffn": "256", "tp": "1", "dp": "4", "family": "moe"}
+    weights = []
+    for gated in ("0", "1"):
+        case = row(gated_mlp=gated, **changes)
+        graph = model_of(case, software_of(case), Traces()).graph
+        weights.append(sum(prod(t.shape) for name, t in graph.parameters.items() if len(t.shape) == 3))
+    assert weights[0] / weights[1] == pytest.approx(2 / 3)
+
+
+@pytest.mark.parametrize(
+    ("gpu", "inside", "fabric", "rate"),
+    [
+        ("A100 SXM4 80GB", "", "nvswitch", 300e9),
+        ("A100 SXM4 80GB", "not stated", "nvswitch", 300e9),
+        ("A100 SXM4 80GB", "PCIe 4.0, no NVLink", "pcie", 16e9),
+        ("A100 PCIe 80GB", "", "pcie", 16e9),
+        ("H100 SXM5 80GB", "NVLink 0.9 TB/s", "nvswitch", 450e9),
+        ("Instinct MI300X", "Infinity Fabric", "mesh", 448e9),
+        ("Gaudi2", "RoCE", "mesh", 300e9),
+        ("TPU v5p", "ICI", "torus", 300e9),
+        ("L40S", "not stated", "pcie", 16e9),
+    ],
+)
+def test_nodes_are_joined_by_what_the_device_has(gpu: str, inside: str, fabric: str, rate: float) -> None:
+    cluster = cluster_of(row(gpu=gpu, intra_node=inside, num_gpus="48"), {})
+    assert cluster.fabric == fabric and cluster.intra.bandwidth == pytest.approx(rate, rel=0.02)
+    assert cluster.size >= 48 and (fabric != "torus" or cluster.dims == (4, 3, 4))
+
+
+@pytest.mark.parametrize(
+    ("text", "rate"),
+    [
+        ("8 x 400 Gbps NDR", 50e9),
+        ("3200 Gbps EFA per node", 50e9),
+        ("3.2 Tb/s EFA per node", 50e9),
+        ("400 Gbit/s InfiniBand", 50e9),
+        ("100 GbE", 12.5e9 / 8),
+        ("1600 Gb/s per node (RoCE)", 25e9),
+        ("0 Gb/s per node", 50e9),
+    ],
+)
+def test_networks_are_read_from_their_text(text: str, rate: float) -> None:
+    cluster = cluster_of(row(gpu="H100 SXM5 80GB", num_gpus="16", inter_node=text), {})
+    assert cluster.inter.bandwidth == pytest.approx(rate)
+
+
+def test_tf32_rows_run_products_in_tf32() -> None:
+    """On an A100 tf32 is eight times as fast as float32 by the data sheet; a step gains some of it."""
+    shape = {"hidden": "4096", "ffn": "16384", "heads": "32", "kv_heads": "32", "layers": "2"}
+    case = row(pp="1", tp="1", dp="8", **shape)
+    names = ("fp32", "tf32", "bf16")
+    found = run_cases([Case("transformer", case.fields | {"precision": p}) for p in names], lambda what, share: None)
+    steps = dict(zip(names, found))
+    seconds = {p: o.predicted_seconds or 0.0 for p, o in steps.items()}
+    assert seconds["bf16"] < seconds["tf32"] < 0.6 * seconds["fp32"]
+    assert steps["tf32"].parts["gemm"] > 1.5 * steps["bf16"].parts["gemm"]
