@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from costmodels import gloo, hockney, nccl
+from costmodels import gloo, hockney, nccl, torus
 from costmodels.cluster import Cluster
 from costmodels.nccl_fabric import group_of
 from costmodels.nccl_law import Laws, error_of, shipped
@@ -86,6 +86,9 @@ def _price(
     measured = None if algorithm or not cluster.tables else _measured(cluster, kind, nbytes, ranks)
     if measured is not None:
         return measured
+    if cluster.fabric == "torus" and algorithm not in hockney.ALGORITHMS:
+        took = torus.seconds(cluster, kind, nbytes, ranks, len(firsts) > 1)
+        return CollectivePrice(took, 0.0, "roofline", torus.ERROR, "torus", "links")
     if cluster.backend == "nccl" or algorithm:
         name = "scattered group" if kind == "all_to_all" else "group"
         group = known.get(name)

@@ -27,8 +27,8 @@ def fsdp_step(c: Context, lane: Lane) -> None:
     own = 2 if plan.precision in SIXTEEN else 4
     reduced = c.software.reduce_bytes if plan.precision in SIXTEEN else 4
     before = dict(c.tally.seconds)
-    gather = {w: c.message("all_gather", n * own, "dp") for w, n in elements.items() if n}
-    scatter = {w: c.message("reduce_scatter", n * reduced, "dp") for w, n in elements.items() if n}
+    gather = {w: _message(c, "all_gather", w, own) for w, n in elements.items() if n}
+    scatter = {w: _message(c, "reduce_scatter", w, reduced) for w, n in elements.items() if n}
     whole = (c.message("all_gather", root * own, "dp"), c.message("reduce_scatter", root * reduced, "dp"))
     c.tally.seconds = before
     out = {w: _copied(c, n * own, n * own) for w, n in elements.items()}
@@ -55,7 +55,18 @@ def fsdp_step(c: Context, lane: Lane) -> None:
         c.tally.add("dp all_gather", 2 * gather[where] * plan.micro_batches, "roofline", 0.0)
         c.tally.add("dp reduce_scatter", scatter[where] * plan.micro_batches, "roofline", 0.0)
         c.tally.add("fsdp copies", (2 * out[where] + into[where]) * plan.micro_batches, "roofline", 0.0)
-    optimizer(c, lane, sum(sum(c.elements(chunk)) for chunk in c.chunks), reduces[-len(blocks) - 1 :])
+    dense, experts = (sum(held) for held in zip(*(c.elements(chunk) for chunk in c.chunks)))
+    optimizer(c, lane, dense, reduces[-len(blocks) - 1 :], experts)
+
+
+def _message(c: Context, kind: str, where: Where, element: int) -> float:
+    """Seconds of gathering or scattering a unit; expert-parallel experts are a message of their own, among the ranks
+    that have the same ones."""
+    part = c.parts.by_where[where]
+    if c.plan.ep == 1:
+        return c.message(kind, part.elements * element, "dp")
+    apart = c.message(kind, part.experts * element, "edp") if part.experts and c.plan.expert_replicas > 1 else 0.0
+    return c.message(kind, (part.elements - part.experts) * element, "dp") + apart
 
 
 def _lost(c: Context, seconds: dict[Where, float], element: int, kind: str, backward: bool) -> dict[Where, float]:

@@ -43,7 +43,7 @@ def memory_of(c: Context, stage: int) -> Memory:
     own = [c.chunks[i * plan.pp + stage] for i in range(plan.vpp)]
     dense = sum(c.elements(chunk)[0] for chunk in own)
     experts = sum(c.elements(chunk)[1] for chunk in own)
-    replicas, expert_replicas = plan.dp * plan.cp, max(1, plan.dp // plan.ep)
+    replicas, expert_replicas = plan.dp * plan.cp, plan.expert_replicas
     fsdp = plan.data_parallel == "fsdp"
     sharded = plan.data_parallel in ("zero1", "zero2", "fsdp")
     shard = (dense / replicas + experts / expert_replicas) if sharded else dense + experts

@@ -230,7 +230,7 @@ class _StageRunner:
         dense, experts = self.c.elements(chunk)
         own = (element if self.c.plan.precision in SIXTEEN else 4) * share
         sizes = {"dp": dense * own}
-        if experts and self.c.plan.dp // self.c.plan.ep > 1:
+        if experts and self.c.plan.expert_replicas > 1:
             sizes["edp"] = experts * own
         seconds = {axis: self.c.message(kind, size, axis, self.lane.stage) for axis, size in sizes.items()}
         slowed = [self.c.lost(kind, sizes[axis], axis, seconds[axis], beside, backward) for axis in sizes]
@@ -322,7 +322,8 @@ class _StageRunner:
             size = part.elements * (software.reduce_bytes if plan.precision in SIXTEEN else 4)
             cost = collective_price(self.c.cluster, "all_reduce", size, ends, firsts=Groups(plan).likes("pp"))
             self.reduces.append(self.lane.message("tied embedding", "all_reduce", cost.seconds, [self.lane.free]))
-        optimizer(self.c, self.lane, sum(sum(self.c.elements(c)) for c in self.own), self.reduces)
+        dense, experts = (sum(own) for own in zip(*(self.c.elements(c) for c in self.own)))
+        optimizer(self.c, self.lane, dense, self.reduces, experts)
         if self.replicas > 1 and not self.overlapped and plan.data_parallel in ("zero1", "zero2"):
             for chunk in self.own:
                 seconds, _ = self._data("all_gather", chunk, 2, chunk, False)
@@ -330,8 +331,9 @@ class _StageRunner:
                 self.lane.busy("wait", "wait", 0.0, [gathered])
 
 
-def optimizer(c: Context, lane: Lane, elements: int, waits: Sequence[int]) -> None:
-    """The gradient norm, and one kernel that updates a rank's share. Bytes per element of Adam with 16-bit
+def optimizer(c: Context, lane: Lane, dense: int, waits: Sequence[int], experts: int = 0) -> None:
+    """The gradient norm, and one kernel that updates a rank's share of the parameters that it holds: those of experts
+    are shared by fewer ranks. Bytes per element of Adam with 16-bit
     parameters: reads gradient, master copy and two moments (4 each), writes all but the gradient, and the parameter.
     Around it: clipping scales the share of the gradients (torch's `clip_grad_norm_` always does, Megatron's where the
     norm exceeds the limit, as in the first steps that benchmarks time), and a buffer of main gradients is set to zero
@@ -340,7 +342,8 @@ def optimizer(c: Context, lane: Lane, elements: int, waits: Sequence[int]) -> No
     if software.optimizer == "none":
         return
     shared = plan.data_parallel in ("zero1", "zero2", "fsdp")
-    share = elements / (plan.dp * plan.cp if shared else 1)
+    elements = dense + experts
+    share = dense / (plan.dp * plan.cp) + experts / plan.expert_replicas if shared else elements
     sixteen = plan.precision in SIXTEEN and plan.data_parallel != "fsdp"
     seconds = 0.0
     if software.norm_clip:

@@ -143,6 +143,11 @@ class ParallelPlan:
         return self.pp * self.dp * self.cp * self.tp
 
     @property
+    def expert_replicas(self) -> int:
+        """Ranks that hold the same experts and share their gradients."""
+        return self.dp * self.cp // self.ep
+
+    @property
     def micro_batch(self) -> int:
         """Samples per micro-batch on one data-parallel rank."""
         return self.global_batch // (self.dp * self.micro_batches)

@@ -171,10 +171,13 @@ def plan_of(case: Case, software: Software) -> ParallelPlan:
     zero = re.sub(r"[^a-z0-9]", "", case.word("zero_fsdp"))
     if zero not in ZERO:
         raise CaseError(f"zero_fsdp is {case.text('zero_fsdp')!r}; it must be none, zero1, zero2 or zero3")
+    # FSDP in a pipeline keeps whole what it gathered until the step ends, and scatters gradients once (torchtitan's
+    # default `reshard_after_forward` with pipelines): the messages and memory of zero1.
+    shards = "zero1" if pp > 1 and ZERO[zero] == "fsdp" else ZERO[zero]
     try:
         return ParallelPlan(
             global_batch=batch, pp=pp, dp=dp, tp=tp, cp=cp, ep=ep, vpp=vpp,
-            micro_batches=batch // (dp * micro), data_parallel=ZERO[zero],
+            micro_batches=batch // (dp * micro), data_parallel=shards,
             cuts=_cuts(case, pp * vpp), shardings=_shardings(case, software) if tp > 1 else (),
             recompute=_recompute(case), precision=precision_of(case),
             sequence_parallel=case.word("sp") in ("1", "1.0", "true", "yes") and tp > 1,

@@ -16,9 +16,10 @@ from costmodels.ops import price_many, shape_of
 from costmodels.overlap import beside, slowdowns
 from opgraph.batch import trace_workload
 from opgraph.graph import OpGraph
-from opgraph.zoo.transformer import Shape, workload
+from opgraph.zoo.transformer import Experts, Shape, workload
 from planner.folded import FoldedPrediction, predict_folded
 from planner.folded import context_of as folded_context
+from planner.folded_groups import Groups
 from planner.folded_kernels import Kernels
 from planner.folded_local import local_step
 from planner.folded_memory import memory_of
@@ -234,6 +235,32 @@ def test_what_cannot_run_yet_is_refused_in_one_sentence() -> None:
     check_executable(plan(dp=2))
     with pytest.raises(ValueError, match="simulate for a plan with offload"):
         predict_folded(model(), plan(dp=2, offload=("optimizer",)), cluster(), FAST_HOST)
+
+
+def test_context_and_expert_parallel_ranks_share_what_they_both_hold() -> None:
+    """Experts have no context parallelism: neighbours have different experts, and dp x cp / ep ranks the same ones."""
+    groups = Groups(plan(dp=4, cp=2, ep=4))
+    assert groups.ranks("ep") == (0, 1, 2, 3) and groups.ranks("edp") == (0, 4)
+    assert groups.ranks("cp") == (0, 1) and groups.ranks("dp") == tuple(range(8))
+    assert groups.likes("ep") == (0, 4)
+    assert plan(dp=4, cp=2, ep=4).expert_replicas == 2
+
+
+def test_a_rank_updates_all_its_experts_that_no_other_rank_has() -> None:
+    """Four experts on as many ranks, all on each or one on each: a rank's part of the optimizer is as large."""
+    sizes = []
+    for ep in (1, 4):
+        shape = replace(SHAPE, experts=Experts(4 // ep, 4, 1, HIDDEN))
+        graph = trace_workload(workload("moe", shape), fold=False).at_batch(4)
+        chosen = plan(dp=4, ep=ep, data_parallel="zero1", global_batch=16)
+        software = replace(FAST_HOST, main_grads=0)  # no buffer to clear
+        context = folded_context(FoldedModel(graph, LAYERS, SEQ, VOCAB), chosen, cluster(), software)
+        dense, experts = context.elements(context.chunks[0])
+        memory = memory_of(context, 0)
+        assert memory.optimizer == 12 * (dense / 4 + experts / chosen.expert_replicas)
+        program_of(context)
+        sizes.append(context.tally.seconds["optimizer"])
+    assert sizes[1] == pytest.approx(sizes[0], rel=0.05)  # a quarter of the experts, of which each rank has its own
 
 
 def test_plans_of_the_first_schema_are_still_read() -> None:

@@ -325,3 +325,10 @@ def test_tf32_rows_run_products_in_tf32() -> None:
     seconds = {p: o.predicted_seconds or 0.0 for p, o in steps.items()}
     assert seconds["bf16"] < seconds["tf32"] < 0.6 * seconds["fp32"]
     assert steps["tf32"].parts["gemm"] > 1.5 * steps["bf16"].parts["gemm"]
+
+
+def test_fsdp_inside_a_pipeline_keeps_what_it_gathered() -> None:
+    case = row(zero_fsdp="zero3")
+    assert plan_of(case, software_of(case)).data_parallel == "zero1"
+    case = row(zero_fsdp="zero3", pp="1", dp="4")
+    assert plan_of(case, software_of(case)).data_parallel == "fsdp"
