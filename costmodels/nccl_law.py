@@ -33,6 +33,7 @@ TABLES = CATALOGUE / "collectives" / "nccl_tables.toml"
 Line = tuple[np.ndarray, np.ndarray]  # log2 of bytes, ln of the factor
 BANDS = ("under_256KiB", "256KiB_16MiB", "over_16MiB")
 TERMS = ("base", "hop", "crossing", "inside", "across", "ramp")
+CROWD = "common.crowd"  # for each doubling of the peers that an all_to_all has outside its domain
 CROSSING = 12e-6  # seconds of one network crossing beyond NCCL's own constant, before anything is fitted: ASSUMPTION
 
 
@@ -77,9 +78,19 @@ def keys(group: Group, kind: str, way: Candidate) -> tuple[tuple[str, ...], ...]
         ("common.hop", f"{family}.hop", *latency),
         ("common.crossing", f"{network}.crossing"),
         ("common.nvls", f"{family}.nvls") if nvls else (f"{family}.inside",),
-        (*across, f"all_to_all.{'amd' if group.wires == 'mesh' else 'nvidia'}") if kind == "all_to_all" else across,
+        (*across, *_crossing_pairs(group)) if kind == "all_to_all" else across,
         ("common.ramp", f"{family}.ramp", f"{what}.ramp", f"{protocol}.ramp", *((f"{network}.ramp",) if many else ())),
     )
+
+
+def _crossing_pairs(group: Group) -> tuple[str, ...]:
+    """What multiplies the NICs' rate in an all_to_all: a common value, the vendor's, and the crowd of peers."""
+    return "common.all_to_all", f"all_to_all.{'amd' if group.wires == 'mesh' else 'nvidia'}", CROWD
+
+
+def power(name: str, way: Candidate) -> float:
+    """How often the value of `name` multiplies a term of this way."""
+    return way.crowd if name == CROWD else 1.0
 
 
 def factors(laws: Laws, group: Group, kind: str, way: Candidate) -> tuple[float, ...]:
@@ -88,7 +99,8 @@ def factors(laws: Laws, group: Group, kind: str, way: Candidate) -> tuple[float,
     for term, names in zip(TERMS, keys(group, kind, way), strict=True):
         product = CROSSING if term == "crossing" and "common.crossing" not in laws.values else 1.0
         for name in names:
-            product *= laws.values[name] if name in laws.values else laws.values.get(_other(name), 1.0)
+            value = laws.values[name] if name in laws.values else laws.values.get(_other(name), 1.0)
+            product *= value ** power(name, way)
         found.append(product)
     return tuple(found)
 

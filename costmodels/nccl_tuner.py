@@ -35,6 +35,9 @@ MESH_PEERS = 7  # a device of a full xGMI mesh has one link to each of its seven
 # send and receive: NCCL's enqueue.cc gives a message channels until each carries 16 MiB or less, starting with the
 # share of 32 channels that one peer of the node gets. A channel moves 20 GB/s (one NVLink of SM70/80 in tuning.cc).
 P2P_CHANNELS, P2P_CHANNEL_RATE, P2P_CHANNEL_BYTES = 32, 20e9, 16 * 2**20
+# all_to_all between domains: peers beyond the domain from which more of them cost bandwidth (`Candidate.crowd`): in the
+# least case measured, two nodes of 8 devices, there are 8; the most were 64, and more count as CROWD[1].
+CROWD = (8, 128)
 P2P_LL_BYTES = 2**14  # for each of the channels: up to that, messages go by LL (enqueue.cc, NCCL_P2P_LL_THRESHOLD)
 
 
@@ -42,7 +45,8 @@ P2P_LL_BYTES = 2**14  # for each of the channels: up to that, messages go by LL 
 class Candidate:
     """One way to run a collective. base, hops, net: seconds of launch, of hops inside and between hosts by NCCL's
     constants; crossings: how many hops between hosts. inside, across: seconds per byte of the busiest port inside a
-    domain and of its NICs. slow, cap: send only, seconds per byte on few channels, up to `cap` seconds."""
+    domain and of its NICs. slow, cap: send only, seconds per byte on few channels, up to `cap` seconds. crowd: all_to_all only, how often the peers outside
+    doubled over CROWD[0]."""
 
     algorithm: str
     protocol: str
@@ -54,6 +58,7 @@ class Candidate:
     across: float
     slow: float = 0.0
     cap: float = 0.0
+    crowd: float = 0.0
 
 
 def candidates(group: Group, kind: str) -> list[Candidate]:
@@ -191,7 +196,9 @@ def _all_to_all(group: Group) -> Candidate:
     outside = 1 if group.hosts > 1 else 0
     base, hops = BASE["ring"][0] * US, log2(n) * (HOP[group.wires]["ring"][0] * US + group.hop)
     net = outside * CROSSING["ring"][2] * US
-    return Candidate("pairwise", "Simple", base, hops, net, outside, inside, max(across, _uplink(group, 0.0, True)))
+    out = max(across, _uplink(group, 0.0, True))
+    crowd = log2(min(max(n - within, CROWD[0]), CROWD[1]) / CROWD[0])
+    return Candidate("pairwise", "Simple", base, hops, net, outside, inside, out, crowd=crowd)
 
 
 def _sends(group: Group) -> list[Candidate]:

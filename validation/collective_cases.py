@@ -33,7 +33,8 @@ PLATFORMS = {
     "a3-ultra": (8, 50e9), "a4-high": (8, 50e9),
 }  # fmt: skip
 USUAL = {"volta": (1, 12.5e9), "ampere": (8, 25e9), "hopper": (8, 50e9), "hopper-h800": (8, 50e9),
-         "blackwell": (8, 50e9), "blackwell-nvl72": (4, 50e9), "cdna": (8, 50e9), "cdna4": (8, 50e9)}  # fmt: skip
+         "blackwell": (8, 50e9), "blackwell-nvl72": (4, 50e9), "cdna": (8, 50e9), "cdna4": (8, 50e9),
+         "rtx-pcie5": (8, 50e9)}  # fmt: skip
 # Rate of two host-staged devices on different sockets over that of two on one switch: 3.75 / 2.24 GB/s, RTX 4090,
 # shared/facts/communication.md A1: EMPIRICAL
 OWN_UPLINK = 1.67
@@ -190,7 +191,7 @@ def _nics(words: str, notes: str, family: Family | None) -> tuple[int, float]:
             return int(found[1]), float(rate[1]) * 1.25e8
         return int(found[1]), usual[1] if usual else 12.5e9
     if found := re.search(r"(?<![\w.])(\d+)\s*G(?:b|bps|bit)?(?![A-Za-z])", words):
-        return 1, float(found[1]) * 1.25e8
+        return usual[0] if usual and family and family.name == "rtx-pcie5" else 1, float(found[1]) * 1.25e8
     if usual is None:
         raise ValueError(f"'{words}' does not say how fast the network between the nodes is")
     return usual

@@ -26,6 +26,7 @@ from costmodels.nccl_law import (
     class_of,
     combine,
     keys,
+    power,
     laws_data,
     scope_of,
     shipped_tables,
@@ -52,7 +53,7 @@ PRIORS = {
     "kind.all_to_all": (0.0, 0.35), "kind.send": (0.0, 0.3), "protocol.LL.latency": (0.0, 0.01),
     "protocol.LL.ramp": (log(0.2), 0.2), "protocol.LL128.latency": (-0.1, 0.3), "protocol.LL128.ramp": (log(0.8), 0.3),
     "protocol.Simple.latency": (-0.3, 0.3), "protocol.Simple.ramp": (0.0, 0.01), "protocol.nvls.latency": (0.0, 0.3),
-    "protocol.nvls.ramp": (0.0, 0.4), "protocol.pairs": (0.0, 0.01), "all_to_all": (-0.4, 0.5),
+    "protocol.nvls.ramp": (0.0, 0.4), "protocol.pairs": (0.0, 0.01), "all_to_all": (0.0, 0.25), "common.all_to_all": (0.0, 0.35), "common.crowd": (0.0, 0.3),
 }  # fmt: skip
 # Wires whose rate is less certain: staging through the host, and families with a share of their own.
 LOOSE = {"geforce-host": 0.7, "cdna": 0.12, "cdna4": 0.12, "rtx-pcie5": 0.12, "volta": 0.12, "pci": 0.3, "host": 0.7}
@@ -92,8 +93,8 @@ def points_of(sweeps: Sequence[Sweep], base: Laws | None = None) -> Points:
     setups = tuple(setup_of(s) for s in sweeps)
     groups = tuple(group_of(s.cluster, s.ranks) for s in setups)
     ways = [_ways(g, s) for g, s in zip(groups, setups, strict=True)]
-    named = [[keys(g, s.kind, w) for w in found] for g, s, found in zip(groups, setups, ways, strict=True)]
-    parameters = tuple(sorted({name for sweep in named for way in sweep for term in way for name in term}))
+    named = [[_powers(g, s.kind, w) for w in found] for g, s, found in zip(groups, setups, ways, strict=True)]
+    parameters = tuple(sorted({name for sweep in named for way in sweep for term in way for name, _ in term}))
     products = list(dict.fromkeys(term for sweep in named for way in sweep for term in way))
     place = {term: i for i, term in enumerate(products)}
     most = max(map(len, ways))
@@ -109,9 +110,14 @@ def points_of(sweeps: Sequence[Sweep], base: Laws | None = None) -> Points:
         tuple(sweeps), setups, groups, owner,
         np.array([b for s in sweeps for b in s.bytes]), np.array([t for s in sweeps for t in s.seconds]),
         np.array([s.host for s in setups])[owner], parameters, np.moveaxis(np.array(rows)[owner], 2, 0),
-        np.array([[name in term for name in parameters] for term in products], float),
+        np.array([[dict(term).get(name, 0.0) for name in parameters] for term in products]),
         np.moveaxis(np.array(names)[owner], 2, 0), np.concatenate(allowed), base, np.concatenate(tables),
     )  # fmt: skip
+
+
+def _powers(group: Group, kind: str, way: Candidate) -> tuple[tuple[tuple[str, float], ...], ...]:
+    """For each of TERMS the names of the values that multiply it, and how often."""
+    return tuple(tuple((name, power(name, way)) for name in term) for term in keys(group, kind, way))
 
 
 def _ways(group: Group, setup: Setup) -> list[Candidate]:
