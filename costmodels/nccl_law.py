@@ -79,7 +79,7 @@ def keys(group: Group, kind: str, way: Candidate) -> tuple[tuple[str, ...], ...]
         ("common.crossing", f"{network}.crossing"),
         ("common.nvls", f"{family}.nvls") if nvls else (f"{family}.inside",),
         (*across, *_crossing_pairs(group)) if kind == "all_to_all" else across,
-        ("common.ramp", f"{family}.ramp", f"{what}.ramp", f"{protocol}.ramp", *((f"{network}.ramp",) if many else ())),
+        ("common.ramp", f"{family}.ramp", f"{what}.ramp", f"{protocol}.ramp", *(("common.ramp_between", f"{network}.ramp") if many else ())),
     )
 
 

@@ -48,7 +48,7 @@ PRIORS = {
     "common.base": (0.1, 0.2), "common.hop": (0.4, 0.4), "common.ramp": (-0.3, 0.5), "common.nvls": (log(0.65), 0.1),
     "common.crossing": (log(12e-6), 0.3), "common.across": (log(0.92), 0.05),
     "family.*.base": (0.0, 0.15), "family.*.hop": (0.0, 0.15), "family.*.ramp": (0.0, 0.2), "family.*.nvls": (0.0, 0.1),
-    "family.*.inside": (0.0, 0.06), "network.*.crossing": (0.0, 0.5), "network.*.ramp": (0.3, 0.3),
+    "family.*.inside": (0.0, 0.06), "network.*.crossing": (0.0, 0.5), "network.*.ramp": (0.0, 0.3), "common.ramp_between": (0.3, 0.5),
     "network.*.across": (0.0, 0.08), "kind.all_reduce": (0.0, 0.01), "kind.gather": (0.0, 0.2),
     "kind.all_to_all": (0.0, 0.35), "kind.send": (0.0, 0.3), "protocol.LL.latency": (0.0, 0.01),
     "protocol.LL.ramp": (log(0.2), 0.2), "protocol.LL128.latency": (-0.1, 0.3), "protocol.LL128.ramp": (log(0.8), 0.3),
@@ -195,19 +195,25 @@ def subset(points: Points, use: np.ndarray) -> Points:
 def _curves(points: Points, left: np.ndarray) -> dict[tuple[str, str, str], tuple[np.ndarray, np.ndarray]]:
     """Curves of the factors that are left, for every family and scope with points."""
     where = [(g.family, scope_of(g)) for g in points.groups]
+    fam = np.array([g.family for g in points.groups])[points.owner]
+    scope = np.array([scope_of(g) for g in points.groups])[points.owner]
+    import os
+    share = float(os.environ.get("SHARE", 0)); only = os.environ.get("ONLY", "")
     kind = np.array([CLASSES.index(class_of(s.kind)) for s in points.setups])[points.owner]
     x = np.log2(points.sizes)
     found = {}
     for place in dict.fromkeys(where[i] for i in np.unique(points.owner).tolist()):
-        mine = np.array([where[i] == place for i in points.owner.tolist()])
+        mine = (scope == place[1]) if (share and (not only or place[1] == only)) else (scope == place[1]) & (fam == place[0])
+        like = np.where(fam[mine] == place[0], 1.0, share)
+        pair = np.where(fam[mine][:, None] == fam[mine][None], 1.0, share)
         xs, kinds, owner = x[mine], kind[mine], points.owner[mine]
         same = owner[:, None] == owner[None]
         distance = xs[:, None] - xs[None]
         noise = same * (LEFT["sweep"] ** 2 + LEFT["slope"] ** 2 * np.exp(-((distance / 4) ** 2) / 2))
-        inner = _likeness(distance, kinds[:, None] == kinds[None]) + noise + LEFT["noise"] ** 2 * np.eye(len(xs))
+        inner = _likeness(distance, kinds[:, None] == kinds[None]) * pair + noise + LEFT["noise"] ** 2 * np.eye(len(xs))
         weights = np.linalg.solve(inner, np.clip(left[mine], -0.4, 0.4))
         for i, name in enumerate(CLASSES):
-            smooth = _likeness(KNOTS[:, None] - xs[None], (kinds == i)[None]) @ weights
+            smooth = _likeness(KNOTS[:, None] - xs[None], (kinds == i)[None]) * like @ weights
             found[(*place, name)] = (KNOTS, smooth)
     return found
 
