@@ -48,7 +48,7 @@ PRIORS = {
     "common.base": (0.1, 0.2), "common.hop": (0.4, 0.4), "common.ramp": (-0.3, 0.5), "common.nvls": (log(0.65), 0.1),
     "common.crossing": (log(12e-6), 0.3), "common.across": (log(0.92), 0.05),
     "family.*.base": (0.0, 0.15), "family.*.hop": (0.0, 0.15), "family.*.ramp": (0.0, 0.2), "family.*.nvls": (0.0, 0.1),
-    "family.*.inside": (0.0, 0.06), "network.*.crossing": (0.0, 0.5), "network.*.ramp": (0.0, 0.3), "common.ramp_between": (0.3, 0.5),
+    "family.*.inside": (0.0, 0.06), "network.*.crossing": (0.0, 0.5), "network.*.ramp": (0.0, 0.15), "common.ramp_between": (0.3, 0.5),
     "network.*.across": (0.0, 0.08), "kind.all_reduce": (0.0, 0.01), "kind.gather": (0.0, 0.2),
     "kind.all_to_all": (0.0, 0.35), "kind.send": (0.0, 0.3), "protocol.LL.latency": (0.0, 0.01),
     "protocol.LL.ramp": (log(0.2), 0.2), "protocol.LL128.latency": (-0.1, 0.3), "protocol.LL128.ramp": (log(0.8), 0.3),
