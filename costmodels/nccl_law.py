@@ -33,7 +33,8 @@ TABLES = CATALOGUE / "collectives" / "nccl_tables.toml"
 Line = tuple[np.ndarray, np.ndarray]  # log2 of bytes, ln of the factor
 BANDS = ("under_256KiB", "256KiB_16MiB", "over_16MiB")
 TERMS = ("base", "hop", "crossing", "inside", "across", "ramp")
-CROWD = "common.crowd"  # for each doubling of the peers that an all_to_all has outside its domain
+OTHER = "other"  # stands for families without sweeps in `Laws.curves` and `Laws.errors`
+CROWD = "common.crowd"  # share of the NICs' rate that is left for each doubling of an all_to_all's peers outside
 CROSSING = 12e-6  # seconds of one network crossing beyond NCCL's own constant, before anything is fitted: ASSUMPTION
 
 
@@ -72,24 +73,22 @@ def keys(group: Group, kind: str, way: Candidate) -> tuple[tuple[str, ...], ...]
     protocol = f"protocol.{'nvls' if nvls else way.protocol if way.algorithm not in ('pairwise', 'p2p') else 'pairs'}"
     latency = (f"{what}.latency", f"{protocol}.latency")
     many = group.hosts > 1
-    across = ("common.across", f"network.{group.network}.across")
+    across: tuple[str, ...] = ("common.across", f"{network}.across")
+    if kind == "all_to_all":
+        across = (*across, "common.all_to_all", f"all_to_all.{'amd' if group.wires == 'mesh' else 'nvidia'}", CROWD)
+    between = ("common.ramp_between", f"{network}.ramp") if many else ()
     return (
         ("common.base", f"{family}.base", *latency),
         ("common.hop", f"{family}.hop", *latency),
         ("common.crossing", f"{network}.crossing"),
         ("common.nvls", f"{family}.nvls") if nvls else (f"{family}.inside",),
-        (*across, *_crossing_pairs(group)) if kind == "all_to_all" else across,
-        ("common.ramp", f"{family}.ramp", f"{what}.ramp", f"{protocol}.ramp", *(("common.ramp_between", f"{network}.ramp") if many else ())),
+        across,
+        ("common.ramp", f"{family}.ramp", f"{what}.ramp", f"{protocol}.ramp", *between),
     )
 
 
-def _crossing_pairs(group: Group) -> tuple[str, ...]:
-    """What multiplies the NICs' rate in an all_to_all: a common value, the vendor's, and the crowd of peers."""
-    return "common.all_to_all", f"all_to_all.{'amd' if group.wires == 'mesh' else 'nvidia'}", CROWD
-
-
 def power(name: str, way: Candidate) -> float:
-    """How often the value of `name` multiplies a term of this way."""
+    """The power of the value of `name` in a term of this way: 1, but that of CROWD counts once for each doubling."""
     return way.crowd if name == CROWD else 1.0
 
 
@@ -99,16 +98,9 @@ def factors(laws: Laws, group: Group, kind: str, way: Candidate) -> tuple[float,
     for term, names in zip(TERMS, keys(group, kind, way), strict=True):
         product = CROSSING if term == "crossing" and "common.crossing" not in laws.values else 1.0
         for name in names:
-            value = laws.values[name] if name in laws.values else laws.values.get(_other(name), 1.0)
-            product *= value ** power(name, way)
+            product *= laws.values.get(name, 1.0) ** power(name, way)
         found.append(product)
     return tuple(found)
-
-
-def _other(name: str) -> str:
-    """What stands for members of a section that were never measured: "network.other.ramp" for "network.roce.ramp"."""
-    section, _, rest = name.partition(".")
-    return f"{section}.other.{rest.partition('.')[2]}"
 
 
 def combine(sizes: Any, way: Any, by: Any, extra: Any) -> Any:
@@ -129,9 +121,11 @@ def terms(way: Candidate) -> tuple[float, ...]:
 
 
 def curve(laws: Laws, group: Group, kind: str, sizes: np.ndarray, algorithm: str = "") -> np.ndarray:
-    """The factor of the size: log-log between knots, level beyond them; 1 for what was never measured. algorithm: the
-    one that is forced; tables hold what NCCL chose, and say nothing of others."""
-    known = laws.curves.get((group.family, scope_of(group), class_of(kind)))
+    """The factor of the size: log-log between knots, level beyond them. Families that were never measured between hosts
+    take what the others share there. algorithm: the one that is forced; tables hold what NCCL chose, and say nothing
+    of others."""
+    scope, what = scope_of(group), class_of(kind)
+    known = laws.curves.get((group.family, scope, what)) or laws.curves.get((OTHER, scope, what))
     total = np.zeros(len(sizes)) if algorithm else table_curve(laws, group, kind, sizes)
     return np.exp(total if known is None else total + np.interp(np.log2(sizes), *known))
 
@@ -152,7 +146,7 @@ def table_curve(laws: Laws, group: Group, kind: str, sizes: np.ndarray) -> np.nd
 def error_of(laws: Laws, group: Group, nbytes: float) -> float:
     """The expected relative error: what unseen configurations of the same family and scope had at such sizes."""
     band = 0 if nbytes < 2**18 else 1 if nbytes < 2**24 else 2
-    known = laws.errors.get(f"{group.family}.{scope_of(group)}") or laws.errors.get("other")
+    known = laws.errors.get(f"{group.family}.{scope_of(group)}") or laws.errors.get(OTHER)
     return known[band] if known else 0.3
 
 

@@ -33,8 +33,10 @@ PLATFORMS = {
     "a3-ultra": (8, 50e9), "a4-high": (8, 50e9),
 }  # fmt: skip
 USUAL = {"volta": (1, 12.5e9), "ampere": (8, 25e9), "hopper": (8, 50e9), "hopper-h800": (8, 50e9),
-         "blackwell": (8, 50e9), "blackwell-nvl72": (4, 50e9), "cdna": (8, 50e9), "cdna4": (8, 50e9),
-         "rtx-pcie5": (8, 50e9)}  # fmt: skip
+         "blackwell": (8, 50e9), "blackwell-nvl72": (4, 50e9), "cdna": (8, 50e9), "cdna4": (8, 50e9)}  # fmt: skip
+# A NIC that is the devices' PCIe switch has a port for each of them: NVIDIA's MGX board for RTX PRO and 6000D
+# (ConnectX-8, 400 Gb/s a device; NCCL_IB_HCA names eight in published logs of such servers).
+OWN_NICS = r"(?:CX-?8|ConnectX-8) as (?:the )?(?:PCIe )?switch"
 # Rate of two host-staged devices on different sockets over that of two on one switch: 3.75 / 2.24 GB/s, RTX 4090,
 # shared/facts/communication.md A1: EMPIRICAL
 OWN_UPLINK = 1.67
@@ -174,13 +176,13 @@ def _inter(sweep: Sweep, family: Family | None, per_node: int) -> tuple[Link, in
     cloud = re.search(r"\bOCI\b|\bGCP\b|GKE", f"{sweep.notes} {sweep.source}")  # their RDMA networks are Ethernet
     rdma = "RoCE" if "RoCE" in words or (cloud and "InfiniBand" not in words) else "InfiniBand"
     name = "EFA" if "EFA" in words else "TCP" if "TCP" in words else rdma
-    nics, rate = _nics(words, sweep.notes, family)
+    nics, rate = _nics(words, sweep.notes, family, per_node)
     devices = max(per_node, 8) if per_node == 1 and nics > 1 else per_node
     network = network_of(Link(name, rate, 0.0, ports=nics))
     return Link(name, rate, REFERENCE_CROSSING[network], ports=nics), devices
 
 
-def _nics(words: str, notes: str, family: Family | None) -> tuple[int, float]:
+def _nics(words: str, notes: str, family: Family | None, per_node: int) -> tuple[int, float]:
     """NICs of a node and bytes/s of each."""
     if found := re.search(r"(\d+)\s*x\s*(?:[A-Za-z]+\d?\s+)?(\d+)\s*G", words):
         return int(found[1]), float(found[2]) * 1.25e8
@@ -191,7 +193,7 @@ def _nics(words: str, notes: str, family: Family | None) -> tuple[int, float]:
             return int(found[1]), float(rate[1]) * 1.25e8
         return int(found[1]), usual[1] if usual else 12.5e9
     if found := re.search(r"(?<![\w.])(\d+)\s*G(?:b|bps|bit)?(?![A-Za-z])", words):
-        return usual[0] if usual and family and family.name == "rtx-pcie5" else 1, float(found[1]) * 1.25e8
+        return per_node if re.search(OWN_NICS, words, re.I) else 1, float(found[1]) * 1.25e8
     if usual is None:
         raise ValueError(f"'{words}' does not say how fast the network between the nodes is")
     return usual

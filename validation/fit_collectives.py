@@ -21,20 +21,21 @@ from costmodels import tomlfile as toml
 from costmodels.nccl_fabric import Group, group_of
 from costmodels.nccl_law import (
     BANDS,
+    OTHER,
     WHERE,
     Laws,
     class_of,
     combine,
     keys,
-    power,
     laws_data,
+    power,
     scope_of,
     shipped_tables,
     table_curve,
     terms,
 )
 from costmodels.nccl_tuner import Candidate, candidates, chosen
-from validation.collective_cases import SWEEPS, Setup, Sweep, setup_of, sweeps_data
+from validation.collective_cases import SWEEPS, Setup, Sweep, catalogue_sweeps, setup_of, sweeps_data
 
 NOISE = 0.15  # expected spread of ln(measured / predicted) of one point
 SWEEP_POINTS = 10
@@ -44,22 +45,24 @@ TABLE_TRUST = 0.25
 # (mean, spread) of ln(multiplier): the longest key that begins the name counts. Means that are not 0 are ASSUMPTIONS
 # from shared/facts/communication.md: small messages take 10 to 25 us on one node and 30 to 75 us on two (A6: base, hop,
 # crossing), NICs give .73 to .95 (across), Simple's hops overlap (protocol.Simple), LL has no chunks to fill (ramp).
+# all_to_all starts at the full rate of the NICs, as NCCL's authors state it (github NVIDIA/nccl-tests, issue 130).
 PRIORS = {
     "common.base": (0.1, 0.2), "common.hop": (0.4, 0.4), "common.ramp": (-0.3, 0.5), "common.nvls": (log(0.65), 0.1),
     "common.crossing": (log(12e-6), 0.3), "common.across": (log(0.92), 0.05),
     "family.*.base": (0.0, 0.15), "family.*.hop": (0.0, 0.15), "family.*.ramp": (0.0, 0.2), "family.*.nvls": (0.0, 0.1),
-    "family.*.inside": (0.0, 0.06), "network.*.crossing": (0.0, 0.5), "network.*.ramp": (0.0, 0.15), "common.ramp_between": (0.3, 0.5),
-    "network.*.across": (0.0, 0.08), "kind.all_reduce": (0.0, 0.01), "kind.gather": (0.0, 0.2),
-    "kind.all_to_all": (0.0, 0.35), "kind.send": (0.0, 0.3), "protocol.LL.latency": (0.0, 0.01),
-    "protocol.LL.ramp": (log(0.2), 0.2), "protocol.LL128.latency": (-0.1, 0.3), "protocol.LL128.ramp": (log(0.8), 0.3),
-    "protocol.Simple.latency": (-0.3, 0.3), "protocol.Simple.ramp": (0.0, 0.01), "protocol.nvls.latency": (0.0, 0.3),
-    "protocol.nvls.ramp": (0.0, 0.4), "protocol.pairs": (0.0, 0.01), "all_to_all": (0.0, 0.25), "common.all_to_all": (0.0, 0.35), "common.crowd": (0.0, 0.3),
+    "family.*.inside": (0.0, 0.06), "network.*.crossing": (0.0, 0.5), "network.*.ramp": (0.0, 0.15),
+    "network.*.across": (0.0, 0.08), "common.ramp_between": (0.3, 0.5), "kind.all_reduce": (0.0, 0.01),
+    "kind.gather": (0.0, 0.2), "kind.all_to_all": (0.0, 0.35), "kind.send": (0.0, 0.3),
+    "protocol.LL.latency": (0.0, 0.01), "protocol.LL.ramp": (log(0.2), 0.2), "protocol.LL128.latency": (-0.1, 0.3),
+    "protocol.LL128.ramp": (log(0.8), 0.3), "protocol.Simple.latency": (-0.3, 0.3), "protocol.Simple.ramp": (0.0, 0.01),
+    "protocol.nvls.latency": (0.0, 0.3), "protocol.nvls.ramp": (0.0, 0.4), "protocol.pairs": (0.0, 0.01),
+    "common.all_to_all": (0.0, 0.35), "all_to_all": (0.0, 0.25), "common.crowd": (0.0, 0.3),
 }  # fmt: skip
 # Wires whose rate is less certain: staging through the host, and families with a share of their own.
 LOOSE = {"geforce-host": 0.7, "cdna": 0.12, "cdna4": 0.12, "rtx-pcie5": 0.12, "volta": 0.12, "pci": 0.3, "host": 0.7}
-# Gaussian process of what is left: spread, length in log2 bytes, likeness of kinds of collectives, and the spread of a
-# sweep as a whole (which is not passed on to other sweeps).
-LEFT = {"spread": 0.1, "length": 1.5, "kinds": 0.6, "sweep": 0.1, "slope": 0.05, "noise": 0.05}
+# Gaussian process of what is left: spread, length in log2 bytes, likeness of kinds of collectives and (between hosts
+# alone: on one node tables speak) of families, and the spread of a sweep as a whole (not passed on to other sweeps).
+LEFT = {"spread": 0.1, "length": 1.5, "kinds": 0.6, "families": 0.5, "sweep": 0.1, "slope": 0.05, "noise": 0.05}
 KNOTS = np.arange(3.0, 36.0)
 CLASSES = ("all_reduce", "gather", "all_to_all", "send")
 
@@ -157,7 +160,6 @@ def fit(points: Points, use: np.ndarray) -> Laws:
     part = subset(points, use)
     found = solve(part, np.array([start(name, points.base) for name in points.parameters]))
     values = {name: float(np.exp(v)) for name, v in zip(points.parameters, found, strict=True)}
-    values |= {name: float(np.exp(PRIORS[name.replace("other", "*")][0])) for name in ("network.other.ramp",)}
     curves = _curves(part, np.log(part.seconds) - predict(part, found))
     return Laws(values, curves, rows=int(use.sum()), tables=points.base.tables)
 
@@ -193,58 +195,67 @@ def subset(points: Points, use: np.ndarray) -> Points:
 
 
 def _curves(points: Points, left: np.ndarray) -> dict[tuple[str, str, str], tuple[np.ndarray, np.ndarray]]:
-    """Curves of the factors that are left, for every family and scope with points."""
+    """Curves of the factors that are left, for every family and scope with points, and of OTHER families between hosts.
+    What families share there is learned from all of them."""
     where = [(g.family, scope_of(g)) for g in points.groups]
-    fam = np.array([g.family for g in points.groups])[points.owner]
-    scope = np.array([scope_of(g) for g in points.groups])[points.owner]
-    import os
-    share = float(os.environ.get("SHARE", 0)); only = os.environ.get("ONLY", "")
+    family, scope = np.array(where)[points.owner].T
     kind = np.array([CLASSES.index(class_of(s.kind)) for s in points.setups])[points.owner]
     x = np.log2(points.sizes)
     found = {}
-    for place in dict.fromkeys(where[i] for i in np.unique(points.owner).tolist()):
-        mine = (scope == place[1]) if (share and (not only or place[1] == only)) else (scope == place[1]) & (fam == place[0])
-        like = np.where(fam[mine] == place[0], 1.0, share)
-        pair = np.where(fam[mine][:, None] == fam[mine][None], 1.0, share)
-        xs, kinds, owner = x[mine], kind[mine], points.owner[mine]
+    places = dict.fromkeys(where[i] for i in np.unique(points.owner).tolist())
+    for place in (*places, *(((OTHER, "many"),) if any(p[1] == "many" for p in places) else ())):
+        mine = (scope == place[1]) & ((place[1] == "many") | (family == place[0]))
+        xs, kinds, owner, families = x[mine], kind[mine], points.owner[mine], family[mine]
         same = owner[:, None] == owner[None]
         distance = xs[:, None] - xs[None]
         noise = same * (LEFT["sweep"] ** 2 + LEFT["slope"] ** 2 * np.exp(-((distance / 4) ** 2) / 2))
-        inner = _likeness(distance, kinds[:, None] == kinds[None]) * pair + noise + LEFT["noise"] ** 2 * np.eye(len(xs))
-        weights = np.linalg.solve(inner, np.clip(left[mine], -0.4, 0.4))
+        near = _likeness(distance, kinds[:, None] == kinds[None], families[:, None] == families[None])
+        weights = np.linalg.solve(near + noise + LEFT["noise"] ** 2 * np.eye(len(xs)), np.clip(left[mine], -0.4, 0.4))
         for i, name in enumerate(CLASSES):
-            smooth = _likeness(KNOTS[:, None] - xs[None], (kinds == i)[None]) * like @ weights
+            smooth = _likeness(KNOTS[:, None] - xs[None], (kinds == i)[None], (families == place[0])[None]) @ weights
             found[(*place, name)] = (KNOTS, smooth)
     return found
 
 
-def _likeness(distance: np.ndarray, same_kind: np.ndarray) -> np.ndarray:
+def _likeness(distance: np.ndarray, same_kind: np.ndarray, same_family: np.ndarray) -> np.ndarray:
     near = np.exp(-((distance / LEFT["length"]) ** 2) / 2)
-    return np.asarray(LEFT["spread"] ** 2 * near * np.where(same_kind, 1.0, LEFT["kinds"]))
+    alike = np.where(same_kind, 1.0, LEFT["kinds"]) * np.where(same_family, 1.0, LEFT["families"])
+    return np.asarray(LEFT["spread"] ** 2 * near * alike)
+
+
+def gathered(files: Sequence[Path]) -> list[Sweep]:
+    """The sweeps of the files that can be priced, then those of the catalogue that no file has."""
+    from validation.collective_score import is_same, read_sweeps
+
+    sweeps: list[Sweep] = []
+    for file in files:
+        more, skipped = read_sweeps(file)
+        sweeps += more
+        for config, reason in skipped.items():
+            print(f"skipped {config}: {reason}")
+    return sweeps + [s for s in catalogue_sweeps() if not any(is_same(s, other) for other in sweeps)]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Reads sweeps, scores them left out one by one, fits all, writes nccl.toml and nccl_sweeps.toml."""
-    from validation.collective_score import bands_of, left_out, read_sweeps
+    from validation.collective_score import bands_of, left_out
 
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("cases", type=Path, help="CSV file in the schema of nccl_cases.csv")
-    sweeps, skipped = read_sweeps(parser.parse_args(arguments).cases)
-    for config, reason in skipped.items():
-        print(f"skipped {config}: {reason}")
+    parser.add_argument("cases", type=Path, nargs="+", help="CSV files in the schema of nccl_cases.csv")
+    sweeps = gathered(parser.parse_args(arguments).cases)
     points = points_of(sweeps)
     scores = left_out(points)
     laws = fit(points, np.ones(len(points.sizes), bool))
-    errors = {"other": tuple(np.mean([abs(e) for e in band]) for band in bands_of(points.sizes, scores).values())}
+    errors = {OTHER: tuple(np.mean([abs(e) for e in band]) for band in bands_of(points.sizes, scores).values())}
     for place in dict.fromkeys((g.family, scope_of(g)) for g in points.groups):
         mine = np.array([(g.family, scope_of(g)) == place for g in points.groups])[points.owner]
         found = bands_of(points.sizes[mine], scores[mine]).values()
-        known = [float(np.mean(np.abs(band))) if len(band) else other for band, other in zip(found, errors["other"])]
+        known = [float(np.mean(np.abs(band))) if len(band) else other for band, other in zip(found, errors[OTHER])]
         errors[".".join(place)] = tuple(known)
     toml.write_toml(SWEEPS, sweeps_data(sweeps))
     toml.write_toml(WHERE, laws_data(Laws(laws.values, laws.curves, errors, laws.rows)))
     print(f"{len(points.sizes)} points of {len(sweeps)} configurations; each predicted without its own:")
-    print(", ".join(f"{band} {error:.1%}" for band, error in zip(BANDS, errors["other"], strict=True)))
+    print(", ".join(f"{band} {error:.1%}" for band, error in zip(BANDS, errors[OTHER], strict=True)))
 
 
 if __name__ == "__main__":
