@@ -80,7 +80,7 @@ def keys(group: Group, kind: str, way: Candidate) -> tuple[tuple[str, ...], ...]
     return (
         ("common.base", f"{family}.base", *latency),
         ("common.hop", f"{family}.hop", *latency),
-        ("common.crossing", f"{network}.crossing"),
+        ("common.crossing", f"{network}.crossing", *(("network.srd.crossing",) if "efa" in group.network else ())),
         ("common.nvls", f"{family}.nvls") if nvls else (f"{family}.inside",),
         across,
         ("common.ramp", f"{family}.ramp", f"{what}.ramp", f"{protocol}.ramp", *between),
