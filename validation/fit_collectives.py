@@ -45,8 +45,9 @@ TABLE_TRUST = 0.25
 # (mean, spread) of ln(multiplier): the longest key that begins the name counts. Means that are not 0 are ASSUMPTIONS
 # from shared/facts/communication.md: small messages take 10 to 25 us on one node and 30 to 75 us on two (A6: base, hop,
 # crossing), NICs give .73 to .95 (across), Simple's hops overlap (protocol.Simple), LL has no chunks to fill (ramp).
-# What networks have in common is learned from all of them: chunks (common.ramp_between), and of EFA's generations, which
-# share a transport, the crossing (network.srd). all_to_all starts at the full rate of the NICs, as NCCL's authors state it (github NVIDIA/nccl-tests, issue 130).
+# What networks have in common is learned from all of them: chunks (common.ramp_between) and, of EFA's generations,
+# which share a transport, the crossing (network.srd). all_to_all starts at the NICs' full rate, as NCCL's authors state
+# it (github NVIDIA/nccl-tests, issue 130).
 PRIORS = {
     "common.base": (0.1, 0.2), "common.hop": (0.4, 0.4), "common.ramp": (-0.3, 0.5), "common.nvls": (log(0.65), 0.1),
     "common.crossing": (log(12e-6), 0.3), "common.across": (log(0.92), 0.05),

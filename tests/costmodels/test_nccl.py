@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from math import log2
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from costmodels import hockney
 from costmodels.cluster import Cluster, Link, Tier, load_cluster
 from costmodels.collectives import KINDS, collective_price
 from costmodels.nccl_fabric import family_of, group_of, network_of
-from costmodels.nccl_law import Laws, shipped
+from costmodels.nccl_law import TUNER, Laws, shipped
 from costmodels.nccl_tuner import candidates
 
 H200, B200 = load_cluster("dgx-h200"), load_cluster("dgx-b200")
@@ -49,6 +50,23 @@ def test_a_ring_has_the_latency_and_rate_of_nccls_tuner() -> None:
     assert ll.base + ll.hops == pytest.approx((6.6 + 14 * 0.6) * 1e-6)
     assert ll.inside == pytest.approx(2 * 7 / 8 / 141e9)  # llMaxBws of Hopper on one node
     assert simple.inside == pytest.approx(2 * 7 / 8 / (0.8 * 450e9)) and simple.crossings == 0
+
+
+def test_an_exchange_goes_at_the_rate_of_its_nics_less_a_crowd() -> None:
+    """Nothing fitted: of two nodes half the bytes leave, (N - 1) / N of N nodes (github NVIDIA/nccl-tests, issue 130);
+    a crowd takes its share once for each doubling of 8 peers outside, up to the 64 that were measured."""
+    size, nic = 64 * GIB, 50e9
+    crowded = Laws({"common.ramp": 0.0, "common.crossing": 0.0, "common.crowd": 0.8})
+    cluster = load_cluster("64x dgx-h100")
+    for nodes, doublings in ((2, 0.0), (4, log2(24 / 8)), (9, 3.0), (32, 3.0)):
+        seconds = size * (nodes - 1) / nodes / nic
+        ranks = range(8 * nodes)
+        free = collective_price(cluster, "all_to_all", size, ranks, laws=TUNER).seconds
+        assert free == pytest.approx(seconds, rel=1e-3), nodes
+        taken = collective_price(cluster, "all_to_all", size, ranks, laws=crowded).seconds
+        assert taken == pytest.approx(seconds / 0.8**doublings, rel=1e-3), nodes
+    alone = collective_price(cluster, "all_to_all", size, range(8), laws=crowded).seconds
+    assert alone == pytest.approx(size * 7 / 8 / 360e9, rel=1e-3)  # inside a node no NIC is asked
 
 
 @pytest.mark.parametrize(("cluster", "first"), [(H200, 5), (B200, 6)], ids=["h200", "b200"])

@@ -11,14 +11,17 @@ import numpy as np
 import pytest
 
 from costmodels import gloo
+from costmodels.cluster import Cluster
 from costmodels.collectives import collective_price
-from costmodels.nccl_law import Laws, laws_data, laws_from, shipped
+from costmodels.nccl import price
+from costmodels.nccl_fabric import group_of
+from costmodels.nccl_law import Laws, curve, laws_data, laws_from, shipped
 from parplan.cli import main
 from validation import collective_score
 from validation.collective_cases import Sweep, catalogue_sweeps, setup_of
 from validation.collective_score import is_same, read_sweeps, score, score_file, without
 from validation.collective_tcp import in_sample, tcp_points
-from validation.fit_collectives import fit, points_of
+from validation.fit_collectives import fit, gathered, points_of
 
 HEADER = "config_id,gpu,num_gpus,num_nodes,interconnect,collective,bytes,time_us,busbw_GBps,source,notes\n"
 TCP = "config_id,backend,hardware,num_nodes,gpus_per_node,delay_ms,bandwidth_gbps,collective,bytes,time_us\n"
@@ -45,6 +48,7 @@ def known() -> list[Sweep]:
         ("NVLink2 + 100G IB (1 NIC-class)", 1, 12.5e9, "InfiniBand"),
         ("200G RoCE, 1 GPU/node", 1, 25e9, "RoCE"),
         ("RoCE/IB (k8s, ~4 NIC-class)", 4, 50e9, "RoCE"),
+        ("PCIe Gen5 switch (CX8 as switch) + 400G-class RoCE, no NVLink", 8, 50e9, "RoCE"),
     ],
 )
 def test_networks_are_read_from_words(words: str, ports: int, rate: float, network: str) -> None:
@@ -134,6 +138,52 @@ def test_the_fit_finds_a_family_that_is_slower() -> None:
     moved = {name: slow.values[name] / plain.values[name] for name in ("family.ampere.inside", "family.hopper.inside")}
     assert moved["family.ampere.inside"] < 0.96 and moved["family.hopper.inside"] == pytest.approx(1.0, abs=0.02)
     assert abs(score(one, slow).errors[-6:]).max() < 0.03 < abs(score(one, plain).errors[-6:]).max()
+
+
+def test_a_crowd_of_peers_is_learned_from_the_number_of_nodes() -> None:
+    """Exchanges that lose a fifth of the NICs' rate for each doubling of their peers outside."""
+    group = [(nodes, group_of(s.cluster, s.ranks)) for nodes in (2, 4, 8) for s in [setup_of(_exchange(nodes))]]
+    sizes = 2.0 ** np.arange(28, 33)
+    made = Laws({"common.across": 0.92, "common.all_to_all": 0.9, "common.crowd": 0.8})
+    seconds = [[price(_cluster(n), "all_to_all", b, g, made)[0] for b in sizes] for n, g in group]
+    sweeps = [_exchange(n, tuple(sizes), tuple(t)) for (n, _), t in zip(group, seconds, strict=True)]
+    points = points_of(sweeps)
+    laws = fit(points, points.owner < 2)
+    assert laws.values["common.crowd"] == pytest.approx(0.8, abs=0.04)
+    assert np.abs(score(sweeps[2], laws).errors).max() < 0.06  # the largest was not in the fit
+
+
+def _exchange(nodes: int, sizes: tuple[float, ...] = (1e9,), seconds: tuple[float, ...] = (1.0,)) -> Sweep:
+    wires = "8x400Gb NDR InfiniBand + NVLink4"
+    return Sweep(f"n{nodes}", "H100 SXM5 80GB", 8 * nodes, nodes, wires, "all_to_all", sizes, seconds)
+
+
+def _cluster(nodes: int) -> Cluster:
+    return setup_of(_exchange(nodes)).cluster
+
+
+def test_families_share_what_they_have_in_common_between_hosts(known: list[Sweep]) -> None:
+    """Without any sweep of a family its curve is that of all others, shrunk; on one node nothing is passed on."""
+    points = points_of(known)
+    laws = fit(points, np.array([g.family != "ampere" for g in points.groups])[points.owner])
+    assert ("ampere", "many", "all_reduce") not in laws.curves and ("other", "one", "all_reduce") not in laws.curves
+    setup = setup_of(next(s for s in known if s.config_id == "A100-16g2n-AR-b"))
+    group = group_of(setup.cluster, setup.ranks)
+    sizes = 2.0 ** np.arange(10, 30)
+    x, y = laws.curves[("other", "many", "all_reduce")]
+    np.testing.assert_allclose(curve(laws, group, "all_reduce", sizes), np.exp(np.interp(np.arange(10, 30), x, y)))
+    assert 0.01 < np.abs(y).max() < 0.4
+    # A family that has sweeps keeps its own, which differs.
+    assert not np.allclose(laws.curves[("hopper", "many", "all_reduce")][1], y, atol=0.01)
+
+
+def test_a_fit_keeps_the_sweeps_that_no_file_has(tmp_path: Path, known: list[Sweep]) -> None:
+    file = tmp_path / "cases.csv"
+    row = "mine,H100 SXM5 80GB,16,2,8x400Gb RoCE + NVLink4,all_to_all,1073741824,12000,,,\n"
+    file.write_text(HEADER + row + row.replace("mine", known[0].config_id))
+    found = gathered([file])
+    assert [s.config_id for s in found[:2]] == ["mine", known[0].config_id] and found[1].bytes == (2.0**30,)
+    assert [s.config_id for s in found[2:]] == [s.config_id for s in known[1:]]
 
 
 def test_rings_and_nvls_of_the_catalogue_are_told_apart(known: list[Sweep]) -> None:
