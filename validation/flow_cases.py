@@ -26,7 +26,7 @@ import numpy as np
 
 from simulator.flow_collectives import Road, broadcast
 from simulator.flows import FlowBuilder, simulate_flows
-from validation.emulate_predict import gloo_all_reduce
+from validation.flow_gloo import gloo_all_reduce
 
 KINDS = ("broadcast", "all_reduce")
 GIGABIT = 1.25e8  # bytes/s

@@ -12,13 +12,14 @@ from pathlib import Path
 
 import pytest
 
+from validation import emulate_predict
 from validation.emulate import LATENCY, ROOT, Row, Timing, latency_of, main, ranks_on, rows_of, run
 from validation.emulate_net import BURST, NETWORKS, PAYLOAD, PREFIX, Network, emulated, shape, why_not
-from validation.emulate_predict import HELD, hops, seconds
+from validation.emulate_predict import hops, seconds
 from validation.emulate_report import write
 
 PAIR, STAR, LEVELS, SHARED = NETWORKS
-RATE, S = 12.5e6, 2.0**22
+RATE, S = 12.5e6, 2.0**21
 WIRE = S / (RATE * PAYLOAD)
 FREE = BURST / RATE  # seconds that the first bytes of a full bucket save
 
@@ -30,6 +31,12 @@ def test_payload_of_a_frame_is_header_arithmetic() -> None:
     assert PAYLOAD == (1500 - 20 - 20 - 12) / (1500 + 14)
 
 
+@pytest.fixture
+def few(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(emulate_predict, "REPETITIONS", 9)
+
+
+@pytest.mark.usefixtures("few")
 @pytest.mark.parametrize(
     ("network", "kind", "wires", "bursts"),
     [
@@ -38,35 +45,31 @@ def test_payload_of_a_frame_is_header_arithmetic() -> None:
         (PAIR, "reduce_scatter", 1.0, 0),  # as a whole all-reduce
         (PAIR, "all_gather", 0.75, 2),  # three halves of half the buffer: the late rank's come first
         (PAIR, "all_to_all", 1.0, 2),  # one direction after the other, each idle while the other is not
+        (PAIR, "broadcast", 1.0, 0),
+        (STAR, "send", 1.0, 1),
         (STAR, "all_reduce", 1.5, 0),
         (STAR, "broadcast", 3.0, 2),  # lg P (lg P + 1) / 2; the root is idle at the end, its child before
         (LEVELS, "send", 2.0, 1),  # two flows on the trunk
         (SHARED, "broadcast", 2.0, 0),  # 0 -> 1 meets no wire, 0 -> 2 and 1 -> 3 share one
     ],
 )
-def test_predictions_without_latency(network: Network, kind: str, wires: float, bursts: int) -> None:
-    assert seconds(network, kind, S, RATE, 0.0) == pytest.approx(wires * WIRE - bursts * FREE, rel=1e-6)
+def test_predictions_are_those_of_wires(network: Network, kind: str, wires: float, bursts: int) -> None:
+    """Within 1.5 %: acknowledgements take 0.4 % of a wire, the barrier empties buckets a little, flows that share a
+    port do not end at once."""
+    assert seconds(network, kind, S, RATE, 2e-5) == pytest.approx(wires * WIRE - bursts * FREE, rel=0.015)
 
 
-def test_the_barrier_lets_buckets_save_and_the_root_wait_for_a_word() -> None:
-    """The child enters a latency after the root; its word and the data take one each. The port is idle from its last
-    byte: until it arrives, for the barrier (a word and a message), and until the word is there, twice a latency."""
-    latency = 1e-4
-    assert 5 * latency < FREE
-    expected = WIRE + 2 * latency - 5 * latency
-    assert seconds(PAIR, "broadcast", S, RATE, latency) == pytest.approx(expected, rel=1e-9)
-
-
-def test_words_of_more_than_two_ranks_wait_only_for_what_the_port_holds() -> None:
-    """Of two ranks the late one's word waits behind its data, a quarter of the buffer; of four, behind `HELD` of it."""
-    assert seconds(STAR, "all_gather", 2 * S, RATE, 0.0) == pytest.approx(
-        1.5 * WIRE + HELD / (RATE * PAYLOAD), rel=0.01
-    )
-    assert seconds(STAR, "all_gather", S / 4, RATE, 0.0) == pytest.approx((0.75 + 0.125) * WIRE / 4, rel=0.1)
+@pytest.mark.usefixtures("few")
+@pytest.mark.parametrize("network", NETWORKS)
+def test_an_all_to_all_lies_between_full_and_half_duplex(network: Network) -> None:
+    """Bytes that pass the fullest wire in both directions, at once or one direction after the other."""
+    parts = {"pair": 0.5, "star": 0.75, "two-level": 1.0, "shared-nic": 1.0}[network.name]
+    assert parts * WIRE < seconds(network, "all_to_all", S, RATE, 1e-4) + FREE < 2 * parts * WIRE
 
 
 def test_small_messages_pass_the_bucket_but_take_their_latency() -> None:
-    assert seconds(PAIR, "send", 4.0, RATE, 1e-4) == pytest.approx(1e-4, rel=1e-6)
+    """A send waits for the word of a rank that left the barrier a little later."""
+    assert 1e-4 <= seconds(PAIR, "send", 4.0, RATE, 1e-4) < 1.5e-4
 
 
 def timing(kind: str, times: tuple[float, ...], nbytes: int = 2**18, added: float = 0.0) -> Timing:
@@ -88,12 +91,13 @@ def test_rows_of_a_run_that_was_cut_short() -> None:
     assert rows_of(parts[:1]) == []
 
 
+@pytest.mark.usefixtures("few")
 @pytest.mark.parametrize("network", NETWORKS)
 @pytest.mark.parametrize("kind", ["all_reduce", "all_gather", "reduce_scatter", "all_to_all", "send", "broadcast"])
 def test_predictions_grow_with_bytes_latency_and_slowness(network: Network, kind: str) -> None:
     base = seconds(network, kind, S, RATE, 1e-4)
-    assert seconds(network, kind, 2 * S, RATE, 1e-4) > 1.9 * base
-    assert seconds(network, kind, S, RATE, 1e-3) > base
+    assert seconds(network, kind, 2 * S, RATE, 1e-4) > 1.7 * base
+    assert seconds(network, kind, S, RATE, 2e-2) > base
     assert seconds(network, kind, S, 2 * RATE, 1e-4) < 0.6 * base
     least = {"all_reduce": 2, "reduce_scatter": 2, "all_gather": 1, "all_to_all": 1}.get(kind)
     if least and network.ranks_per_host == 1:

@@ -1,0 +1,222 @@
+"""Packets of TCP connections through ports with token buckets: first come, first served, as far as windows let them.
+
+A connection puts packets into the port of its host until what is on its way fills its window, or until its share of
+that port is full; every packet that comes in lets the next one go, once its acknowledgement has passed the ports of the
+way back. A message that fits into that share leaves a port whole before what was written later, and a message of a few
+bytes waits for everything that is there already: ranks that share a port do not share it equally at any instant.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from math import ceil, inf
+from random import Random
+from typing import Any
+
+from validation.emulate_gloo import HAND_OVER, NOTE, RECEIVE, SEND, Post
+
+SEGMENT, HEADERS = 1448, 66  # bytes of a full frame: payload; Ethernet, IP and TCP with timestamps (1514 in all)
+PREAMBLE = 48  # bytes before every message of gloo, six words (pair.h); a word of readiness is nothing else
+SENT_BUFFERS = 3  # windows that a socket buffers, sent or not (`sndbuf_expand` of tcp_bbr.c; 2 with other controls)
+
+
+@dataclass(slots=True)
+class Port:
+    """rate: bytes/s. full: seconds in which an empty bucket fills. spent: when all its tokens were used up last, had it
+    no limit: at `t` it holds (t - spent) seconds' worth, or what fits."""
+
+    rate: float
+    full: float
+    spent: float = -inf
+
+    def passes(self, now: float, size: float) -> float:
+        """When the last of `size` bytes that come at `now` has left, behind all that came before (tc-tbf(8))."""
+        self.spent = max(self.spent, now - self.full) + size / self.rate
+        return max(now, self.spent)
+
+
+@dataclass(frozen=True, slots=True)
+class Transport:
+    """window: bytes of a connection that are on their way unacknowledged, at most. share: bytes of it that are in the
+    port of its own host when it still puts one more packet there. packet: payload of the largest packet, bytes."""
+
+    window: float
+    share: float
+    packet: float
+
+
+@dataclass(slots=True)
+class _Message:
+    left: float
+    post: int
+    word: bool
+    written: bool = False
+
+
+@dataclass(slots=True)
+class _Connection:
+    """One direction. flying: bytes not acknowledged; waiting: those of them in the first port."""
+
+    way: Sequence[Port]
+    back: Sequence[Port]
+    queue: deque[_Message] = field(default_factory=deque)
+    flying: float = 0.0
+    waiting: float = 0.0
+
+
+@dataclass(slots=True)
+class _Run:
+    posts: Sequence[Post]
+    transport: Transport
+    wake: Callable[[], float]
+    partner: list[int]
+    later: list[list[int]]
+    open: list[int]
+    expected: list[bool]
+    posted: list[bool]
+    done: list[float]
+    connections: dict[tuple[int, int], _Connection]
+    events: list[tuple[float, int, Callable[..., None], tuple[Any, ...]]] = field(default_factory=list)
+    count: int = 0
+
+    def at(self, when: float, what: Callable[..., None], *arguments: Any) -> None:
+        self.count += 1
+        heapq.heappush(self.events, (when, self.count, what, arguments))
+
+
+def run(
+    posts: Sequence[Post],
+    ways: Mapping[tuple[int, int], Sequence[Port]],
+    transport: Transport,
+    latency: float,
+    random: Random,
+) -> list[float]:
+    """When each post is done, seconds. ways: the ports from a rank to another, in order; none: they share a host.
+    latency: seconds of a message of a few bytes between threads that wait for it, without the time of its bytes: one
+    half until gloo's own thread has it, which answers words of readiness with data at once, one half until the rank's.
+    Every half takes from nothing to twice its mean, evenly (ASSUMPTION: two threads to wake, alike).
+    """
+    n = len(posts)
+    later: list[list[int]] = [[] for _ in posts]
+    for i, post in enumerate(posts):
+        for j in post.after:
+            later[j].append(i)
+    connections = {pair: _Connection(way, ways[pair[::-1]]) for pair, way in ways.items()}
+    run = _Run(
+        posts, transport, lambda: latency * random.random(), _partners(posts), later, [len(p.after) for p in posts],
+        [False] * n, [False] * n, [inf] * n, connections,
+    )  # fmt: skip
+    for i, post in enumerate(posts):
+        if not post.after:
+            run.at(0.0, _post, i)
+    while run.events:
+        now, _, what, arguments = heapq.heappop(run.events)
+        what(run, now, *arguments)
+    assert max(run.done, default=0.0) < inf, "a post waits for one that never happens"
+    return run.done
+
+
+def _partners(posts: Sequence[Post]) -> list[int]:
+    """The receive of every send and the other way round: those of one rank to another match in order."""
+    partner = [-1] * len(posts)
+    open_: dict[tuple[str, int, int], deque[int]] = {}
+    for i, post in enumerate(posts):
+        if post.what not in (SEND, RECEIVE):
+            continue
+        other = RECEIVE if post.what == SEND else SEND
+        waiting = open_.get((other, post.peer, post.rank))
+        if waiting:
+            partner[i] = waiting.popleft()
+            partner[partner[i]] = i
+        else:
+            open_.setdefault((post.what, post.rank, post.peer), deque()).append(i)
+    assert not any(open_.values()), "a send without its receive"
+    return partner
+
+
+def _post(run: _Run, now: float, i: int) -> None:
+    post = run.posts[i]
+    run.posted[i] = True
+    if post.what == NOTE:
+        _done(run, now, i)
+    elif post.what == HAND_OVER:
+        run.at(now + run.wake(), _done, i)
+    elif post.what == RECEIVE:
+        _write(run, now, post, _Message(PREAMBLE, run.partner[i], True))
+    elif run.expected[i]:
+        _write(run, now, post, _Message(PREAMBLE + post.bytes, i, False))
+
+
+def _done(run: _Run, now: float, i: int) -> None:
+    run.done[i] = now
+    for j in run.later[i]:
+        run.open[j] -= 1
+        if not run.open[j]:
+            run.at(now, _post, j)
+
+
+def _write(run: _Run, now: float, post: Post, message: _Message) -> None:
+    connection = run.connections[post.rank, post.peer]
+    connection.queue.append(message)
+    _fill(run, now, connection)
+
+
+def _fill(run: _Run, now: float, connection: _Connection) -> None:
+    """Sends what the window and the port of the own host take (none between ranks of one host)."""
+    transport, queue = run.transport, connection.queue
+    while queue:
+        message = queue[0]
+        size = min(transport.packet, message.left) if connection.way else message.left
+        if connection.way:
+            if connection.flying and connection.flying + size > transport.window:
+                return
+            if connection.waiting > transport.share:
+                return
+            connection.flying += size
+            connection.waiting += size
+        message.left -= size
+        last = message if message.left <= 0 else None
+        if last:
+            queue.popleft()
+        _pass(run, now, connection, 0, size, last)
+        if not (message.word or message.written) and message.left <= (SENT_BUFFERS - 1) * transport.window:
+            message.written = True
+            _done(run, now, message.post)
+
+
+def _pass(run: _Run, now: float, connection: _Connection, port: int, size: float, last: _Message | None) -> None:
+    """A packet comes to a port of its way, or to the other rank."""
+    if port == 1:
+        connection.waiting -= size
+    if port < len(connection.way):
+        leaves = connection.way[port].passes(now, size + HEADERS * ceil(size / SEGMENT))
+        run.at(leaves, _pass, connection, port + 1, size, last)
+    else:
+        if last:
+            run.at(now + run.wake(), _arrive, last)
+        if connection.way:
+            _acknowledge(run, now, connection, 0, size)
+    if port == 1:
+        _fill(run, now, connection)
+
+
+def _acknowledge(run: _Run, now: float, connection: _Connection, port: int, size: float) -> None:
+    if port < len(connection.back):
+        run.at(connection.back[port].passes(now, HEADERS), _acknowledge, connection, port + 1, size)
+    else:
+        connection.flying -= size
+        _fill(run, now, connection)
+
+
+def _arrive(run: _Run, now: float, message: _Message) -> None:
+    """gloo's thread has the whole message: a word lets data go that were waiting for it, data wake the rank."""
+    if not message.word:
+        run.at(now + run.wake(), _done, run.partner[message.post])
+        return
+    run.expected[message.post] = True
+    if run.posted[message.post]:
+        post = run.posts[message.post]
+        _write(run, now, post, _Message(PREAMBLE + post.bytes, message.post, False))
