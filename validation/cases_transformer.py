@@ -28,7 +28,8 @@ FUSED = ("flash", "fused", "cudnn", "sdpa", "xformers", "memory-efficient", "mem
          "triton", "splash", "pallas")  # fmt: skip
 UNSTATED_KERNELS = ("", "not stated", "unknown", "not published")
 PRECISIONS = {"fp32": "fp32", "float32": "fp32", "tf32": "tf32", "fp16": "fp16", "float16": "fp16", "half": "fp16",
-              "bf16": "bf16", "bfloat16": "bf16", "fp8": "fp8", "float8": "fp8", "mxfp8": "fp8"}  # fmt: skip
+              "bf16": "bf16", "bfloat16": "bf16", "fp8": "fp8", "float8": "fp8", "mxfp8": "fp8",
+              "amp": "fp16", "mixed": "fp16"}  # fmt: skip  # tables that say no more are from before bfloat16
 PREDICTIONS_PER_SEQUENCE = 20  # masked positions of BERT pre-training at length 128 (its scripts and the rows' notes)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -17,6 +18,7 @@ TORCH = Software("torch DDP", HOST["torch-2021"], "none", fused_accumulation=Fal
                  optimizer="sgd", vocab_parallel=False)  # fmt: skip
 STATIC = replace(TORCH, name="static graph", host=HOST["static graph"])
 LAYERS_OF_A_BLOCK = 11  # torchgpipe's ResNet: 4 layers before 33 bottlenecks of 11, 3 after (370 in all)
+DEEP = {"resnet50": 16, "resnet101": 33, "resnet152": 50}  # blocks
 PATH_IN_BLOCK = ("conv1", "conv1", "norm1", "norm1", "conv2", "norm2", "norm2", "conv3", "norm3", "norm3", "norm3")
 
 
@@ -36,21 +38,46 @@ class Traces:
 
 def _workload(name: str) -> Any:
     from opgraph.models import load_workload
-    from opgraph.zoo.faceresnet import workload as face
+    from opgraph.zoo import faceresnet, inception, residual
 
-    return face(batch=2) if name == "face" else load_workload(f"{name}:batch=2")
+    if name == "face":
+        return faceresnet.workload(batch=2)
+    if name == "inception3":
+        return inception.workload(batch=2)
+    return residual.workload(name, batch=2) if name in residual.KINDS else load_workload(f"{name}:batch=2")
+
+
+# How published names begin, without signs and spaces, and which model that is. Longer names of other models begin or
+# end otherwise ("WideResNet-101", "ResNet-50-D"), so the whole name is matched but for versions and settings.
+KNOWN = {
+    "alexnet": "alexnet", "resnet18": "resnet18", "resnet34": "resnet34", "resnet50": "resnet50",
+    "resnet101": "resnet101", "resnet152": "resnet152", "vgg11": "vgg11", "vgg16": "vgg16", "vgg19": "vgg19",
+    "googlenet": "googlenet", "inceptionv1": "googlenet", "inceptionv3": "inception3", "inception3": "inception3",
+    "resnext50": "resnext50", "resnext101": "resnext101", "seresnext101": "seresnext101",
+    "wideresnet50": "wideresnet50", "wideresnet101": "wideresnet101", "vitb16": "vit-b16",
+    "vitl16": "vit-l16",
+}  # fmt: skip
 
 
 def model_name(case: Case) -> str:
-    """The zoo's name of a row's model."""
-    text = case.text("model").lower()
-    known = {"face recognition": "face", "alexnet": "alexnet", "resnet-50": "resnet50", "resnet-101": "resnet101",
-             "resnet-152": "resnet152", "vgg-11": "vgg11", "vgg-16": "vgg16", "vgg-19": "vgg19",
-             "googlenet": "googlenet", "inception v1": "googlenet"}  # fmt: skip
-    for part, name in known.items():
-        if part in text or part.replace("-", "") in text:
-            return name
-    raise CaseError(f"the zoo has no {case.text('model')}; it has {', '.join(sorted(set(known.values())))}")
+    """The name of a row's model among those that can be built."""
+    if "face recognition" in case.text("model").lower():
+        return "face"
+    text = re.sub(r"\(.*?\)", "", case.text("model").lower())
+    plain = re.sub(r"[^a-z0-9]", "", text)
+    for begin in sorted(KNOWN, key=len, reverse=True):
+        if plain.startswith(begin) and re.fullmatch(_settings(begin), plain[len(begin) :]):
+            return KNOWN[begin]
+    there = ", ".join(sorted(set(KNOWN.values())))
+    raise CaseError(f"the zoo has no {case.text('model')!r} that can be built; it has face, {there}")
+
+
+def _settings(name: str) -> str:
+    """What may follow a name and change nothing that is priced: versions, data, framework; of ResNeXt and wide nets the
+    widths that they are built with."""
+    return r"(v1(5|0)?|onetower|variant|imagenet|pytorch|tensorflow|torchvision)*" + (
+        "|(32x4d)" if "next" in name else "|2" if "wide" in name else ""
+    )
 
 
 def software_of(case: Case) -> Software:
@@ -109,12 +136,17 @@ def _cuts(case: Case, pp: int) -> tuple[str, ...]:
         balance = json.loads(case.text("balance"))
     except json.JSONDecodeError:
         raise CaseError(f"balance is {case.text('balance')!r}; a list of layers per partition is needed") from None
-    if len(balance) != pp or not model_name(case).startswith("resnet"):
+    deep = DEEP.get(model_name(case), 0)
+    if not isinstance(balance, list) or not all(isinstance(n, int) and n > 0 for n in balance):
+        raise CaseError(f"balance is {case.text('balance')!r}; a list of layers per partition is needed")
+    if len(balance) != pp or not deep:
         raise CaseError(f"balance {balance} is not understood for {case.text('model')} on {pp} partitions")
     cuts = []
     at = 0
     for size in balance[:-1]:
         at += size
         block, layer = divmod(at - 4, LAYERS_OF_A_BLOCK)
+        if not 0 <= block < deep:
+            raise CaseError(f"balance {balance} cuts outside of the blocks, layers 4 to {4 + deep * LAYERS_OF_A_BLOCK}")
         cuts.append(f"blocks.{block}.{PATH_IN_BLOCK[layer]}")
     return tuple(cuts)

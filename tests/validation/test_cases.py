@@ -332,3 +332,30 @@ def test_fsdp_inside_a_pipeline_keeps_what_it_gathered() -> None:
     assert plan_of(case, software_of(case)).data_parallel == "zero1"
     case = row(zero_fsdp="zero3", pp="1", dp="4")
     assert plan_of(case, software_of(case)).data_parallel == "fsdp"
+
+
+def test_names_of_picture_models_are_matched_whole() -> None:
+    names = {
+        "ResNet-50 v1.5": "resnet50", "resnet_152": "resnet152", "VGG16": "vgg16", "Inception v1": "googlenet",
+        "InceptionV3": "inception3", "SE-ResNeXt101-32x4d": "seresnext101", "Wide ResNet-101-2": "wideresnet101",
+        "AlexNet one-tower variant": "alexnet", "ViT-B/16": "vit-b16", "ResNet-34 (ImageNet)": "resnet34",
+        "ResNet-100 face recognition, about 85,000-class FC": "face",
+    }  # fmt: skip
+    assert {name: cases_vision.model_name(picture(model=name)) for name in names} == names
+    for name in ("ResNet-50-D", "SE-ResNet-50", "ResNet-500", "AmoebaNet-D (18, 256)", "U-Net (5, 64)", ""):
+        with pytest.raises(CaseError, match="can be built"):
+            cases_vision.model_name(picture(model=name))
+
+
+@pytest.mark.parametrize("balance", ["", "3", '["a", 1]', "[1, 369]", "[369, 1]", "[185]", "[0, 370]"])
+def test_balances_that_make_no_partitions_say_why(balance: str) -> None:
+    case = picture(model="ResNet-101", parallelism="gpipe", dp="1", pp="2", chunks="4", balance=balance)
+    with pytest.raises(CaseError, match="balance"):
+        cases_vision.plan_of(case)
+
+
+def test_pictures_run_faster_in_tf32_and_faster_still_in_16_bits() -> None:
+    changes = {"model": "VGG-16", "gpu": "A100 SXM4 80GB", "interconnect": "NVLink3"}
+    rows = [picture(precision=p, **changes) for p in ("fp32", "tf32", "fp16 (AMP)")]
+    seconds = [o.predicted_seconds or 0.0 for o in run_cases(rows, lambda what, share: None)]
+    assert seconds[0] > 1.5 * seconds[1] > 1.5 * seconds[2] > 0
