@@ -27,6 +27,7 @@ from costmodels.gemm_correction import factors
 from costmodels.gemm_law import law_seconds
 from costmodels.relatives import measured, relatives
 from validation.fit_gemm_law import Array, Fit, Mask, calibration_half, fit, in_table, predictions, section_values
+from validation.table_clock import clock_scores
 from validation.tables_gemm import Table, download, eager_tables, kernel_tables, library_rows
 
 REGIONS = {"m < 64": (1, 64), "64 <= m < 512": (64, 512), "512 <= m < 1024": (512, 1024), "m >= 1024": (1024, 10**9)}
@@ -49,6 +50,8 @@ def main(arguments: list[str] | None = None) -> int:
         for table in tables:
             if table.section.endswith("_batched"):
                 _merge(args.out / "pace.csv", [_pace(table)], ["device", "section", "campaign"])
+                clock = clock_scores(table, calibration_half(table.dims))
+                _merge(args.out / "clock.csv", clock, ["device", "section", "campaign"])
             if args.borrow:
                 _merge(args.out / "borrowed.csv", _borrowed_scores(table), ["device", "section", "campaign"])
             if args.borrow and table.section == "float32" and table.campaign == "models":
