@@ -117,7 +117,7 @@ a limit, clocks sink. A second state is the low clock after some 200 rows of lig
 
 What a price may know (the second and third row) gains 0.2 points for two to five constants more, and was not kept. With
 everything that the file tells of the board, the law is at 8.5 %: T4's rows were measured at clocks that are not in the
-table, and 8 % of them is not to be had from shapes."""
+table, and nothing that was tried got to 8 % from shapes."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
