@@ -100,8 +100,10 @@ four rows. No measured time of another row is in it. Had the order no influence,
 | all, by T4's held-out rows |  | 9.5% | 8.0% |  |  |
 
 So trees that know the shape reach 9.5 %, those that know what ran before it 8.0 %, and with the kernel's name and the
-row's number 7.5 %. A price cannot know either. Some of what trees and finer corrections gain from the shape is likely
-this clock too: the file walks through the shapes in a grid, so that a region of shapes was measured at one clock.
+row's number 7.5 %. (Many matrices, random, told the row's number in place of what ran before: 8.0 %.) A price cannot
+know any of it. Some of what trees and finer corrections gain from the shape is likely this clock too: the file walks
+through the shapes in a grid, so that a region of shapes was measured at one clock.
+
 * A law of the clock was tried (constants fitted to three quarters of the fitted half, scored on the rest, corrected
 errors). Power is that of the FLOP plus 0.6 to 1.7 times as much for memory traffic, averaged over 0.08 to 0.2 s; above
 a limit, clocks sink. A second state is the low clock after some 200 rows of light load:

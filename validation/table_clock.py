@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from costmodels.device import load_device
 from validation.fit_gemm_law import EAGER_K_STEP, Array, Mask
@@ -21,7 +22,7 @@ LEAST_ROWS = 30
 LEAST_TIMES = 2.0  # of a table's least time, so that the launch is the lesser part of a row
 
 
-def paces(table: Table, inside: Mask, tile: str) -> tuple[Array, Array]:
+def paces(table: Table, inside: Mask, tile: str) -> tuple[NDArray[np.intp], Array]:
     """Positions in the table, and seconds per step of k over their median, of the rows of `inside` whose kernel has
     this tile and puts at most one block on each unit, or at most two (each kind over its own median)."""
     rows, columns = (int(x) for x in tile.split("x"))
