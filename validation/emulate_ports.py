@@ -97,7 +97,9 @@ def run(
     """When each post is done, seconds. ways: the ports from a rank to another, in order; none: they share a host.
     latency: seconds of a message of a few bytes between threads that wait for it, without the time of its bytes: one
     half until gloo's own thread has it, which answers words of readiness with data at once, one half until the rank's.
-    Every half takes from nothing to twice its mean, evenly (ASSUMPTION: two threads to wake, alike).
+    Every half takes from nothing to twice its mean, evenly (ASSUMPTION: two threads to wake, alike). With 0.38 ms the
+    ranks of the networks of four leave a barrier 0.15, 0.32 and 0.51 ms after the first; measured beside other
+    operations (medians of three networks): 0.1, 0.3 to 0.6, and 0.5 to 1.1 ms.
     """
     n = len(posts)
     later: list[list[int]] = [[] for _ in posts]
@@ -105,18 +107,18 @@ def run(
         for j in post.after:
             later[j].append(i)
     connections = {pair: _Connection(way, ways[pair[::-1]]) for pair, way in ways.items()}
-    run = _Run(
+    state = _Run(
         posts, transport, lambda: latency * random.random(), _partners(posts), later, [len(p.after) for p in posts],
         [False] * n, [False] * n, [inf] * n, connections,
     )  # fmt: skip
     for i, post in enumerate(posts):
         if not post.after:
-            run.at(0.0, _post, i)
-    while run.events:
-        now, _, what, arguments = heapq.heappop(run.events)
-        what(run, now, *arguments)
-    assert max(run.done, default=0.0) < inf, "a post waits for one that never happens"
-    return run.done
+            state.at(0.0, _post, i)
+    while state.events:
+        now, _, what, arguments = heapq.heappop(state.events)
+        what(state, now, *arguments)
+    assert max(state.done, default=0.0) < inf, "a post waits for one that never happens"
+    return state.done
 
 
 def _partners(posts: Sequence[Post]) -> list[int]:

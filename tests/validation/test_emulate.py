@@ -14,8 +14,9 @@ import pytest
 
 from validation import emulate_predict
 from validation.emulate import LATENCY, ROOT, Row, Timing, latency_of, main, ranks_on, rows_of, run
-from validation.emulate_net import BURST, NETWORKS, PAYLOAD, PREFIX, Network, emulated, shape, why_not
-from validation.emulate_predict import hops, seconds
+from validation.emulate_net import BURST, GSO_BYTES, NETWORKS, PAYLOAD, PREFIX, Network, emulated, shape, why_not
+from validation.emulate_ports import HEADERS, SEGMENT
+from validation.emulate_predict import PACKET, hops, seconds
 from validation.emulate_report import write
 
 PAIR, STAR, LEVELS, SHARED = NETWORKS
@@ -28,7 +29,8 @@ allowed = pytest.mark.skipif(bool(REASON), reason=REASON or "allowed")
 
 
 def test_payload_of_a_frame_is_header_arithmetic() -> None:
-    assert PAYLOAD == (1500 - 20 - 20 - 12) / (1500 + 14)
+    assert PAYLOAD == (1500 - 20 - 20 - 12) / (1500 + 14) == SEGMENT / (SEGMENT + HEADERS)
+    assert PACKET + HEADERS <= GSO_BYTES < PACKET + SEGMENT + HEADERS and PACKET % SEGMENT == 0
 
 
 @pytest.fixture
