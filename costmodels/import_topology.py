@@ -10,6 +10,7 @@ import re
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from math import inf
 from pathlib import Path
 
 from costmodels.cluster import Cluster, Fabric, Link, Wire
@@ -66,11 +67,14 @@ def from_matrix(text: str, where: str) -> Cluster:
     counts = {(a, b): int(cells[a, b][2:]) for a in gpus for b in gpus if cells[a, b].startswith("NV")}
     switched = _switched(gpus, counts)
     lanes = max((n if switched else _total(a, counts) for (a, _), n in counts.items()), default=0)
-    device = _named(text) or BY_LINKS.get(lanes, "a100-pcie-80gb" if lanes else "l40s")
+    bridged = len(gpus) == 2 and lanes == 4  # P100 stand in meshes; a pair by four links is a bridge
+    device = _named(text) or ("a40" if bridged else BY_LINKS.get(lanes, "a100-pcie-80gb" if lanes else "l40s"))
     lane = _lane(device, lanes)
     wires = _nvlinks(gpus, counts, names, lane, switched)
     wires += _bridges(list(names), cells, names)
-    return _node(where, device, len(gpus), wires, lanes * lane, _named(text) == "", 5e10)
+    nics = [c for c in columns if c not in gpus]
+    near = [n for n in nics if any(cells.get((g, n)) in ("PIX", "PXB") for g in gpus)]  # others serve storage and hosts
+    return _node(where, device, len(gpus), wires, lanes * lane, _named(text) == "", 5e10, len(near or nics))
 
 
 def _total(gpu: str, counts: dict[tuple[str, str], int]) -> int:
@@ -161,7 +165,8 @@ def from_xml(text: str, where: str) -> Cluster:
     per_gpu = max((sum(n for g, _, n, _ in found.links if g == gpu) for gpu in found.gpus.values()), default=0)
     found.wires += _xml_nvlinks(found, _lane(device, per_gpu, found.capability))
     total = per_gpu * _lane(device, per_gpu, found.capability)
-    return _node(where, device, len(found.gpus), found.wires, total, not named, max(found.nics, default=5e10))
+    port = max(found.nics, default=5e10)  # slower ones serve storage and hosts
+    return _node(where, device, len(found.gpus), found.wires, total, not named, port, found.nics.count(port))
 
 
 def _walk(item: ElementTree.Element, above: str, found: _Found, where: str) -> None:
@@ -179,7 +184,8 @@ def _walk(item: ElementTree.Element, above: str, found: _Found, where: str) -> N
         found.capability = found.capability or int(_figure(gpu, "sm", where))
         found.wires.append(Wire(name, above, link))
         for wire in gpu.findall("nvlink"):
-            row = name, wire.get("target", "").lower(), int(_figure(wire, "count", where)), wire.get("tclass", "")
+            count = int(_figure(wire, "count", where, least=1))
+            row = name, wire.get("target", "").lower(), count, wire.get("tclass", "")
             found.links.append(row)
     if nic is not None:
         _ports(nic, above, rate, found, where)
@@ -195,7 +201,7 @@ def _ports(nic: ElementTree.Element, above: str, rate: float, found: _Found, whe
     for net in nic.findall("net"):
         if net.get("keep", "1") == "0":
             continue
-        speed = _figure(net, "speed", where) * 1e6 / 8
+        speed = _figure(net, "speed", where, least=1) * 1e6 / 8
         found.wires.append(Wire(f"nic{len(found.nics)}", above, Link("PCIe", rate, HOP / 2, "NCCL topology")))
         found.nics.append(speed)
 
@@ -223,12 +229,15 @@ def _pcie_rate(item: ElementTree.Element) -> float:
     return GEN3_LANE * factor * (int(width) if width.isdigit() and int(width) else 16)
 
 
-def _figure(item: ElementTree.Element, key: str, where: str) -> float:
+def _figure(item: ElementTree.Element, key: str, where: str, least: float = 0) -> float:
     text = item.get(key, "")
     try:
-        return float(text)
+        value = float(text)
     except ValueError:
         raise ValueError(f'{where}: <{item.tag}> has {key}="{text}"; it must be a number') from None
+    if not least <= value < inf:
+        raise ValueError(f'{where}: <{item.tag}> has {key}="{text}"; it must be a number of {least:g} or more')
+    return value
 
 
 # --- both ---
@@ -248,11 +257,13 @@ def _lane(device: str, lanes: int, capability: int = 0) -> float:
     return NVLINK.get(capability, 25e9)
 
 
-def _node(where: str, device: str, gpus: int, wires: list[Wire], nvlink: float, guessed: bool, port: float) -> Cluster:
+def _node(
+    where: str, device: str, gpus: int, wires: list[Wire], nvlink: float, guessed: bool, port: float, nics: int
+) -> Cluster:
+    """port, nics: bytes/s of a network port, and how many the GPUs use."""
     fabric: Fabric = "pcie"
     if nvlink:
         fabric = "nvswitch" if any(w.b == "nvswitch" for w in wires) else "cube-mesh"
-    nics = len({e for w in wires for e in (w.a, w.b) if e.startswith("nic")})
     slowest = min((w.link.bandwidth for w in wires if w.a.startswith("gpu") or w.b.startswith("gpu")), default=PCIE)
     intra = Link("NVLink" if nvlink else "PCIe", nvlink or slowest, HOP, f"imported from {Path(where).name}")
     inter = Link("network port", port, NETWORK_LATENCY, "imported; latency of InfiniBand assumed", ports=nics or 1)

@@ -131,6 +131,27 @@ def test_an_nccl_dump() -> None:
     assert len(both.road(0, 2).links) == 6  # gpu, plx, nic, core, nic, plx, gpu
 
 
+def test_only_the_ports_that_serve_gpus_count() -> None:
+    """A third NIC that shares no PCIe switch with a GPU, and a slow one of the host, carry no traffic of theirs."""
+    text = """\
+     GPU0 GPU1 NIC0 NIC1 NIC2 CPU Affinity NUMA Affinity
+GPU0  X   NV18 PIX  NODE NODE 0-55 0
+GPU1 NV18  X   NODE PXB  NODE 0-55 0
+NIC0 PIX  NODE  X   NODE NODE
+NIC1 NODE PXB  NODE  X   NODE
+NIC2 NODE NODE NODE NODE  X
+"""
+    assert from_matrix(text, "node.txt").inter.ports == 2
+    assert from_matrix(text.replace("PIX", "PHB").replace("PXB", "PHB"), "node.txt").inter.ports == 3
+    slow = from_xml(XML.replace('port="0" keep="0"', 'port="0"'), "topo.xml")
+    assert slow.inter.ports == 1 and slow.inter.bandwidth == pytest.approx(25e9)
+
+
+def test_a_pair_by_four_links_is_a_bridge() -> None:
+    pair = "     GPU0 GPU1 CPU Affinity\r\nGPU0  X   NV4  0-31\r\nGPU1 NV4   X   32-63\r\n"
+    assert from_matrix(pair, "node.txt").device.name == "A40 PCIe"
+
+
 def test_nvlinks_between_gpus_in_an_nccl_dump() -> None:
     """Two V100 joined by two links, as a DGX-1 writes pairs: the target is the other GPU's bus id."""
     text = """<system version="1"><cpu numaid="0" vendor="GenuineIntel">
@@ -175,6 +196,9 @@ def test_a_broken_matrix_gets_one_sentence(text: str, words: str) -> None:
         ("<system></system>", "<cpu>"),
         ("<system><cpu/></system>", "no <gpu>"),
         (XML.replace('count="6"', 'count="six"'), "six"),
+        (XML.replace('count="6"', 'count="-1"'), "1 or more"),
+        (XML.replace('speed="200000"', 'speed="inf"'), "1 or more"),
+        (XML.replace('speed="200000"', 'speed="-1"'), "1 or more"),
     ],
 )
 def test_a_broken_dump_gets_one_sentence(text: str, words: str) -> None:
