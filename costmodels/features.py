@@ -23,6 +23,8 @@ MIB = 2**20
 TIERS = (0, MIB, 8 * MIB, 64 * MIB)
 LEAST_DEPTH = 32  # found on an EPYC core: 0.76 ns per element for depths 2 to 8, the time of 32 terms
 Shape = tuple[int, ...]
+CONTEXT = ("swept", "since", "bytes_swept")  # see `_context`
+SWEPT, SINCE = 8 * MIB, 16 * MIB  # bytes after which nothing is left in the caches; compared on calibration's models
 
 FORMS: dict[str, tuple[str, ...]] = {
     "gemm": ("one", "batches", "flops", "left", "right", "out", "bytes_more"),
@@ -33,15 +35,15 @@ FORMS: dict[str, tuple[str, ...]] = {
     "attention": ("one", "flops", "scores", "bytes"),
     "rnn": ("one", "steps", "flops_input", "flops_hidden", "weights", "states"),
     "rows": (
-        "one", "rows", "rows_cold", "read", "read_over_1M", "read_over_8M", "read_over_64M", "written",
+        "one", *CONTEXT, "rows", "rows_cold", "read", "read_over_1M", "read_over_8M", "read_over_64M", "written",
         "written_over_1M", "written_over_8M", "written_over_64M",
     ),
     "reduce": (
-        "one", "read_along", "read_across", "read_over_1M", "read_over_8M", "read_over_64M", "written",
+        "one", *CONTEXT, "read_along", "read_across", "read_over_1M", "read_over_8M", "read_over_64M", "written",
     ),
-    "norm": ("one", "rows", "bytes", "bytes_over_1M", "bytes_over_8M", "bytes_over_64M"),
-    "pool_taps": ("one", "taps", "large", "small"),
-    "stream": ("one", "bytes", "bytes_over_1M", "bytes_over_8M", "bytes_over_64M"),
+    "norm": ("one", *CONTEXT, "rows", "bytes", "bytes_over_1M", "bytes_over_8M", "bytes_over_64M"),
+    "pool_taps": ("one", *CONTEXT, "taps", "large", "small"),
+    "stream": ("one", *CONTEXT, "runs", "bytes", "bytes_over_1M", "bytes_over_8M", "bytes_over_64M"),
     "optimizer": ("one", "tensors", "bytes", "bytes_over_1M", "bytes_over_8M", "bytes_over_64M"),
 }  # fmt: skip
 BYTES = ("bytes", "read", "written")  # features that are bytes, or bytes over a size, begin so
@@ -182,6 +184,13 @@ def _rnn(shape: OpShape) -> tuple[float, ...]:
     )  # fmt: skip
 
 
+def _context(shape: OpShape) -> tuple[float, float, float]:
+    """How far the op before has emptied the caches, how far this op's own code has left them, and the bytes that an op
+    of less than a MiB then has to fetch again."""
+    swept, since = min(shape.swept / SWEPT, 1.0), min(shape.since / SINCE, 1.0)
+    return swept, since, min(touched(shape), MIB) * swept
+
+
 def _rows(shape: OpShape) -> tuple[float, ...]:
     """Rows that are taken or added one by one, and how many of them lie in no cache: a table beyond the first tier is
     met cold, but for as many of its rows as fit."""
@@ -191,7 +200,7 @@ def _rows(shape: OpShape) -> tuple[float, ...]:
     known = 4 * prod(table[0]) if table else 0
     cold = rows * max(0.0, 1 - MIB / known) if known else 0.0
     read = shape.bytes_written if gather else shape.bytes_read
-    return (1.0, rows, cold, *_tiers(read), *_tiers(shape.bytes_written))
+    return (1.0, *_context(shape), rows, cold, *_tiers(read), *_tiers(shape.bytes_written))
 
 
 def _reduce(shape: OpShape) -> tuple[float, ...]:
@@ -201,7 +210,7 @@ def _reduce(shape: OpShape) -> tuple[float, ...]:
     result = shape.out_shapes[0] if shape.out_shapes else ()
     across = bool(whole and result) and whole[-1] == result[-1]
     read, *over = _tiers(shape.bytes_read)
-    return (1.0, 0.0 if across else read, read if across else 0.0, *over, float(shape.bytes_written))
+    return (1.0, *_context(shape), 0.0 if across else read, read if across else 0.0, *over, float(shape.bytes_written))
 
 
 def _norm(shape: OpShape) -> tuple[float, ...]:
@@ -209,7 +218,7 @@ def _norm(shape: OpShape) -> tuple[float, ...]:
     took 20 to 50 ns each in a backward pass, as long as 50 of their elements in a large map."""
     whole = next((s for s in shape.in_shapes if len(s) >= 2), (1, 1))
     by_channel = any(kind in shape.name for kind in ("batch_norm", "group_norm"))
-    return (1.0, float(prod(whole[:2] if by_channel else whole[:-1])), *_tiers(touched(shape)))
+    return (1.0, *_context(shape), float(prod(whole[:2] if by_channel else whole[:-1])), *_tiers(touched(shape)))
 
 
 def _pool(shape: OpShape) -> tuple[float, ...]:
@@ -219,11 +228,11 @@ def _pool(shape: OpShape) -> tuple[float, ...]:
     large, small = float(max(maps, default=1)), float(min(maps, default=1))
     window = prod(int(n) for n in shape.variant.split("x")) if shape.variant else large / small if large > small else 9
     forward = family(shape.name) == "pool"
-    return (1.0, window * small if forward else 0.0, large, small)
+    return (1.0, *_context(shape), window * small if forward else 0.0, large, small)
 
 
 def _stream(shape: OpShape) -> tuple[float, ...]:
-    return (1.0, *_tiers(touched(shape)))
+    return (1.0, *_context(shape), float(shape.runs if shape.runs > 1 else 0), *_tiers(touched(shape)))
 
 
 def _optimizer(shape: OpShape) -> tuple[float, ...]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from costmodels.context import is_stream, runs_of
 from costmodels.device import Device, Law
 from costmodels.families import COMPUTE, FREE, base_name, family
 from costmodels.features import extent, features, form_of, touched
@@ -38,8 +39,9 @@ EXTRAPOLATION_FACTOR = 2.0  # an extrapolated law is taken to be twice as wrong 
 class OpShape:
     """What a price depends on: an op's name, its phase, the shapes of its tensor arguments and results, dtype, FLOP
     (an FMA is two), bytes read and bytes written (outputs and mutated inputs), whether an attention is causal (its
-    FLOP are those of all pairs either way, as torch counts), and which of an op's kernels its arguments ask for
-    (`variant_of`; empty for most)."""
+    FLOP are those of all pairs either way, as torch counts), which of an op's kernels its arguments ask for
+    (`variant_of`; empty for most), in how many stretches its operands lie (`context.inner_runs`), and what ran before
+    it (`context.in_context`: `swept` and `since`, bytes; 0 where caches hold what it needs)."""
 
     name: str
     phase: str
@@ -51,6 +53,9 @@ class OpShape:
     bytes_written: int
     causal: bool = False
     variant: str = ""
+    runs: int = 1
+    swept: int = 0
+    since: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +76,11 @@ def shape_of(graph: OpGraph, op: Op) -> OpShape:
     dtype = next((d for d in dtypes if "float" in d), dtypes[0] if dtypes else "float32")
     read, written = graph.bytes_read(op), graph.bytes_written(op)
     variant = variant_of(op.name, op.args, op.kwargs)
-    return OpShape(op.name, op.phase, ins, outs, dtype, op.flops, read, written, is_causal(op), variant)
+    runs = 1
+    if is_stream(op.name):
+        layouts = [[(graph.tensors[i].shape, graph.tensors[i].strides) for i in ids] for ids in (op.outputs, op.inputs)]
+        runs = runs_of(*layouts)
+    return OpShape(op.name, op.phase, ins, outs, dtype, op.flops, read, written, is_causal(op), variant, runs)
 
 
 def is_causal(op: Op) -> bool:

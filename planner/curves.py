@@ -23,14 +23,16 @@ Floats = NDArray[np.float64]
 class Curves:
     """Per forward op: what runs or lives with it, at one micro-batch size and one tensor-parallel layout.
 
-    forward, backward: seconds, host time and tensor-parallel messages among them; messages f8[2, n]: these of forward
-    and backward. host f8[2, n]: seconds in which a host thread issues them; least_host: the least.
+    forward, backward: seconds, host time and tensor-parallel messages among them; cold f8[2, n]: what of these emptied
+    caches cost; messages f8[2, n]: these of forward and backward. host f8[2, n]: seconds in which a host thread issues
+    them; least_host: the least.
     params: bytes of parameters; trained: of those that get gradients, which are `tensors` in number.
     bytes: of every storage. reads: bytes of the smallest view of a storage that forward reads.
     """
 
     forward: Floats
     backward: Floats
+    cold: Floats
     messages: Floats
     demand: float
     copies: Floats
@@ -59,7 +61,7 @@ def curves(costs: StepCosts, plan: ParallelPlan) -> Curves:
 def _curves(costs: StepCosts, plan: ParallelPlan) -> Curves:
     graph, n, place = costs.graph, costs.forward_ops, costs.place
     layout = propagate(graph, plan)
-    seconds = op_seconds(costs, layout, plan.micro_batch)
+    seconds, hot = op_seconds(costs, layout, plan.micro_batch)
     after = np.array([op.phase not in ("forward", "optimizer") for op in graph.ops])
     before = np.arange(len(graph.ops)) < n
     (messages, sends), demand = np.zeros((2, 2, n)), 1.0
@@ -95,8 +97,9 @@ def _curves(costs: StepCosts, plan: ParallelPlan) -> Curves:
         return np.bincount(place[which], weights=weights[which], minlength=n)[:n].astype(np.float64)
 
     host, least_host = (np.array([along(w, x) for w in (before, after)]) + sends for x in (issue, least))
+    cold = np.array([along(w, seconds - hot) for w in (before, after)])
     return Curves(
-        along(before) + messages[0], along(after) + messages[1], messages, demand, copies, sums,
+        along(before) + messages[0], along(after) + messages[1], cold, messages, demand, copies, sums,
         _transient(costs, nbytes_of), params, trained, tensors, held, nbytes_of, reads, host, least_host,
     )  # fmt: skip
 

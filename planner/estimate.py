@@ -109,6 +109,7 @@ def _row(costs: StepCosts, plan: ParallelPlan, stages: StageCosts, kind: str) ->
     row = {name: getattr(stages, name) for name in shared} | _data_messages(costs, plan, stages.params, stages.trained)
     row |= {
         "forward": stages.forward, "backward": stages.backward,
+        "forward_least": stages.forward - stages.cold[0], "backward_least": stages.backward - stages.cold[1],
         "copies": np.zeros(plan.pp), "least_copies": np.zeros(plan.pp),
         "overlaps": np.full(plan.pp, float(not plan.fully_sharded or plan.pp == 1)),  # FSDP in a pipeline: at the end
         "optimizer": optimizer_seconds(costs, stages.params / parts),
@@ -271,7 +272,7 @@ def _chain(costs: StepCosts, t: dict[str, Any], least: bool) -> Floats:
     and the gathers of FSDP's forward block the rank that waits for them.
     """
     m = t["m"][:, None]
-    forward, backward, gather = t["forward"], t["backward"], t["gather_least" if least else "gather"]
+    forward, backward, gather = (t[f"{name}_least" if least else name] for name in ("forward", "backward", "gather"))
     copied = t["least_copies"] if least else t["copies"]
     copies = copied + (m - 1) * t["sums"]
     if not least:  # where no stage waits for another, a pass takes what the slower of device and host needs

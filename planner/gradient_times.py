@@ -14,7 +14,7 @@ from itertools import pairwise
 from math import prod
 
 from costmodels.cluster import Cluster
-from costmodels.ops import price_many
+from costmodels.context import price_in_order
 from costmodels.variability import synchronous
 from opgraph.graph import OpGraph
 from planner.lower import prepared_graph
@@ -95,7 +95,7 @@ def step_work(graph: OpGraph, plan: ParallelPlan, cluster: Cluster, host: HostCo
 
 def _finished(items: Sequence[Item], cluster: Cluster, host: HostCosts | None) -> list[float]:
     """When the device is through with each item if no message holds it up."""
-    prices = iter(price_many(cluster.device, [i.shape for i in items if isinstance(i, Work)]))
+    prices = iter(price_in_order(cluster.device, [i.shape for i in items if isinstance(i, Work)]))
     own, at, issued, ends = cluster.device.host, 0.0, 0.0, list[float]()
     for item in items:
         if isinstance(item, Work):

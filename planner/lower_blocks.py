@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 
 from costmodels.cluster import Cluster
 from costmodels.collectives import collective_price
+from costmodels.context import price_in_order
 from costmodels.families import is_known
-from costmodels.ops import price_many
 from costmodels.overlap import Beside, beside, slowdowns
 from opgraph.graph import OpGraph
 from planner.compiled import fused_script
@@ -90,7 +90,7 @@ def _merge(
 ) -> list[Entry]:
     """Prices the work and joins what runs without a message in between; `costs` of a host thread that issues it."""
     shapes = [i.shape for i in script if isinstance(i, Work)]
-    known = price_many(cluster.device, shapes)
+    known = price_in_order(cluster.device, shapes)
     prices = iter(zip(known, slowdowns(cluster.device, shapes, [p.seconds for p in known], other)))
     host = cluster.device.host
     merged: list[Entry] = []

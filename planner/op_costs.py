@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from costmodels.context import price_in_order
 from costmodels.features import BYTES, FORMS, features
 from costmodels.ops import OpShape, law_of, price_many, roofline_seconds, shape_of, variant_of
 from opgraph.flops import flops_of
@@ -16,29 +17,36 @@ from planner.compiled import vanishes
 from planner.host_thread import host_costs
 from planner.host_thread import op_seconds as issue_seconds
 from planner.layout import Layout, accumulates
-from planner.script import copies_nothing
+from planner.script import copies_nothing, local_strides
 from planner.step_costs import StepCosts, varying_storages
 
 Floats = NDArray[np.float64]
 VIEW, LEFT_OUT = -1, -2
 
-def op_seconds(costs: StepCosts, layout: Layout, batch: int) -> Floats:
-    """Seconds of every op but the optimizer's at the local shapes of one rank. Views cost their host time only."""
+def op_seconds(costs: StepCosts, layout: Layout, batch: int) -> tuple[Floats, Floats]:
+    """Seconds of every op but the optimizer's at the local shapes of one rank, in the order of the trace, and what each
+    takes at least, whatever runs before it. Views cost their host time only."""
     compact, placed, kind = _classes(costs, layout)
     at = compact.at_batch(batch)
-    tensors = tuple(_local(t, p, layout.parts) for t, p in zip(at.tensors, placed))
+    tensors = tuple(local_tensor(t, p, layout.parts) for t, p in zip(at.tensors, placed))
     ops = at.ops
     if layout.parts > 1:
         ops = tuple(_with_flops(op, tensors) for op in at.ops)
     at = replace(at, tensors=tensors, ops=ops)
-    prices = price_many(costs.cluster.device, [shape_of(at, op) for op in at.ops])
-    host = costs.cluster.device.host
+    device = costs.cluster.device
+    shapes = [shape_of(at, op) for op in at.ops]
+    host = device.host
     own = np.array([host.get("op_backward" if op.phase == "backward" else "op_forward", 0.0) for op in costs.graph.ops])
-    seconds = np.array([p.seconds for p in prices] + [0.0, 0.0])[kind]
+    least = np.array([p.seconds for p in price_many(device, shapes)] + [0.0, 0.0])[kind]
+    seconds = least
+    if device.laws:
+        seconds, priced = np.zeros(len(kind)), np.flatnonzero(kind >= 0)
+        seconds[priced] = [p.seconds for p in price_in_order(device, [shapes[k] for k in kind[priced]])]
     if costs.running.compiled:  # what is fused is left out: a bound, and an estimate of what no fusion changes
         kept = np.array([not vanishes(op.name) for op in costs.graph.ops])
-        seconds, own = seconds * kept, own * kept
-    return np.where(kind == LEFT_OUT, 0.0, seconds + own)
+        seconds, least, own = seconds * kept, least * kept, own * kept
+    usual, hot = (np.where(kind == LEFT_OUT, 0.0, x + own) for x in (seconds, least))
+    return usual, hot
 
 
 def host_seconds(costs: StepCosts, layout: Layout) -> tuple[Floats, Floats]:
@@ -68,10 +76,12 @@ def _with_flops(op: Op, tensors: tuple[Tensor, ...]) -> Op:
     return replace(op, flops=flops_of(op.name, ins, outs or ins, op))
 
 
-def _local(t: Tensor, placement: int, parts: int) -> Tensor:
+def local_tensor(t: Tensor, placement: int, parts: int) -> Tensor:
+    """The part of a tensor that one of `parts` ranks holds; strides of dims outside the split one shrink with it."""
     if placement < 0 or parts == 1:
         return t
-    return replace(t, shape=tuple(n // parts if d == placement else n for d, n in enumerate(t.shape)))
+    shape = tuple(n // parts if d == placement else n for d, n in enumerate(t.shape))
+    return replace(t, shape=shape, strides=tuple(local_strides(t.shape, t.strides, shape)))
 
 
 def _classes(costs: StepCosts, layout: Layout) -> tuple[OpGraph, tuple[int, ...], NDArray[np.int64]]:
@@ -84,7 +94,7 @@ def _classes(costs: StepCosts, layout: Layout) -> tuple[OpGraph, tuple[int, ...]
     graph = costs.graph
     looks: dict[Any, int] = {}
     look = [
-        looks.setdefault((t.shape, t.per_batch, tuple(s == 0 for s in t.strides), t.dtype, p), len(looks))
+        looks.setdefault((t.shape, t.per_batch, t.strides, t.dtype, p), len(looks))
         for t, p in zip(graph.tensors, layout.placements)
     ]
     numbers: dict[Any, int] = {}

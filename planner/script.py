@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from costmodels.context import is_stream, runs_of
 from costmodels.ops import OpShape, is_causal, variant_of
 from costmodels.workspace_layout import contiguous
 from opgraph.flops import flops_of
@@ -107,7 +108,7 @@ def tensor_shape(graph: OpGraph, layout: Layout, tensor: int) -> tuple[int, ...]
 def tensor_strides(graph: OpGraph, layout: Layout, tensor: int) -> tuple[int, ...]:
     """Local strides of a tensor under tensor parallelism."""
     t = graph.tensors[tensor]
-    return tuple(_local_strides(t.shape, t.strides, tensor_shape(graph, layout, tensor)))
+    return tuple(local_strides(t.shape, t.strides, tensor_shape(graph, layout, tensor)))
 
 
 def tensor_bytes(graph: OpGraph, layout: Layout, tensor: int) -> int:
@@ -133,7 +134,11 @@ def local_work(graph: OpGraph, layout: Layout, op: Op, phase: Phase | None = Non
         written = sum(tensor_bytes(graph, layout, t) for t in dict.fromkeys((*op.outputs, *op.mutates)))
     phase = phase or op.phase
     variant = variant_of(op.name, op.args, op.kwargs)
-    shape = OpShape(op.name, phase, ins, outs, dtype, flops, read, written, is_causal(op), variant)
+    runs = 1
+    if not op.is_view and is_stream(op.name):
+        strides = ([tensor_strides(graph, layout, t) for t in ids] for ids in (op.outputs, op.inputs))
+        runs = runs_of(*(list(zip(shapes, steps)) for shapes, steps in zip((outs, ins), strides)))
+    shape = OpShape(op.name, phase, ins, outs, dtype, flops, read, written, is_causal(op), variant, runs)
     return Work(shape, phase, op.module, op.is_view, op.id)
 
 
@@ -149,11 +154,11 @@ def copies_nothing(graph: OpGraph, layout: Layout, op: Op) -> bool:
         return False
     t = graph.tensors[op.inputs[0]]
     local = tensor_shape(graph, layout, t.id)
-    strides = tuple(_local_strides(t.shape, t.strides, local))
+    strides = tuple(local_strides(t.shape, t.strides, local))
     return not contiguous(t.shape, t.strides) and contiguous(local, strides)
 
 
-def _local_strides(shape: tuple[int, ...], strides: tuple[int, ...], local: tuple[int, ...]) -> list[int]:
+def local_strides(shape: tuple[int, ...], strides: tuple[int, ...], local: tuple[int, ...]) -> list[int]:
     """Strides of the local tensor: those of dims that lie outside the shrunk one shrink with it."""
     shrunk = [d for d in range(len(shape)) if local[d] != shape[d]]
     result = list(strides)

@@ -22,15 +22,17 @@ class StageCosts:
     """Arrays [stages]; seconds of one micro-batch, bytes of one rank.
 
     forward, backward: ops with their host time, what is recomputed, and tensor-parallel messages, which are `messages`
-    of these seconds and keep `message_work` core seconds busy. host_forward, host_backward: of the host thread that
-    issues them; host_least: what every schedule issues. send: of the message to the next stage. copies: into and
-    out of DDP's buckets. sums: adding one micro-batch's gradients to the others'. params: bytes of parameters; trained:
-    of those that get gradients; tensors: how many these are. saved: activations kept for backward. transient: most
-    bytes of short-lived tensors. held: buffers. input_bytes: of the model's inputs.
+    of these seconds and keep `message_work` core seconds busy; cold [2, stages]: what of them emptied caches cost.
+    host_forward, host_backward: of the host thread that issues them; host_least: what every schedule issues. send: of
+    the message to the next stage. copies: into and out of DDP's buckets. sums: adding one micro-batch's gradients to
+    the others'. params: bytes of parameters; trained: of those that get gradients; tensors: how many these are. saved:
+    activations kept for backward. transient: most bytes of short-lived tensors. held: buffers. input_bytes: of the
+    model's inputs.
     """
 
     forward: Floats
     backward: Floats
+    cold: Floats
     messages: Floats
     message_work: Floats
     host_forward: Floats
@@ -91,8 +93,10 @@ def _stage_costs(costs: StepCosts, plan: ParallelPlan) -> StageCosts:
     around = _runtime_host(costs, plan)
     added, repeated = _runtime_issue(costs, plan), again > 0
     issue, least = c.host + added, (c.least_host + added).sum(0) + np.where(repeated, c.least_host[0], 0.0)
+    cold = np.array([c.cold[0], c.cold[1] + np.minimum(again, c.cold[0])])
     return StageCosts(
-        forward=per_stage(c.forward + around[0]), backward=per_stage(c.backward + again + around[1]), messages=messages,
+        forward=per_stage(c.forward + around[0]), backward=per_stage(c.backward + again + around[1]),
+        cold=np.array([per_stage(x) for x in cold]), messages=messages,
         message_work=messages * c.demand, host_forward=per_stage(issue[0]),
         host_backward=per_stage(issue[1] + np.where(repeated, c.host[0], 0.0)), host_least=per_stage(least),
         send=send, copies=per_stage(c.copies), sums=per_stage(c.sums), params=params,

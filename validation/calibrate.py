@@ -34,6 +34,7 @@ from validation.environment import RANK_ENV, available_cores
 
 Progress = Callable[[str, float], None]
 ROOT = Path(__file__).resolve().parent.parent
+ROOM = 3 * 2**30  # bytes of free memory per rank below which the models that hold 200 to 400 MB are left out
 MOST_RANKS = 8  # of the op measurement: more ranks than this would only repeat each other
 AFTER_ROUNDS = 42.0  # seconds kept for collectives of 2 and 4 ranks (31 to 46 on two cores) and fitting (3 to 4)
 PER_WORLD, FITTING = 18.0, 6.0  # seconds kept for each further group size (start, one pass), and for what follows
@@ -67,6 +68,8 @@ def calibrate(
     `models` names a part of the calibration models and `worlds` the group sizes of the collectives (tests use few);
     by default all models, and groups of 2, 4 and as many as there are cores.
     """
+    import psutil
+
     if budget_seconds <= 0:
         raise ValueError(f"the budget is {budget_seconds:g} s; it must be more than 0, and 90 is usual")
     began, started = time.monotonic(), time.time()
@@ -84,6 +87,7 @@ def calibrate(
                 **common, "ranks": world, "store": str(Path(folder) / f"store-{world}"), "anchor": 8 if short else 40,
                 "kinds": _kinds(world) if world in sizes else [], "runtime": main,
                 "models": list(models) if main else None, "least_rounds": 3,
+                "room": psutil.virtual_memory().available >= ROOM * ranks,
                 "until": started + max(budget_seconds - AFTER_ROUNDS, 0.0),
                 "collectives_until": started + budget_seconds - FITTING - PER_WORLD * (len(in_order) - 1 - i),
                 "reference": 0.0 if main else results[ranks][0]["reference"],
@@ -214,7 +218,7 @@ def _device(
         units=1,
         floor_seconds=1e-6,
         laws=laws,
-        samples={signature(s): t for s, t in merged if t >= SAMPLE_SECONDS},
+        samples=_known(merged),
         host=host,
         anchor_seconds=main[0]["anchor"],
         step_error=float(np.sqrt(np.mean(np.square(list(steps.values()))))) if steps else 0.0,
@@ -238,15 +242,25 @@ def _steps(main: list[dict[str, Any]]) -> dict[str, tuple[Sequence[OpShape], flo
 
 
 def _merged(main: list[dict[str, Any]]) -> list[tuple[OpShape, float]]:
-    """Every distinct op with the mean of the ranks' medians (on two ranks; the median on more)."""
-    times: dict[str, list[float]] = {}
-    shapes: dict[str, OpShape] = {}
+    """Every distinct op in every context with the mean of the ranks' medians (on two ranks; the median on more)."""
+    from validation.calibrate_record import placed
+
+    times: dict[tuple[str, int, int, int], list[float]] = {}
+    shapes: dict[tuple[str, int, int, int], OpShape] = {}
     for result in main:
         for sample in result["samples"]:
-            key = signature(sample.shape)
+            key = placed(sample.shape)
             shapes.setdefault(key, sample.shape)
             times.setdefault(key, []).append(sample.seconds)
     return [(shapes[k], statistics.median(v)) for k, v in times.items()]
+
+
+def _known(merged: list[tuple[OpShape, float]]) -> dict[str, float]:
+    """`Device.samples`: the longer ops, each at the median of its contexts."""
+    times: dict[str, list[float]] = {}
+    for shape, seconds in merged:
+        times.setdefault(signature(shape), []).append(seconds)
+    return {key: usual for key, found in times.items() if (usual := statistics.median(found)) >= SAMPLE_SECONDS}
 
 
 def _host(main: list[dict[str, Any]], results: dict[int, list[dict[str, Any]]], cores: int) -> dict[str, float]:

@@ -37,7 +37,7 @@ def fit_laws(samples: Iterable[Measured]) -> dict[str, Law]:
     # Parents first: pooled before own, float32 before the other dtypes, an op before its variants.
     for key in sorted(groups, key=lambda k: (not k.endswith("float32"), ":" not in k, "." in k)):
         members = groups[key]
-        if len(members) >= LEAST_SAMPLES or ":" in key or not key.endswith("float32"):
+        if _distinct(members) >= LEAST_SAMPLES or ":" in key or not key.endswith("float32"):
             laws[key] = _law(key, members, _parent(key, members[0][0], laws))
     return laws
 
@@ -57,14 +57,15 @@ def _law(key: str, members: list[Measured], parent: Law | None) -> Law:
     design = np.array([features(shape, form) for shape, _ in members])
     seconds = np.array([s for _, s in members])
     held_out = _held_out(members)
+    alone = parent is None or _distinct(members) >= OWN_SAMPLES
     if held_out.any() and not held_out.all():
-        first = _coefficients(design[~held_out], seconds[~held_out], parent)
+        first = _coefficients(design[~held_out], seconds[~held_out], parent, alone)
         error = float(np.mean(np.abs(design[held_out] @ first / seconds[held_out] - 1)))
     else:
         error = UNSCORED_ERROR
     extents = np.array([extent(shape, form) for shape, _ in members])
     return Law(
-        key, form, tuple(_coefficients(design, seconds, parent).tolist()), tuple(extents.min(0).tolist()),
+        key, form, tuple(_coefficients(design, seconds, parent, alone).tolist()), tuple(extents.min(0).tolist()),
         tuple(extents.max(0).tolist()), min(error, 1.0), len(members),
     )  # fmt: skip
 
@@ -73,8 +74,12 @@ def _held_out(members: list[Measured]) -> np.ndarray:
     return np.array([zlib.crc32(signature(shape).encode()) % 2 == 0 for shape, _ in members])
 
 
-def _coefficients(design: np.ndarray, seconds: np.ndarray, parent: Law | None) -> np.ndarray:
-    if parent is None or len(seconds) >= OWN_SAMPLES:
+def _distinct(members: list[Measured]) -> int:
+    return len({signature(shape) for shape, _ in members})
+
+
+def _coefficients(design: np.ndarray, seconds: np.ndarray, parent: Law | None, alone: bool) -> np.ndarray:
+    if parent is None or alone:
         return fit(design, seconds)
     scale = _weighted_median(seconds / np.maximum(design @ np.array(parent.coefficients), 1e-9), seconds)
     result: np.ndarray = scale * np.array(parent.coefficients)

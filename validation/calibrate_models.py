@@ -35,11 +35,12 @@ from validation.calibrate_nets import (
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """One training step to measure; `bf16` runs its forward under autocast."""
+    """One training step to measure; `bf16` runs its forward under autocast. `large`: it holds more than 200 MB."""
 
     name: str
     make: Callable[[], Case]
     bf16: bool = False
+    large: bool = False
 
 
 def _all() -> tuple[Source, ...]:
@@ -89,6 +90,8 @@ def _all() -> tuple[Source, ...]:
         "llama128": partial(transformer, 128, 4, 8, 64, 12000, llama=True, inner=336),
         "tied256": partial(tied, 256, 1, 48, 100000),  # a table larger than any cache: 102 MB
         "tied96": partial(tied, 96, 4, 24, 60000),
+        "mlp-heavy": partial(perceptron, 3, 1152, 7168, 2304, 200),  # weights of 33 and 66 MB pass by short ops
+        "plain96": partial(plain_net, 1, 40, 96),
         "mlp-tall": partial(perceptron, 512, 256, 640, 640, 64),
     }
     half = {
@@ -98,7 +101,10 @@ def _all() -> tuple[Source, ...]:
         "t128-bf16": partial(transformer, 128, 4, 4, 160, 1000),
         "large-kernels24-bf16": partial(large_kernels, 4, 136, 32, 800),
     }
-    return (*(Source(n, m) for n, m in steps.items()), *(Source(n, m, True) for n, m in half.items()))
+    return (
+        *(Source(n, m, large=n in ("tied256", "mlp-heavy", "plain96")) for n, m in steps.items()),
+        *(Source(n, m, True) for n, m in half.items()),
+    )
 
 
 SOURCES = _all()

@@ -15,6 +15,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from costmodels.context import in_context, is_stream, runs_of
 from costmodels.families import FREE, family
 from costmodels.ops import OpShape, signature, variant_of
 from opgraph.flops import flops_of
@@ -87,9 +88,11 @@ def described(
     kinds = [str(t.dtype).removeprefix("torch.") for t in (*fresh, *ins)]
     dtype = next((k for k in kinds if "float" in k), kinds[0] if kinds else "float32")
     variant = variant_of(name, args, kwargs.items())
+    sides = ([t for t in side if t.layout == torch.strided] for side in (fresh, ins))
+    runs = runs_of(*([(tuple(t.shape), tuple(t.stride())) for t in side] for side in sides)) if is_stream(name) else 1
     return OpShape(
         name, phase, tuple(tuple(t.shape) for t in ins), tuple(tuple(t.shape) for t in fresh), dtype, flops,
-        0 if view else moved(ins), 0 if view else moved([*fresh, *mutated]), False, variant,
+        0 if view else moved(ins), 0 if view else moved([*fresh, *mutated]), False, variant, runs,
     )  # fmt: skip
 
 
@@ -155,7 +158,7 @@ def prepare(source: Source) -> Step:
         for name, part in zip(PHASES, step.parts):
             describer.phase = name
             part()
-    step.shapes = describer.shapes
+    step.shapes = in_context(describer.shapes)
     return step
 
 
@@ -213,19 +216,24 @@ def medians(runs: list[Run]) -> list[float]:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One distinct op with its median seconds over all its calls."""
+    """One distinct op (in one context, see `costmodels.context`) with its median seconds over all its calls."""
 
     shape: OpShape
     seconds: float
 
 
+def placed(shape: OpShape) -> tuple[str, int, int, int]:
+    """What equal ops in equal contexts share."""
+    return signature(shape), shape.runs, shape.swept, shape.since
+
+
 def samples(steps: list[Step]) -> list[Sample]:
-    """Every distinct op of the steps."""
-    calls: dict[str, tuple[OpShape, list[float]]] = {}
+    """Every distinct op of the steps, in every context."""
+    calls: dict[tuple[str, int, int, int], tuple[OpShape, list[float]]] = {}
     for step in steps:
         if step.times:
             for shape, seconds in zip(step.shapes, medians(step.times)):
-                calls.setdefault(signature(shape), (shape, []))[1].append(seconds)
+                calls.setdefault(placed(shape), (shape, []))[1].append(seconds)
     return [Sample(shape, statistics.median(seconds)) for shape, seconds in calls.values()]
 
 

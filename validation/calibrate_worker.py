@@ -122,7 +122,7 @@ def measure_ops(job: dict[str, Any], rank: int) -> dict[str, Any]:
     solo = statistics.median(once() for _ in range(job["anchor"])) if rank == 0 else 0.0
     dist.barrier()
     loaded = statistics.median(once() for _ in range(job["anchor"]))
-    chosen = [s for s in SOURCES if not job["models"] or s.name in job["models"]]
+    chosen = [s for s in SOURCES if s.name in job["models"] or not (job["models"] or (s.large and not job.get("room")))]
     if job.get("workloads"):
         chosen = [workload_source(spec, batch) for spec, batch in job["workloads"]]
     steps = []

@@ -20,7 +20,7 @@ import numpy as np
 
 from costmodels.device import Device, rescale
 from costmodels.families import FREE, base_name, family
-from costmodels.ops import OpShape, price, signature
+from costmodels.ops import OpShape, Price, price, signature
 from validation.calibrate import MOST_RANKS, run_ranks
 from validation.environment import available_cores
 
@@ -32,7 +32,8 @@ SHARE_TIMEOUT = 600.0
 @dataclass(frozen=True, slots=True)
 class OpRow:
     """One distinct op of one model's step. count: how often the step runs it. predicted, measured: seconds of one call
-    at one pace. source: of the price ("measured": calibration has seen this very op, so it is not held out)."""
+    at one pace, medians over its calls. source: of the price ("measured": calibration has seen this very op, so it is
+    not held out)."""
 
     model: str
     op: str
@@ -82,8 +83,8 @@ def time_workloads(
     with tempfile.TemporaryDirectory(prefix="parplan-held-out-") as folder:
         job = {
             "ranks": ranks, "store": str(Path(folder) / "store"), "anchor": 40, "kinds": [], "runtime": False,
-            "models": [], "workloads": [list(w) for w in workloads], "least_rounds": 5, "until": time.time() + seconds,
-            "timeout": SHARE_TIMEOUT,
+            "models": [], "room": True, "workloads": [list(w) for w in workloads], "least_rounds": 5,
+            "until": time.time() + seconds, "timeout": SHARE_TIMEOUT,
         }  # fmt: skip
         return run_ranks(job, Path(folder), progress)
 
@@ -95,20 +96,23 @@ def op_rows(device: Device, results: Sequence[dict[str, Any]]) -> list[OpRow]:
     rows: list[OpRow] = []
     for model in results[0]["steps"]:
         calls: dict[str, list[float]] = {}
+        prices: dict[str, list[Price]] = {}
         shapes: dict[str, OpShape] = {}
         for result in results:
             for shape, seconds in result["steps"].get(model, ()):
                 shapes.setdefault(signature(shape), shape)
                 calls.setdefault(signature(shape), []).append(seconds)
+                prices.setdefault(signature(shape), []).append(price(at_pace, shape))
         counts = Counter(signature(shape) for shape, _ in results[0]["steps"][model])
         for key, shape in shapes.items():
             if family(shape.name) in FREE:
                 continue
-            known = price(at_pace, shape)
+            known = prices[key][0]
             rows.append(
                 OpRow(
                     model, base_name(shape.name), family(shape.name), shape.phase, key.partition("|")[2], shape.dtype,
-                    counts[key], known.seconds, known.source, known.error, statistics.median(calls[key]),
+                    counts[key], statistics.median(p.seconds for p in prices[key]), known.source, known.error,
+                    statistics.median(calls[key]),
                 )
             )  # fmt: skip
     return rows

@@ -113,7 +113,7 @@ def test_unknown_names_list_what_is_there(tmp_path: Path) -> None:
 
 
 def test_rescaling_multiplies_times_and_leaves_ratios() -> None:
-    law = Law("relu/float32", "stream", (1e-6, 1e-11, 1e-11, 2e-11, 0.0))
+    law = Law("relu/float32", "stream", (1e-6, 0, 0, 0, 0, 1e-11, 1e-11, 2e-11, 0.0))
     device = Device(
         "x", "cpu", {"float32": 1e11}, 1, 1e10, laws={law.key: law}, samples={"s": 1.0},
         host={"op_forward": 2e-6, "loaded": 1.1}, anchor_seconds=0.5,

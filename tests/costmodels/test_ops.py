@@ -26,7 +26,7 @@ def laws() -> dict[str, Law]:
     made = {}
     for name in names:
         form = form_of(name)
-        counts = ("one", "batches", "steps", "tensors", "rows")
+        counts = ("one", "batches", "steps", "tensors", "rows", "swept", "since")
         coefficients = tuple(1e-6 if f in counts else 1e-11 for f in FORMS[form])
         made[f"{name}/float32"] = Law(f"{name}/float32", form, coefficients, error=0.05)
     return made
@@ -88,7 +88,7 @@ def test_many_prices_are_the_single_prices(dims: list[tuple[int, int, int]]) -> 
 
 def test_sources_say_how_a_price_was_found() -> None:
     law = Law("mm/float32", "gemm", (1e-6, 0, 1e-11, 0, 0, 0, 0), (8, 8, 8), (64, 64, 64), 0.05, 20)
-    pooled = Law("pointwise:float32", "stream", (1e-6, 1e-11, 1e-11, 1e-11, 0.0), (1,), (1e9,), 0.1, 20)
+    pooled = Law("pointwise:float32", "stream", (1e-6, 0, 0, 0, 0, 1e-11, 1e-11, 1e-11, 0), (1,), (1e9,), 0.1, 20)
     device = Device(
         "core", "cpu", {"float32": 1e11}, 2**34, 2e10, laws={law.key: law, pooled.key: pooled},
         samples={signature(mm(16, 16, 16)): 7e-6},
@@ -166,7 +166,7 @@ def test_the_tables_cover_the_ops_of_traced_models() -> None:
 def test_a_byte_never_costs_less_because_there_are_more(few: int, more: int) -> None:
     """Each further byte costs at least what the one before did, whatever non-negative coefficients a fit finds."""
     small, large = min(few, more), max(few, more)
-    law = Law("relu/float32", "stream", (1e-6, 2e-11, 0.0, 3e-11, 1e-11))
+    law = Law("relu/float32", "stream", (1e-6, 0, 0, 0, 0, 2e-11, 0.0, 3e-11, 1e-11))
 
     def next_byte(n: int) -> float:
         at = [OpShape("aten.relu.default", "forward", (), (), "float32", 0, k, 0) for k in (n, n + 1024)]
@@ -184,7 +184,7 @@ def test_arguments_choose_kernels_that_shapes_do_not_show() -> None:
     tanh = replace(exact, variant="tanh")
     assert signature(tanh) != signature(exact)
     laws = {
-        key: Law(key, "stream", (seconds, 0, 0, 0, 0))
+        key: Law(key, "stream", (seconds, *[0] * 8))
         for key, seconds in (("gelu/float32", 1.0), ("gelu.tanh/float32", 2.0), ("pointwise:float32", 3.0))
     }
     assert law_among(laws, tanh) is laws["gelu.tanh/float32"] and law_among(laws, exact) is laws["gelu/float32"]
