@@ -27,7 +27,7 @@ from costmodels import tomlfile
 from costmodels.cluster import CollectiveTable, tables_data
 from costmodels.device import Device, device_data, local_path
 from costmodels.families import family
-from costmodels.features import touched
+from costmodels.features import FORMS, form_of, touched
 from costmodels.ops import OpShape, signature
 from validation.calibrate_fit import errors_by_family, fit_laws, step_errors
 from validation.environment import RANK_ENV, available_cores
@@ -39,6 +39,7 @@ MOST_RANKS = 8  # of the op measurement: more ranks than this would only repeat 
 AFTER_ROUNDS = 42.0  # seconds kept for collectives of 2 and 4 ranks (31 to 46 on two cores) and fitting (3 to 4)
 PER_WORLD, FITTING = 18.0, 6.0  # seconds kept for each further group size (start, one pass), and for what follows
 SAMPLE_SECONDS = 2e-5  # shorter ops are not stored one by one: their law is as good and the file stays small
+OUT_OF_CONTEXT = 2e-4  # seconds: below, a law that knows what runs before an op is nearer than the op's own time was
 SMALL_OPTIMIZER = 0.002  # seconds: the same for optimizer steps
 SMALL_STEP = 0.04  # seconds: host overhead is read off steps below this, where op noise does not drown it
 
@@ -258,9 +259,13 @@ def _merged(main: list[dict[str, Any]]) -> list[tuple[OpShape, float]]:
 def _known(merged: list[tuple[OpShape, float]]) -> dict[str, float]:
     """`Device.samples`: the longer ops, each at the median of its contexts."""
     times: dict[str, list[float]] = {}
+    least: dict[str, float] = {}
     for shape, seconds in merged:
-        times.setdefault(signature(shape), []).append(seconds)
-    return {key: usual for key, found in times.items() if (usual := statistics.median(found)) >= SAMPLE_SECONDS}
+        key = signature(shape)
+        times.setdefault(key, []).append(seconds)
+        least[key] = OUT_OF_CONTEXT if "swept" in FORMS[form_of(shape.name)] else SAMPLE_SECONDS
+    usual = {key: statistics.median(found) for key, found in times.items()}
+    return {key: seconds for key, seconds in usual.items() if seconds >= least[key]}
 
 
 def _host(main: list[dict[str, Any]], results: dict[int, list[dict[str, Any]]], cores: int) -> dict[str, float]:
