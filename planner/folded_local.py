@@ -12,6 +12,7 @@ from opgraph.graph import DTYPE_BYTES, Op, OpGraph, Phase, Tensor
 from planner.layout import Layout, Reduction, propagate
 from planner.plan import ParallelPlan
 from planner.rules import ShardingError, local_shape
+from planner.stages import within
 
 Shape = tuple[int, ...]
 OUTSIDE = ("embed", "positions", "head", "<loss>", "transform", "norm", "")  # modules around the blocks
@@ -40,6 +41,7 @@ class Local:
     readers: dict[int, list[Op]] = field(default_factory=dict)
     makers: dict[int, Op] = field(default_factory=dict)  # tensor -> the op that made it
     end: int = 0  # the last op of backward
+    apart: tuple[str, ...] = ()  # modules with experts: they are traced on the part of the sequence that a rank has
 
     @property
     def tp(self) -> int:
@@ -74,6 +76,8 @@ class Local:
         if not self.plan.sequence_parallel or self.tp == 1 or op.module in self.plan.style:
             return False
         if op.module.split(".")[0] not in ("blocks", "norm", "positions"):
+            return False
+        if any(within(op.module, path) for path in self.apart) and not op.module.endswith((".take", ".give")):
             return False
         tensors = (self.graph.tensors[t] for t in (*op.inputs, *op.outputs))
         return all(self.placement(t) < 0 for t in tensors if t.role != "parameter")
@@ -128,7 +132,11 @@ def local_step(graph: OpGraph, plan: ParallelPlan, seq: int, vocab: int, vocab_p
         plan.tp, (-1,) * len(graph.tensors), ()
     )  # fmt: skip
     end = max((op.id for op in graph.ops if op.phase == "backward"), default=0)
-    local = Local(graph, plan, replace(layout, parts=plan.tp), seq, vocab, vocab_parallel and plan.tp > 1, end=end)
+    experts = [name.rpartition(".up.")[0] for name, t in graph.parameters.items() if len(t.shape) == 3]
+    local = Local(
+        graph, plan, replace(layout, parts=plan.tp), seq, vocab, vocab_parallel and plan.tp > 1, end=end,
+        apart=tuple(name for name in dict.fromkeys(experts) if name),
+    )  # fmt: skip
     for reduction in layout.reductions:
         local.reductions.setdefault(reduction.after, []).append(reduction)
     for op in graph.ops:

@@ -82,8 +82,10 @@ class ParallelPlan:
         for axis in (*AXES, "cp", "ep", "vpp"):
             if getattr(self, axis) < 1:
                 raise ValueError(f"{axis} is {getattr(self, axis)}; every mesh axis needs a size of 1 or more")
-        if self.dp % self.ep:
-            raise ValueError(f"ep = {self.ep} does not divide dp = {self.dp}; expert-parallel ranks are dp ranks")
+        if self.dp * self.cp * self.tp % self.ep:
+            raise ValueError(
+                f"ep = {self.ep} does not divide dp = {self.dp} (x cp x tp); expert-parallel ranks are those of a stage"
+            )
         if self.vpp > 1 and self.pp == 1:
             raise ValueError(f"vpp = {self.vpp} needs a pipeline; use pp of 2 or more, or vpp = 1")
         if self.global_batch % (self.dp * self.micro_batches):
@@ -145,7 +147,7 @@ class ParallelPlan:
     @property
     def expert_replicas(self) -> int:
         """Ranks that hold the same experts and share their gradients."""
-        return self.dp * self.cp // self.ep
+        return self.dp * self.cp * self.tp // self.ep
 
     @property
     def micro_batch(self) -> int:

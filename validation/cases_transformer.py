@@ -119,16 +119,17 @@ def fused_attention(case: Case) -> bool:
 def _experts(case: Case, count: int) -> Any:
     from opgraph.zoo.transformer import Experts
 
-    if case.degree("tp") > 1:
-        raise CaseError("experts together with tensor parallelism are not predicted yet")
-    ep, top = case.degree("ep"), case.whole("moe_topk", least=1)
+    parts, ep, top = case.degree("tp"), case.degree("ep"), case.whole("moe_topk", least=1)
+    if case.whole("seq_len") // case.degree("cp") % parts:
+        raise CaseError(f"tp = {parts} does not divide the sequence of a rank; experts need equal parts of it")
     if count % ep:
         raise CaseError(f"ep = {ep} does not divide moe_experts = {count}; each rank has equally many experts")
     if top > count:
         raise CaseError(f"moe_topk {top} is more than moe_experts {count}")
     shared = re.search(r"shared-expert ffn (\d+)", case.text("notes"))
     gated = case.whole("gated_mlp", 1) > 0
-    return Experts(count // ep, count, top, case.whole("moe_ffn", least=1), int(shared[1]) if shared else 0, gated)
+    width = int(shared[1]) if shared else 0
+    return Experts(count // ep, count, top, case.whole("moe_ffn", least=1), width, gated, parts)
 
 
 def _dense_first(case: Case) -> int:
@@ -174,6 +175,7 @@ def plan_of(case: Case, software: Software) -> ParallelPlan:
         raise CaseError(f"zero_fsdp is {case.text('zero_fsdp')!r}; it must be none, zero1, zero2 or zero3")
     # FSDP in a pipeline keeps whole what it gathered until the step ends, and scatters gradients once (torchtitan's
     # default `reshard_after_forward` with pipelines): the messages and memory of zero1.
+    experts = case.whole("moe_experts", 0) > 0  # with tensor parallelism Megatron wants the sequence split, too
     shards = "zero1" if pp > 1 and ZERO[zero] == "fsdp" else ZERO[zero]
     try:
         return ParallelPlan(
@@ -181,7 +183,7 @@ def plan_of(case: Case, software: Software) -> ParallelPlan:
             micro_batches=batch // (dp * micro), data_parallel=shards,
             cuts=_cuts(case, pp * vpp), shardings=_shardings(case, software) if tp > 1 else (),
             recompute=_recompute(case), precision=precision_of(case),
-            sequence_parallel=case.word("sp") in ("1", "1.0", "true", "yes") and tp > 1,
+            sequence_parallel=tp > 1 and (case.word("sp") in ("1", "1.0", "true", "yes") or experts),
         )  # fmt: skip
     except ValueError as error:
         raise CaseError(str(error)) from None
@@ -217,11 +219,14 @@ def _shardings(case: Case, software: Software) -> tuple[tuple[str, Sharding], ..
     joined = software.fusion == "module"
     gated = bool(case.whole("gated_mlp", 0))
     columns = ["attn.qkv"] if joined else ["attn.q", "attn.k", "attn.v"]
-    columns += ["mlp.up"] if joined or not gated else ["mlp.up", "mlp.gate"]
+    if family_of(case) == "moe_mla":  # the rotated key that all heads share would need a reduction of its own
+        raise CaseError("latent attention together with tensor parallelism is not predicted yet")
+    dense = ["mlp.up"] if joined or not gated else ["mlp.up", "mlp.gate"]
     found: list[tuple[str, Sharding]] = []
     for i in range(TRACED_BLOCKS):
-        found += [(f"blocks.{i}.{name}", "colwise") for name in columns]
-        found += [(f"blocks.{i}.{name}", "rowwise") for name in ("attn.o", "mlp.down")]
+        whole = i > 0 and case.whole("moe_experts", 0) > 0  # experts are not split
+        found += [(f"blocks.{i}.{name}", "colwise") for name in (columns if whole else columns + dense)]
+        found += [(f"blocks.{i}.{name}", "rowwise") for name in (("attn.o",) if whole else ("attn.o", "mlp.down"))]
     return tuple(found)
 
 

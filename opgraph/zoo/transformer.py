@@ -34,7 +34,8 @@ class Latent:
 @dataclass(frozen=True, slots=True)
 class Experts:
     """`count` experts of width `ffn` on this rank's part of the tokens, `shared` width of the expert of all tokens.
-    gated: three matrices an expert (SwiGLU), else two with the shape's activation."""
+    gated: three matrices an expert (SwiGLU), else two with the shape's activation. parts: ranks that split the
+    sequence around the experts; this one takes its part and gives it back at full length."""
 
     count: int
     routed: int  # experts that the router tells apart (all ranks)
@@ -42,6 +43,7 @@ class Experts:
     ffn: int
     shared: int = 0
     gated: bool = True
+    parts: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -257,6 +259,28 @@ class Router(nn.Module):
         return score, choice
 
 
+class Take(nn.Module):
+    """The part of the sequence that this rank has."""
+
+    def __init__(self, parts: int):
+        super().__init__()
+        self.parts = parts
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x[:, : x.shape[1] // self.parts]
+
+
+class Give(nn.Module):
+    """A part of the sequence in the place of all of them; where they are split, each rank keeps its own."""
+
+    def __init__(self, parts: int):
+        super().__init__()
+        self.parts = parts
+
+    def forward(self, y: torch.Tensor) -> torch.Tensor:
+        return y.repeat(1, self.parts, 1)
+
+
 class Mixture(nn.Module):
     """Routed experts and one that takes all tokens. Tokens of all expert-parallel ranks fill this rank's experts, so
     that a rank with 1/ep of the experts works on as many tokens as one with all of them."""
@@ -270,12 +294,15 @@ class Mixture(nn.Module):
         self.act = Activation("swiglu" if e.gated else s.mlp, True)
         self.down = Grouped(e.count, e.ffn, s.hidden)
         self.shared = Mlp(s, e.shared) if e.shared else None
+        self.take: nn.Module = Take(e.parts) if e.parts > 1 else nn.Identity()
+        self.give: nn.Module = Give(e.parts) if e.parts > 1 else nn.Identity()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.take(x)
         score, choice = self.router(x)
         given, order = self.dispatch(x, choice, self.count)
         y = self.combine(self.down(self.act(self.up(given))), order, score, x)
-        return y if self.shared is None else y + self.shared(x)
+        return self.give(y if self.shared is None else y + self.shared(x))
 
 
 class Block(nn.Module):

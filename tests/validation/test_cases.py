@@ -359,3 +359,22 @@ def test_pictures_run_faster_in_tf32_and_faster_still_in_16_bits() -> None:
     rows = [picture(precision=p, **changes) for p in ("fp32", "tf32", "fp16 (AMP)")]
     seconds = [o.predicted_seconds or 0.0 for o in run_cases(rows, lambda what, share: None)]
     assert seconds[0] > 1.5 * seconds[1] > 1.5 * seconds[2] > 0
+
+
+def test_experts_beside_tensor_parallelism_work_on_a_part_of_the_sequence() -> None:
+    """Attention is split, experts are not: each rank has 1/tp of the tokens, so that its experts' products stay as they
+    are a token, and its activations shrink."""
+    changes = {"family": "mixtral", "moe_experts": "4", "moe_topk": "2", "moe_ffn": "1024", "gated_mlp": "1", "ep": "4",
+               "pp": "1", "hidden": "1024", "seq_len": "512", "zero_fsdp": "zero1", "recompute": "none",
+               "precision": "bf16", "attention": "flash"}  # fmt: skip
+    rows = [row(tp=tp, dp=str(8 // int(tp)), **changes) for tp in ("1", "2", "4")]
+    plans = [plan_of(case, software_of(case)) for case in rows]
+    assert [p.sequence_parallel for p in plans] == [False, True, True]
+    assert [p.expert_replicas for p in plans] == [2, 2, 2]
+    outcomes = run_cases(rows, lambda what, share: None)
+    memory = [o.allocated_bytes or 0 for o in outcomes]
+    assert memory[0] > memory[1] > memory[2] > 0
+    gemm = [o.parts["gemm"] for o in outcomes]  # of all micro-batches: the same work on as many GPUs
+    assert all(g == pytest.approx(gemm[0], rel=0.35) for g in gemm)
+    (latent,) = run_cases([row(**{**changes, "family": "moe_mla", "tp": "2", "dp": "4"})], lambda what, share: None)
+    assert "latent attention" in latent.reason
