@@ -94,17 +94,20 @@ def _all() -> tuple[Source, ...]:
         "plain96": partial(plain_net, 1, 40, 96),
         "mlp-tall": partial(perceptron, 512, 256, 640, 640, 64),
     }
-    half = {
+    return (
+        *(Source(n, m, large=n in ("tied256", "mlp-heavy", "plain96")) for n, m in steps.items()),
+        *(Source(n, m, True) for n, m in _half().items()),
+    )
+
+
+def _half() -> dict[str, Callable[[], Case]]:
+    return {
         "t192-bf16": partial(transformer, 192, 6, 4, 96, 3000),
         "t512-bf16": partial(transformer, 512, 8, 2, 128, 6000, packed=False),
         "residual32-bf16": partial(residual_net, 4, 96, 32),
         "t128-bf16": partial(transformer, 128, 4, 4, 160, 1000),
         "large-kernels24-bf16": partial(large_kernels, 4, 136, 32, 800),
     }
-    return (
-        *(Source(n, m, large=n in ("tied256", "mlp-heavy", "plain96")) for n, m in steps.items()),
-        *(Source(n, m, True) for n, m in half.items()),
-    )
 
 
 SOURCES = _all()
