@@ -34,7 +34,6 @@ Line = tuple[np.ndarray, np.ndarray]  # log2 of bytes, ln of the factor
 BANDS = ("under_256KiB", "256KiB_16MiB", "over_16MiB")
 TERMS = ("base", "hop", "crossing", "inside", "across", "ramp")
 OTHER = "other"  # stands for families without sweeps in `Laws.curves` and `Laws.errors`
-CROWD = "common.crowd"  # share of the NICs' rate that is left for each doubling of an all_to_all's peers outside
 CROSSING = 12e-6  # seconds of one network crossing beyond NCCL's own constant, before anything is fitted: ASSUMPTION
 
 
@@ -75,7 +74,7 @@ def keys(group: Group, kind: str, way: Candidate) -> tuple[tuple[str, ...], ...]
     many = group.hosts > 1
     across: tuple[str, ...] = ("common.across", f"{network}.across")
     if kind == "all_to_all":
-        across = (*across, "common.all_to_all", f"all_to_all.{'amd' if group.wires == 'mesh' else 'nvidia'}", CROWD)
+        across = (*across, f"all_to_all.{'amd' if group.wires == 'mesh' else 'nvidia'}")
     between = ("common.ramp_between", f"{network}.ramp") if many else ()
     return (
         ("common.base", f"{family}.base", *latency),
@@ -87,18 +86,13 @@ def keys(group: Group, kind: str, way: Candidate) -> tuple[tuple[str, ...], ...]
     )
 
 
-def power(name: str, way: Candidate) -> float:
-    """The power of the value of `name` in a term of this way: 1, but that of CROWD counts once for each doubling."""
-    return way.crowd if name == CROWD else 1.0
-
-
 def factors(laws: Laws, group: Group, kind: str, way: Candidate) -> tuple[float, ...]:
     """The multiplier of each of TERMS (of "crossing": seconds)."""
     found = []
     for term, names in zip(TERMS, keys(group, kind, way), strict=True):
         product = CROSSING if term == "crossing" and "common.crossing" not in laws.values else 1.0
         for name in names:
-            product *= laws.values.get(name, 1.0) ** power(name, way)
+            product *= laws.values.get(name, 1.0)
         found.append(product)
     return tuple(found)
 

@@ -36,17 +36,13 @@ MESH_PEERS = 7  # a device of a full xGMI mesh has one link to each of its seven
 # share of 32 channels that one peer of the node gets. A channel moves 20 GB/s (one NVLink of SM70/80 in tuning.cc).
 P2P_CHANNELS, P2P_CHANNEL_RATE, P2P_CHANNEL_BYTES = 32, 20e9, 16 * 2**20
 P2P_LL_BYTES = 2**14  # for each of the channels: up to that, messages go by LL (enqueue.cc, NCCL_P2P_LL_THRESHOLD)
-# Peers that a device of an all_to_all has outside its domain, in the smallest and the largest case that was measured
-# (nccl_sweeps.toml: two nodes of 8, two NVL72 racks of 64 devices): within, more of them cost bandwidth.
-FEW_PEERS, MANY_PEERS = 8, 64
 
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
     """One way to run a collective. base, hops, net: seconds of launch, of hops inside and between hosts by NCCL's
     constants; crossings: how many hops between hosts. inside, across: seconds per byte of the busiest port inside a
-    domain and of its NICs. slow, cap: send only, seconds per byte on few channels, up to `cap` seconds.
-    crowd: all_to_all only, how often FEW_PEERS must double to be the peers outside the domain."""
+    domain and of its NICs. slow, cap: send only, seconds per byte on few channels, up to `cap` seconds."""
 
     algorithm: str
     protocol: str
@@ -58,7 +54,6 @@ class Candidate:
     across: float
     slow: float = 0.0
     cap: float = 0.0
-    crowd: float = 0.0
 
 
 def candidates(group: Group, kind: str) -> list[Candidate]:
@@ -190,16 +185,14 @@ def _all_to_all(group: Group) -> Candidate:
     """Pairwise, all pairs posted at once: what a device sends inside its domain, what a domain sends out of it. Its
     latency grows with log2 of the ranks (EMPIRICAL, tables of nccl_tables.toml: 512 bytes take 6.4, 6.7 and 7.7 us on
     2, 4 and 8 H100, 9.2, 10.3 and 10.9 on B200, 10.5, 12.4 and 15.8 on A100). Between domains the
-    NICs set the rate (NCCL's authors: github NVIDIA/nccl-tests, issue 130), less of it with many peers (`crowd`)."""
+    NICs set the rate (NCCL's authors: github NVIDIA/nccl-tests, issue 130)."""
     n, within = group.ranks, group.per_domain
     inside = (within - 1) / n * _rate(ring_rate(group)) if within > 1 else 0.0
     across = within * (n - within) / n * _net(group)
     outside = 1 if group.hosts > 1 else 0
     base, hops = BASE["ring"][0] * US, log2(n) * (HOP[group.wires]["ring"][0] * US + group.hop)
     net = outside * CROSSING["ring"][2] * US
-    across = max(across, _uplink(group, 0.0, True))
-    crowd = log2(min(max(n - within, FEW_PEERS), MANY_PEERS) / FEW_PEERS)
-    return Candidate("pairwise", "Simple", base, hops, net, outside, inside, across, crowd=crowd)
+    return Candidate("pairwise", "Simple", base, hops, net, outside, inside, max(across, _uplink(group, 0.0, True)))
 
 
 def _sends(group: Group) -> list[Candidate]:

@@ -28,10 +28,7 @@ LEFT = {"spread": 0.3, "length": 1.0, "sweep": 0.07, "noise": 0.05}
 TIGHT = 0.3
 # What one node cannot say, and what it says of its server: how fast PCIe is hangs on switches and sockets more than on
 # the device, so all of that goes into the curves, which hold for one node only.
-NOT_SAID = (
-    "common.crossing", "common.across", "common.all_to_all", "common.crowd", "network.", "all_to_all.",
-    "family.rtx-pcie5.", "family.ada-pcie.",
-)  # fmt: skip
+NOT_SAID = ("common.crossing", "common.across", "network.", "all_to_all.", "family.rtx-pcie5.", "family.ada-pcie.")
 
 
 def fit_tables(points: Points, use: np.ndarray) -> Laws:
