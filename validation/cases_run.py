@@ -127,8 +127,12 @@ class _Runner:
                 p.device, p.shares, plan.label, software.name, cluster.notes,
             )  # fmt: skip
         said, built = case.text("family"), family_of(case)
-        notes = (f"family {said} is predicted as {built}",) if said.lower() != built else ()
-        return replace(self.known[key], case=case, notes=(*cluster.notes, *notes))
+        notes = [f"family {said} is predicted as {built}"] if said.lower() != built else []
+        found = self.known[key]
+        needs, holds = (found.reserved_bytes or found.allocated_bytes or 0) / GIB, cluster.device.memory_bytes / GIB
+        if needs > holds:
+            notes.append(f"does not fit by this prediction: {needs:.1f} GiB on a device of {holds:.1f} GiB")
+        return replace(found, case=case, notes=(*cluster.notes, *notes))
 
     def _vision(self, case: Case) -> Outcome:
         from planner.whole_step import predict_whole

@@ -256,6 +256,14 @@ def test_families_outside_the_schema_are_built_as_what_their_layers_are_like() -
     assert "family opt is predicted as gpt" in outcome.notes
 
 
+def test_a_step_that_would_not_fit_is_predicted_with_a_note() -> None:
+    large = row(layers="96", hidden="12288", heads="96", kv_heads="96", ffn="49152", recompute="none")
+    fits, exceeds = run_cases([row(), large], lambda what, share: None)
+    assert fits.notes == () and exceeds.predicted_seconds is not None
+    (note,) = exceeds.notes
+    assert note.startswith("does not fit by this prediction: ") and note.endswith(" GiB on a device of 80.0 GiB")
+
+
 def test_experts_of_every_block_and_of_all_but_the_first() -> None:
     changes = {"moe_experts": "4", "moe_topk": "2", "moe_ffn": "256", "ep": "2", "tp": "1", "dp": "4", "gated_mlp": "1"}
     rows = [row(family="mixtral", ffn="", **changes), row(family="moe_mla", **changes),
