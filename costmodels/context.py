@@ -1,8 +1,8 @@
 """What surrounds an op in its step and changes its time on a CPU: which caches the ops before it have emptied, and how
 its operands lie in memory.
 
-The same op on the same shapes takes 3 or 30 us in one step. Over the ops below 100 us of calibration's models, and of
-models that it does not know alike, one that follows an op which moved more than 8 MiB takes 20 to 30 us longer (its
+The same op on the same shapes takes 3 or 30 us in one step. Of the ops below 100 us of calibration's models, and of
+sixteen others, one that follows an op which moved more than 8 MiB takes 20 to 30 us longer (its
 code, and what the framework walks to call it, have left the caches), one whose kernel has not run for 4 MiB and more
 some 5 to 15 us, and a product of heads with a table of angles 10 to 20 ns for every stretch of 32 elements.
 """

@@ -28,7 +28,7 @@ def op_seconds(costs: StepCosts, layout: Layout, batch: int) -> tuple[Floats, Fl
     takes at least, whatever runs before it. Views cost their host time only."""
     compact, placed, kind = _classes(costs, layout)
     at = compact.at_batch(batch)
-    tensors = tuple(local_tensor(t, p, layout.parts) for t, p in zip(at.tensors, placed))
+    tensors = tuple(_local(t, p, layout.parts) for t, p in zip(at.tensors, placed))
     ops = at.ops
     if layout.parts > 1:
         ops = tuple(_with_flops(op, tensors) for op in at.ops)
@@ -76,7 +76,7 @@ def _with_flops(op: Op, tensors: tuple[Tensor, ...]) -> Op:
     return replace(op, flops=flops_of(op.name, ins, outs or ins, op))
 
 
-def local_tensor(t: Tensor, placement: int, parts: int) -> Tensor:
+def _local(t: Tensor, placement: int, parts: int) -> Tensor:
     """The part of a tensor that one of `parts` ranks holds; strides of dims outside the split one shrink with it."""
     if placement < 0 or parts == 1:
         return t
