@@ -90,7 +90,7 @@ def test_toml_text_reads_back(data: dict[str, object]) -> None:
         ),
         (
             GOOD + '[[laws]]\nkey = "mm/float32"\nform = "stream"\ncoefficients = [1]',
-            ("law 1", "'coefficients'", "4"),
+            ("law 1", "'coefficients' has 1 numbers", "needs 9"),
         ),
         ('samples = ["mm"]\n' + GOOD, ("sample 'mm'", "signature=seconds")),
     ],
@@ -101,8 +101,9 @@ def test_a_broken_file_gets_one_sentence(tmp_path: Path, text: str, words: tuple
         load_device(path)
     message = str(caught.value)
     assert str(path) in message and "\n" not in message
+    said = message.replace(str(path), "")  # the folder's own name may hold a number
     for word in words:
-        assert word in message
+        assert word in said
 
 
 def test_unknown_names_list_what_is_there(tmp_path: Path) -> None:
