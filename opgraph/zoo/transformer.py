@@ -112,8 +112,12 @@ class Core(nn.Module):
 
 
 class Rope(nn.Module):
+    """Turns (batch, heads, tokens, width) as it lies in memory: token by token. So attention's result lies like that,
+    too, and the next product reads it without a copy (torchtitan and Megatron-LM turn before they move the heads)."""
+
     def forward(self, x: torch.Tensor, rotation: Rotation) -> torch.Tensor:
-        return rotate(x, rotation)
+        cos, sin = rotation
+        return rotate(x.transpose(1, 2), (cos.unsqueeze(1), sin.unsqueeze(1))).transpose(1, 2)
 
 
 class Attention(nn.Module):
