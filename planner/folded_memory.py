@@ -1,22 +1,22 @@
 """Peak memory of a folded step: what rests on a rank between steps, and the activations that its pipeline holds.
 
 Activations of a part are the storages that its forward makes and its backward reads (from the traced lifetimes, at
-local sizes, without what fused kernels make again). A stage holds them for every micro-batch that is in flight.
+local sizes, without what fused kernels make again, and with what the loss keeps). A stage holds them for every
+micro-batch that is in flight.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from costmodels.families import base_name, family
-from opgraph.graph import DTYPE_BYTES, Op
+from opgraph.graph import Op
+from planner.folded_lifetimes import events_of, leaves, sizes_of
 from planner.folded_local import Local
 from planner.folded_model import Chunk
 from planner.folded_orders import order
 from planner.folded_parts import recomputed
 from planner.folded_pieces import WHERES, Where
 from planner.folded_step import SIXTEEN, Context
-from planner.fusion import RANDOM
 from planner.stages import within
 
 
@@ -86,62 +86,29 @@ def _in_flight(
 def _saved(c: Context, where: Where) -> tuple[int, int]:
     """Bytes that one run of a part keeps for its backward, and the most that exist only while it runs."""
     local, pieces = c.parts.local, c.parts.pieces
-    forward = pieces.forward[where]
-    graph = local.graph
-    end = max((op.id for op in graph.ops if op.phase == "forward"), default=0)
+    forward, share = pieces.forward[where], c.software.recompute_share
     again, regions = recomputed(local.plan, where, list(forward))
     inside = {op.id for op in again}
     kept = again_bytes = 0
-    hidden = c.parts.kernels.fused.hidden
-    held = cached(c, where, forward)
-    seen: set[int] = set()
-    masks = {
-        graph.tensors[t].storage for op in forward if base_name(op.name) in RANDOM for t in (*op.outputs, *op.mutates)
-    }
+    sizes = sizes_of(c, where, share > 0)
     for op in forward:
-        for t in (*op.outputs, *op.mutates):
-            s = graph.storages[graph.tensors[t].storage]
-            if s.id in seen or (s.death <= end and s.id not in held) or s.id in hidden or s.role == "parameter":
+        for s, size in sizes.births(op):
+            if not sizes.kept(s):
                 continue
-            seen.add(s.id)
-            size = local.storage_bytes(t, op)
-            if s.id in masks:
-                size //= DTYPE_BYTES[graph.tensors[t].dtype]  # a byte per element on a device
-            if op.id in inside and not leaves(local, s.id, regions):
+            if op.id in inside and not leaves(local, s, regions):
                 again_bytes += size
             else:
                 kept += size
-    share = c.software.recompute_share
     if again and any(within(f"blocks.{0 if where == 'block0' else 1}", r) for r in regions):
         # a whole block: only what it reads is kept, where it is recomputed
         kept = int(share * _border(local, forward) + (1 - share) * (kept + again_bytes))
     elif again:
         kept += int((1 - share) * again_bytes)
     again_bytes = again_bytes if share else 0  # nothing comes back where nothing is recomputed
+    if where == "last":
+        return kept, events_of(c, where, False).beside()
     passing = max((_passing(local, op) for op in (*forward, *pieces.backward[where])), default=0)
     return kept, again_bytes + passing
-
-
-def cached(c: Context, where: Where, forward: tuple[Op, ...]) -> set[int]:
-    """Storages that are kept though no backward op reads them. What recomputed modules read of others: a checkpoint
-    keeps its inputs. And that of a block's last product under a policy which keeps the results of every second one
-    (torch.utils.checkpoint stores what the policy names, needed or not). Of the others it keeps as many bytes as the
-    traced lifetimes do: query and value for those that attention reads, and the gate."""
-    graph, tensors, held = c.parts.local.graph, c.parts.local.graph.tensors, set[int]()
-    again = {op.id: op for op in recomputed(c.plan, where, list(forward))[0]} if c.software.recompute_share else {}
-    for op in again.values():
-        read = {tensors[t].storage for t in op.inputs}
-        held |= {s for s in read if graph.storages[s].birth not in again}
-    if 0 < c.software.recompute_matmuls < 1:
-        last = [op for op in forward if family(op.name) == "gemm" and op.module.startswith("blocks.")][-1:]
-        held |= {tensors[t].storage for op in last for t in op.outputs}
-    return held
-
-
-def leaves(local: Local, storage: int, regions: tuple[str, ...]) -> bool:
-    """Whether something outside the recomputed regions reads a storage."""
-    readers = local.readers.get(storage, ())
-    return any(not any(within(op.module, r) for r in regions) for op in readers if op.phase == "backward")
 
 
 def _border(local: Local, forward: tuple[Op, ...]) -> int:

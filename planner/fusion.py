@@ -17,6 +17,7 @@ from opgraph.graph import Op
 from planner.folded_local import Local
 from planner.layout import accumulates
 from planner.software import Software
+from planner.stages import LOSS
 
 RANDOM = frozenset({"bernoulli", "native_dropout", "rand", "rand_like", "uniform"})
 NORMS = ("norm", "norm1", "norm2", "q_norm", "kv_norm")
@@ -54,9 +55,12 @@ class Fused:
         if op.is_view or kind in FREE:
             return None
         fusion = self.software.fusion
-        if fusion == "none" or kind in COMPUTE or kind == "embedding" or op.module in self.local.plan.style:
+        if kind in COMPUTE or kind == "embedding" or op.module in self.local.plan.style:
             return op.id
-        if op.module == "<loss>" and not self.software.fused_loss:
+        if op.module == LOSS and not self.software.fused_loss:
+            return op.id
+        norm = self.software.fused_norms and op.module.rpartition(".")[2] in NORMS
+        if fusion == "none" and not norm and op.module != LOSS:
             return op.id
         if fusion == "chain":
             return "chain"

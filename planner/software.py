@@ -10,6 +10,16 @@ from typing import Literal
 
 Fusion = Literal["none", "module", "chain"]
 
+# What cross entropy keeps of the logits until its backward.
+# "traced": as torch runs it: the float32 log-softmax, of a float32 copy; two float32 gradients before the logits' own.
+# "softmax": the float32 copy, which became the softmax in place and becomes the gradient in place, before a cast
+#   (Megatron-LM core/tensor_parallel/cross_entropy.py, core/fusions/fused_cross_entropy.py: `exp_logits`, `softmax`).
+# "logits": the logits in their own dtype and a float32 number a token; their gradient is a new tensor
+#   (flash-attn losses/cross_entropy.py, whose `inplace_backward` is off unless asked for).
+# "in place": the same, and the gradient is written over the logits (Transformer Engine pytorch/cross_entropy.py, whose
+#   backward returns `_input`; flash-attn with `inplace_backward`).
+Loss = Literal["traced", "softmax", "logits", "in place"]
+
 
 @dataclass(frozen=True, slots=True)
 class HostCosts:
@@ -52,7 +62,8 @@ class Software:
 
     fusion: "none" runs every traced op; "module" runs the pointwise work of one module as one kernel (hand-written
     kernels: bias and GELU, masked softmax, norm, dropout and add); "chain" joins pointwise work of neighbouring
-    modules (compilers). fused_loss: cross entropy is one kernel forward and one backward.
+    modules (compilers). fused_norms: a norm is one kernel each way, also with "none". fused_loss: so is cross entropy.
+    loss: what cross entropy keeps.
     tp_async: the reduction of an input's gradient runs beside the product for the weight's.
     tp_overlap: products that neighbour a tensor-parallel message run in tp pieces beside it (user buffers).
     dp_overlap: gradients are reduced (and shards gathered) beside backward (and forward).
@@ -65,6 +76,8 @@ class Software:
     recompute_matmuls: share of the products in recomputed regions that run again (per-operator policies keep some).
     recompute_share: share of the recomputed regions that is recomputed (policies per operator and stage).
     recompute_shares: the same of each pipeline stage, where it differs.
+    fp8_saved: with fp8, products with weights keep their inputs in fp8 for backward, not in the dtype they came in
+    (Transformer Engine pytorch/module: `ln_out` and `inputmat` of `save_for_backward` are quantized).
     fsdp_copies: whole parameters are copied out of what was gathered, and gradients into one buffer of `reduce_bytes`
     that is scattered, by kernels between those of the model (FSDP2); otherwise both are views of flat buffers (FSDP1).
     attention_speed: of the attention kernel, relative to the one that `attention` names.
@@ -76,6 +89,8 @@ class Software:
     host: HostCosts = HOST["torch"]
     fusion: Fusion = "module"
     fused_loss: bool = False
+    fused_norms: bool = False
+    loss: Loss = "traced"
     tp_async: bool = True
     tp_overlap: bool = False
     dp_overlap: bool = True
@@ -90,6 +105,10 @@ class Software:
     recompute_matmuls: float = 1.0
     recompute_share: float = 1.0
     recompute_shares: tuple[float, ...] = ()
+    fp8_saved: bool = False
     fsdp_copies: bool = False
     attention_speed: float = 1.0
     attention: Literal["flash", "cudnn"] = "flash"
+
+    def __post_init__(self) -> None:
+        assert not (self.fused_loss and self.loss == "traced"), "one kernel does not keep what many ops keep"
