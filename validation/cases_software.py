@@ -16,24 +16,34 @@ from validation.cases import Case
 # host waits for the device around each send. Megatron-DeepSpeed of vTrain's runs: "no gradient bucketing".
 MEGATRON_2021 = Software(
     "Megatron 2021", HOST["torch-2021"], "module", tp_async=False, dp_overlap=False, p2p_overlap=False,
-    fused_accumulation=False, reduce_bytes=2, main_grads=0,
+    fused_accumulation=False, reduce_bytes=2, main_grads=0, loss="softmax",
 )  # fmt: skip
 MEGATRON_2022 = replace(
     MEGATRON_2021, name="Megatron 2022", tp_async=True, main_grads=4, fused_accumulation=True, reduce_bytes=4
 )
-# Megatron-Core with Transformer Engine: fused accumulation into fp32, distributed optimizer.
-MEGATRON_CORE = Software("Megatron-Core", HOST["torch"], "module", fused_loss=False, attention="cudnn")
+# Megatron-Core with Transformer Engine: fused accumulation into fp32, distributed optimizer. Its own cross entropy
+# keeps the softmax, fused or not; a row that says "fused cross entropy" is SimuMax's, whose docs/strategy.md states
+# `--cross-entropy-fusion-impl te`. Megatron-Bridge's performance recipes have Transformer Engine's, too, and gradients
+# in bf16 (perf_recipes/_common.py: `cross_entropy_fusion_impl`, `grad_reduce_in_fp32 = False`).
+MEGATRON_CORE = Software(
+    "Megatron-Core", HOST["torch"], "module", attention="cudnn", loss="softmax", fp8_saved=True,
+)  # fmt: skip
 TORCHTITAN = Software(
     "torchtitan", HOST["torch"], "none", main_grads=0, fused_accumulation=False, vocab_parallel=False,
     fsdp_copies=True,
 )  # fmt: skip
+# Its runs of April 2024 (docs/performance.md, FSDP2 in eager mode) have Triton's norm, which keeps its input alone
+# (`norm_type = "fused_rmsnorm"` in the train_configs of that day), those of December 2024 the spelled-out one. Its loss
+# is compiled in neither (train.py: "compiling loss function causes CUDA errors, turning off for now").
 # Its per-operator policy keeps the results of every second product, counted in order within a block: key, output and
 # gate of seven run again (torchtitan models/llama/parallelize_llama.py). Full recomputation keeps none; by layers it
 # is every second one (the default of `selective_ac_option`).
 PER_OP_MATMULS, LAYERS_AGAIN = 0.5, 0.5
 # llm-foundry of 2023: FlashAttention of the first generation (or its Triton version), 25-40 % of the peak where the
 # second, which devices' tables hold, reaches 50-73 % (Dao 2023, shared/facts/compute.md B3): 32.5 / 61.5.
-COMPOSER = replace(TORCHTITAN, name="Composer", fsdp_copies=False, attention_speed=0.53)
+# Its loss is flash-attn's cross entropy unless the configuration says otherwise, and `inplace_backward` is not passed
+# (llm-foundry models/mpt/modeling_mpt.py: `loss_fn` defaults to "fused_crossentropy").
+COMPOSER = replace(TORCHTITAN, name="Composer", fsdp_copies=False, attention_speed=0.53, fused_loss=True, loss="logits")
 HUGGING_FACE = Software(
     "Hugging Face eager", HOST["torch"], "none", main_grads=0, dp_overlap=True, fused_accumulation=False,
     vocab_parallel=False, norm_clip=False, optimizer="none", tp_async=False, p2p_overlap=False, reduce_bytes=4,
@@ -46,7 +56,8 @@ DDP_2020 = Software(
 )  # fmt: skip
 # Programs of today that are none of these: eager torch with its DistributedDataParallel, or XLA, which fuses.
 TORCH_DDP = replace(TORCHTITAN, name="torch DDP", fsdp_copies=False)
-XLA = replace(TORCHTITAN, name="XLA", host=HOST["static graph"], fusion="chain", fused_loss=True, fsdp_copies=False)
+XLA = replace(TORCHTITAN, name="XLA", host=HOST["static graph"], fusion="chain", fused_loss=True, loss="logits",
+              fsdp_copies=False)  # fmt: skip
 TENSORFLOW = replace(DDP_2020, name="TensorFlow", host=HOST["static graph"], fusion="none")  # without XLA
 
 
@@ -56,12 +67,18 @@ def software_of(case: Case) -> Software:
     found = _named(case, name)
     if "per-op" in notes:
         found = replace(found, recompute_matmuls=PER_OP_MATMULS)
+    if found.name == "torchtitan" and "fsdp2 1d eager" in notes:
+        found = replace(found, fused_norms=True)
     if found.fsdp_copies and "whole layers, frequency not restated" in notes:
         found = replace(found, recompute_share=LAYERS_AGAIN)
     if "compile" in notes:
-        found = replace(found, fusion="chain", fused_loss=True, host=HOST["static graph"])
-    if "fused cross entropy" in notes:
-        found = replace(found, fused_loss=True)
+        found = replace(found, fusion="chain", host=HOST["static graph"])
+        if not found.fsdp_copies:
+            found = replace(found, fused_loss=True, loss="logits")
+    if "fused cross entropy" in notes or "megatron-bridge" in name:
+        found = replace(found, fused_loss=True, loss="in place")
+    if "megatron-bridge" in name:
+        found = replace(found, main_grads=2, reduce_bytes=2)
     if "communication overlap switched off" in notes:
         found = replace(found, dp_overlap=False, tp_overlap=False, p2p_overlap=False)
     if "tp user-buffer" in notes or "tp user buffer" in notes:

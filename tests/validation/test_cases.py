@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import csv
 import json
+from dataclasses import replace
 from math import prod
 from pathlib import Path
 
 import pytest
 
+from planner.folded import predict_folded
 from planner.folded_model import chunks_of
 from validation import cases_vision
 from validation.cases import TRANSFORMER, VISION, Case, CaseError, read_cases
@@ -262,6 +264,42 @@ def test_a_step_that_would_not_fit_is_predicted_with_a_note() -> None:
     assert fits.notes == () and exceeds.predicted_seconds is not None
     (note,) = exceeds.notes
     assert note.startswith("does not fit by this prediction: ") and note.endswith(" GiB on a device of 80.0 GiB")
+
+
+def test_a_step_whose_loss_keeps_the_logits_once_fits() -> None:
+    """llm-foundry's loss is flash-attn's, without which this step (24 sequences a GPU) would not fit."""
+    case = row(
+        family="mpt", layers="24", hidden="1536", heads="12", kv_heads="12", ffn="6144", seq_len="2048", vocab="50368",
+        gpu="H100 SXM5 80GB", dp="8", tp="1", pp="1", zero_fsdp="zero3", global_batch="384", micro_batch="24",
+        recompute="none", precision="bf16", attention="flash", software="Composer / PyTorch FSDP (llm-foundry)",
+    )  # fmt: skip
+    (found,) = run_cases([case], lambda what, share: None)
+    assert found.notes == () and found.allocated_bytes is not None
+    software, traces = software_of(case), Traces()
+    assert software.loss == "logits" and software.fused_loss
+    cluster = cluster_of(case, {})
+    eager, fused = (
+        predict_folded(model_of(case, s, traces), plan_of(case, s), cluster, s).memory.allocated
+        for s in (replace(software, loss="traced", fused_loss=False), software)
+    )
+    logits = 24 * 2048 * 50368
+    assert fused == found.allocated_bytes < cluster.device.memory_bytes < eager
+    assert eager - fused == pytest.approx(8 * logits, rel=0.01)  # 12 bytes a logit before, 4 after
+
+
+def test_losses_norms_and_gradients_are_those_of_the_program() -> None:
+    names = ("NeMo / Megatron-Core", "Megatron-Bridge v0.5.0, NeMo 26.06", "Megatron-LM 2022", "JAX")
+    core, bridge, older, xla = (software_of(row(software=name)) for name in names)
+    assert (core.loss, core.fused_loss, core.main_grads, core.fp8_saved) == ("softmax", False, 4, True)
+    assert (bridge.loss, bridge.fused_loss, bridge.main_grads, bridge.reduce_bytes) == ("in place", True, 2, 2)
+    assert (older.loss, older.fp8_saved) == ("softmax", False) and xla.loss == "logits"
+    assert software_of(row(software="Megatron-LM (core)", notes="fused cross entropy")).loss == "in place"
+    titan = {"software": "torchtitan", "zero_fsdp": "zero3"}
+    april, december = (software_of(row(**titan, notes=notes)) for notes in ("FSDP2 1D eager", "FSDP+compile"))
+    assert april.fused_norms and not december.fused_norms
+    assert april.loss == december.loss == "traced" and not december.fused_loss and december.fusion == "chain"
+    compiled = software_of(row(software="PyTorch DDP", tp="1", pp="1", notes="compile"))
+    assert (compiled.loss, compiled.fused_loss) == ("logits", True)
 
 
 def test_experts_of_every_block_and_of_all_but_the_first() -> None:
