@@ -12,6 +12,7 @@ from typing import Any, Literal, cast, get_args
 
 from costmodels import sheet
 from costmodels import tomlfile as toml
+from costmodels.neighbours import Neighbours, is_label
 
 Kind = Literal["cpu", "gpu", "tpu", "npu"]
 CATALOGUE = Path(__file__).parent / "catalogue"
@@ -47,6 +48,7 @@ class Device:
     efficiency: share of the peak (FLOP/s for compute families, bandwidth for the others) by op family,
         used by the roofline only.
     laws: measured laws by key. samples: measured ops, "signature" -> seconds (see `ops.signature`).
+    neighbours: what measured ops say of the laws around them.
     host: seconds of Python and runtime overhead by kind. anchor_seconds: time of the anchor benchmark
         (`validation.anchor`) at calibration, 0 where there is none.
     kernels: constants of kernel laws that were fitted to tables of measured ops, one section per law and dtype
@@ -78,6 +80,7 @@ class Device:
     efficiency: dict[str, float] = field(default_factory=dict)
     laws: dict[str, Law] = field(default_factory=dict)
     samples: dict[str, float] = field(default_factory=dict)
+    neighbours: Neighbours = field(default_factory=lambda: Neighbours({}), repr=False)
     kernels: dict[str, Any] = field(default_factory=dict, repr=False)
     host: dict[str, float] = field(default_factory=dict)
     anchor_seconds: float = 0.0
@@ -214,6 +217,7 @@ def device_from(data: dict[str, Any], where: str) -> Device:
         efficiency=toml.numbers(data, "efficiency", where),
         laws={law.key: law for law in laws},
         samples=_samples_from(toml.strings(data, "samples", where), where),
+        neighbours=_neighbours_from(toml.strings(data, "neighbours", where), where),
         host=toml.numbers(data, "host", where),
         anchor_seconds=toml.number(data, "anchor_seconds", where, 0.0),
         step_error=toml.number(data, "step_error", where, 0.0),
@@ -278,11 +282,26 @@ def _samples_from(rows: Iterable[str], where: str) -> dict[str, float]:
     return samples
 
 
+def _neighbours_from(rows: Iterable[str], where: str) -> Neighbours:
+    ratios = {}
+    for row in rows:
+        text, _, ratio = row.rpartition("=")
+        try:
+            ratios[text] = float(ratio)
+        except ValueError:
+            ratios[text] = 0.0
+        if not (is_label(text) and 0 < ratios[text] < math.inf):
+            form = "op/dtype|shapes|shapes@stretches,swept,since=ratio"
+            raise ValueError(f"{where}: neighbour '{row}' is broken; it must read '{form}'")
+    return Neighbours(ratios)
+
+
 def device_data(device: Device) -> dict[str, Any]:
     """The content of the device's TOML file."""
-    data: dict[str, Any] = asdict(replace(device, laws={}, cache={}, kernels={}))
+    data: dict[str, Any] = asdict(replace(device, laws={}, cache={}, kernels={}, neighbours=Neighbours({})))
     del data["cache"], data["kernels"]  # kernel constants have a file of their own
     data["samples"] = [f"{signature}={seconds:.4g}" for signature, seconds in device.samples.items()]
+    data["neighbours"] = [f"{label}={ratio:.3g}" for label, ratio in device.neighbours.ratios.items()]
     data["laws"] = [asdict(law) for law in device.laws.values()]
     return {k: v for k, v in data.items() if v or k in ("memory_bytes", "peak_flops")}
 

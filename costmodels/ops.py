@@ -7,12 +7,14 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from costmodels.context import is_stream, runs_of
 from costmodels.device import Device, Law
 from costmodels.families import COMPUTE, FREE, base_name, family
 from costmodels.features import extent, features, form_of, touched
 from costmodels.kernels import kernel_prices
+from costmodels.neighbours import Neighbours
 
 if TYPE_CHECKING:
     from opgraph.graph import Op, OpGraph
@@ -136,20 +138,19 @@ def price_many(device: Device, shapes: Sequence[OpShape]) -> list[Price]:
     lawless: list[OpShape] = []
     for shape in dict.fromkeys(shapes):
         if shape not in device.cache:
-            free = family(shape.name) in FREE
-            law = None if free else law_of(device, shape)
-            if free or device.samples:
-                _keep(device, shape, _price(device, shape))
+            known = _known(device, shape)
+            law = None if known else law_of(device, shape)
+            if known:
+                _keep(device, shape, known)
             elif law is None:
                 lawless.append(shape)
             else:
                 groups.setdefault(law.key, []).append(shape)
-    for shape, known in zip(lawless, kernel_prices(device, lawless)):
-        _keep(device, shape, known or _roofline(device, shape))
+    for shape, by_kernel in zip(lawless, kernel_prices(device, lawless)):
+        _keep(device, shape, by_kernel or _roofline(device, shape))
     for key, members in groups.items():
         law = device.laws[key]
-        seconds = np.array([features(s, law.form) for s in members]) @ np.array(law.coefficients)
-        for shape, value in zip(members, seconds.tolist()):
+        for shape, value in zip(members, law_seconds(device.neighbours, law, members).tolist()):
             _keep(device, shape, _from_law(law, shape, value))
     return [device.cache[shape] for shape in shapes]
 
@@ -174,16 +175,41 @@ def law_among(laws: Mapping[str, Law], shape: OpShape) -> Law | None:
     return next((laws[k] for k in keys if k in laws), None)
 
 
-def _price(device: Device, shape: OpShape) -> Price:
+def _known(device: Device, shape: OpShape) -> Price | None:
+    """The price of an op that does nothing, or that was measured itself."""
     if family(shape.name) in FREE:
         return Price(0.0, "measured" if device.calibrated else "roofline", 0.0)
-    law = law_of(device, shape)
     if device.samples and (seen := device.samples.get(signature(shape))) is not None:
+        law = law_of(device, shape)
         return Price(seen, "measured", min(0.05, law.error) if law else 0.05)
+    return None
+
+
+def _price(device: Device, shape: OpShape) -> Price:
+    known = _known(device, shape)
+    if known:
+        return known
+    law = law_of(device, shape)
     if law is None:
         return kernel_prices(device, [shape])[0] or _roofline(device, shape)
-    seconds = sum(c * f for c, f in zip(law.coefficients, features(shape, law.form)))
-    return _from_law(law, shape, seconds)
+    return _from_law(law, shape, float(law_seconds(device.neighbours, law, [shape])[0]))
+
+
+def law_seconds(neighbours: Neighbours, law: Law, shapes: Sequence[OpShape]) -> NDArray[np.float64]:
+    """Seconds f8[n] of ops by a law and by what the nearest measured ops say of it. An op never takes less time after
+    others have emptied the caches than in full ones, whatever its neighbours took: lower bounds rest on that."""
+    seconds: NDArray[np.float64] = np.array([features(s, law.form) for s in shapes]) @ np.array(law.coefficients)
+    if not neighbours.ratios:
+        return seconds
+    kernels = [kernel_key(s) for s in shapes]  # a pooled law prices several
+    for kernel in dict.fromkeys(kernels):
+        at = [i for i, k in enumerate(kernels) if k == kernel]
+        seconds[at] *= neighbours.factors(kernel, [shapes[i] for i in at])
+    placed = [i for i, s in enumerate(shapes) if s.swept or s.since]
+    if placed:
+        full = [replace(shapes[i], swept=0, since=0) for i in placed]
+        seconds[placed] = np.maximum(seconds[placed], law_seconds(neighbours, law, full))
+    return seconds
 
 
 def _roofline(device: Device, shape: OpShape) -> Price:
@@ -231,6 +257,6 @@ def total(prices: Iterable[Price]) -> float:
 
 
 __all__ = [
-    "OpShape", "Price", "form_of", "is_causal", "kernel_key", "law_among", "law_of", "peak_of", "price", "price_many",
-    "roofline_seconds", "shape_of", "signature", "total", "variant_of",
+    "OpShape", "Price", "form_of", "is_causal", "kernel_key", "law_among", "law_of", "law_seconds", "peak_of", "price",
+    "price_many", "roofline_seconds", "shape_of", "signature", "total", "variant_of",
 ]  # fmt: skip

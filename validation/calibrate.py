@@ -16,9 +16,9 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from scipy.optimize import nnls
@@ -29,8 +29,11 @@ from costmodels.device import Device, device_data, local_path
 from costmodels.families import family
 from costmodels.features import FORMS, form_of, touched
 from costmodels.ops import OpShape, signature
-from validation.calibrate_fit import errors_by_family, fit_laws, step_errors
+from validation.calibrate_fit import fit_ops, step_errors
 from validation.environment import RANK_ENV, available_cores
+
+if TYPE_CHECKING:
+    from validation.calibrate_record import Sample
 
 Progress = Callable[[str, float], None]
 ROOT = Path(__file__).resolve().parent.parent
@@ -38,6 +41,8 @@ ROOM = 3 * 2**30  # bytes of free memory per rank below which the models that ho
 MOST_RANKS = 8  # of the op measurement: more ranks than this would only repeat each other
 AFTER_ROUNDS = 42.0  # seconds kept for collectives of 2 and 4 ranks (31 to 46 on two cores) and fitting (3 to 4)
 PER_WORLD, FITTING = 18.0, 6.0  # seconds kept for each further group size (start, one pass), and for what follows
+USUAL_BUDGET = 90.0  # seconds
+DRAWN, DRAWN_SECONDS, STARTING = 30, 75.0, 12.0  # further models measured at once; seconds: for them, to start and end
 SAMPLE_SECONDS = 2e-5  # shorter ops are not stored one by one: their law is as good and the file stays small
 OUT_OF_CONTEXT = 2e-4  # seconds: below, a law that knows what runs before an op is nearer than the op's own time was
 SMALL_OPTIMIZER = 0.002  # seconds: the same for optimizer steps
@@ -67,19 +72,23 @@ def calibrate(
     """Measures this machine and writes its device file to `out` (default: `costmodels.device.local_path()`).
 
     `models` names a part of the calibration models and `worlds` the group sizes of the collectives (tests use few);
-    by default all models, and groups of 2, 4 and as many as there are cores.
+    by default all models, and groups of 2, 4 and as many as there are cores. Every `DRAWN_SECONDS` of the budget beyond
+    the usual one go to ops of `DRAWN` further models (`validation.calibrate_drawn`).
     """
     import psutil
 
     if budget_seconds <= 0:
         raise ValueError(f"the budget is {budget_seconds:g} s; it must be more than 0, and 90 is usual")
     began, started = time.monotonic(), time.time()
+    groups = max(int((budget_seconds - USUAL_BUDGET) // DRAWN_SECONDS), 0)
+    budget_seconds -= groups * DRAWN_SECONDS
     cores = available_cores()
     ranks = max(min(cores, MOST_RANKS), 2)
     sizes = sorted(set(worlds) or {2, 4, ranks})
     short = bool(models)
     common = {"timeout": 300, "sizes": _sizes(short), "seconds_per_point": 0.02 if short else 0.2}
     results: dict[int, list[dict[str, Any]]] = {}
+    parts = 1 + groups * DRAWN_SECONDS / budget_seconds  # of the progress bar: the usual budget is one
     with tempfile.TemporaryDirectory(prefix="parplan-calibrate-") as folder:
         in_order = [ranks, *(size for size in sizes if size != ranks)]
         for i, world in enumerate(in_order):
@@ -94,9 +103,19 @@ def calibrate(
                 "reference": 0.0 if main else results[ranks][0]["reference"],
             }  # fmt: skip
             low, high = (0.0, 0.75) if main else (0.75 + 0.2 * (i - 1) / len(sizes), 0.75 + 0.2 * i / len(sizes))
-            results[world] = run_ranks(job, Path(folder), _between(progress, low, high))
+            results[world] = run_ranks(job, Path(folder), _between(progress, low / parts, high / parts))
+        further = []
+        for i in range(groups):
+            job = {
+                **common, "ranks": ranks, "store": str(Path(folder) / f"store-drawn-{i}"), "anchor": 8, "models": [],
+                "drawn": [i * DRAWN, (i + 1) * DRAWN], "least_rounds": 3,
+                "until": time.time() + DRAWN_SECONDS - STARTING,
+            }  # fmt: skip
+            share = (parts - 1) / groups
+            within = _between(progress, (1 + i * share) / parts, (1 + (i + 1) * share) / parts)
+            further += [_at_pace_of(results[ranks], run_ranks(job, Path(folder), within))]
     progress("fitting laws", 0.97)
-    device, errors = _device(results, ranks, cores)
+    device, errors = _device(results, further, ranks, cores)
     tables = tuple(
         CollectiveTable(r["kind"], r["ranks"], tuple(r["bytes"]), tuple(r["seconds"]), tuple(r["demand"]), r["error"])
         for world in sizes
@@ -192,14 +211,20 @@ def _wait(processes: list[subprocess.Popen[bytes]], job: dict[str, Any], folder:
 # -- from measurements to a device ---------------------------------------------------------------------------
 
 
+def _at_pace_of(main: list[dict[str, Any]], further: list[dict[str, Any]]) -> list[Sample]:
+    """The ops that each rank measured later, at the pace to which those of the first models were brought."""
+    ratios = [first["reference"] / then["reference"] for first, then in zip(main, further)]
+    return [replace(s, seconds=s.seconds * k) for then, k in zip(further, ratios) for s in then["samples"]]
+
+
 def _device(
-    results: dict[int, list[dict[str, Any]]], ranks: int, cores: int
+    results: dict[int, list[dict[str, Any]]], further: list[list[Sample]], ranks: int, cores: int
 ) -> tuple[Device, dict[str, tuple[float, float, int]]]:
     import psutil
 
     main = results[ranks]
-    merged = _merged(main)
-    laws = fit_laws(merged)
+    merged = _merged([s for r in main for s in r["samples"]] + [s for group in further for s in group])
+    laws, neighbours, errors = fit_ops(merged)
     whole = _steps(main)
     steps = step_errors(merged, whole)
     host = _host(main, results, cores)
@@ -220,13 +245,13 @@ def _device(
         floor_seconds=1e-6,
         laws=laws,
         samples=_known(merged),
+        neighbours=neighbours,
         host=host,
         anchor_seconds=main[0]["anchor"],
         step_error=float(np.sqrt(np.mean(np.square(list(steps.values()))))) if steps else 0.0,
         sources=(f"parplan calibrate on {platform.node()}, {time.strftime('%Y-%m-%d %H:%M')}",),
         notes=(note,),
     )
-    errors = errors_by_family(merged)
     if steps:
         absolute, weights = np.abs(list(steps.values())), [whole[name][1] for name in steps]
         errors["whole steps"] = float(absolute.mean()), float(np.average(absolute, weights=weights)), len(steps)
@@ -242,17 +267,16 @@ def _steps(main: list[dict[str, Any]]) -> dict[str, tuple[Sequence[OpShape], flo
     return {name: (shapes, statistics.fmean(seconds)) for name, (shapes, seconds) in found.items()}
 
 
-def _merged(main: list[dict[str, Any]]) -> list[tuple[OpShape, float]]:
+def _merged(samples: Sequence[Sample]) -> list[tuple[OpShape, float]]:
     """Every distinct op in every context with the mean of the ranks' medians (on two ranks; the median on more)."""
     from validation.calibrate_record import placed
 
     times: dict[tuple[str, int, int, int], list[float]] = {}
     shapes: dict[tuple[str, int, int, int], OpShape] = {}
-    for result in main:
-        for sample in result["samples"]:
-            key = placed(sample.shape)
-            shapes.setdefault(key, sample.shape)
-            times.setdefault(key, []).append(sample.seconds)
+    for sample in samples:
+        key = placed(sample.shape)
+        shapes.setdefault(key, sample.shape)
+        times.setdefault(key, []).append(sample.seconds)
     return [(shapes[k], statistics.median(v)) for k, v in times.items()]
 
 

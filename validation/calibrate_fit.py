@@ -1,31 +1,37 @@
-"""Laws from measured ops: non-negative least squares of relative errors; half of the ops are held out to score them."""
+"""Laws from measured ops: non-negative least squares of relative errors, what each op took over its law, and scores on
+the half of the ops that was held out."""
 
 from __future__ import annotations
 
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy.optimize import nnls
 
 from costmodels.device import Law
 from costmodels.families import FREE, base_name, family
 from costmodels.features import extent, features, form_of
-from costmodels.ops import OpShape, kernel_key, law_among, signature
+from costmodels.neighbours import Neighbours, label
+from costmodels.ops import OpShape, kernel_key, law_among, law_seconds, signature
 
 Measured = tuple[OpShape, float]
 OWN_SAMPLES = 12  # fewer than this are not enough for coefficients of their own
 UNSCORED_ERROR = 0.3  # taken where there are too few ops to hold any out
 LEAST_SAMPLES = 3  # fewer distinct shapes than this of one op are priced by the law of its family only
 ROUNDS = 12  # of reweighting towards least absolute relative error
+FOLDS = 10  # parts of the calibration steps that are predicted from the others
 FULL_WEIGHT = 2e-4  # seconds from which an op counts fully; shorter ones count less, as they do in a step
 
 
 def fit_laws(samples: Iterable[Measured]) -> dict[str, Law]:
     """A law per op and dtype, and a pooled law per family and dtype, from measured ops.
 
-    An op with few samples gets a parent's law times one factor: that of the op in float32, else of its family.
+    An op with few samples gets a parent's law times one factor: that of the op in float32, else of its family. Their
+    errors are those of `fit_ops`; here nothing is held out.
     """
     groups: dict[str, list[Measured]] = {}
     for shape, seconds in samples:
@@ -56,17 +62,11 @@ def _law(key: str, members: list[Measured], parent: Law | None) -> Law:
     form = form_of(members[0][0].name)
     design = np.array([features(shape, form) for shape, _ in members])
     seconds = np.array([s for _, s in members])
-    held_out = _held_out(members)
     alone = parent is None or _distinct(members) >= OWN_SAMPLES
-    if held_out.any() and not held_out.all():
-        first = _coefficients(design[~held_out], seconds[~held_out], parent, alone)
-        error = float(np.mean(np.abs(design[held_out] @ first / seconds[held_out] - 1)))
-    else:
-        error = UNSCORED_ERROR
     extents = np.array([extent(shape, form) for shape, _ in members])
     return Law(
         key, form, tuple(_coefficients(design, seconds, parent, alone).tolist()), tuple(extents.min(0).tolist()),
-        tuple(extents.max(0).tolist()), min(error, 1.0), len(members),
+        tuple(extents.max(0).tolist()), UNSCORED_ERROR, len(members),
     )  # fmt: skip
 
 
@@ -108,38 +108,69 @@ def fit(design: np.ndarray, seconds: np.ndarray) -> np.ndarray:
     return result
 
 
-def errors_by_family(samples: Iterable[Measured]) -> dict[str, tuple[float, float, int]]:
-    """Held-out error of the laws by family and dtype: mean absolute relative error, the same weighted by seconds, and
-    the number of held-out ops. The laws are fitted on the other half only."""
+def fit_ops(samples: Iterable[Measured]) -> tuple[dict[str, Law], Neighbours, dict[str, tuple[float, float, int]]]:
+    """Laws with their held-out errors, the neighbours of all measured ops, and the held-out errors by family and dtype:
+    mean absolute relative error, the same weighted by seconds, and the number of held-out ops. Half of the ops, by a
+    hash of their signatures, are priced by what the other half says; the laws that are returned rest on all."""
     members = [(shape, seconds) for shape, seconds in samples if family(shape.name) not in FREE and seconds > 0]
-    if not members:
-        return {}
     held_out = _held_out(members)
-    laws = fit_laws(m for m, held in zip(members, held_out) if not held)
-    found: dict[str, list[tuple[float, float]]] = {}
-    for (shape, seconds), held in zip(members, held_out):
+    half = [m for m, held in zip(members, held_out) if not held]
+    tested = [m for m, held in zip(members, held_out) if held]
+    by_law: dict[str, list[float]] = {}
+    by_family: dict[str, list[tuple[float, float]]] = {}
+    for (shape, seconds), predicted in zip(tested, predictions(half, [shape for shape, _ in tested])):
+        if not np.isnan(predicted):
+            error = abs(predicted / seconds - 1)
+            pooled = f"{family(shape.name)}:{shape.dtype}"
+            for key in {kernel_key(shape), f"{base_name(shape.name)}/{shape.dtype}", pooled}:
+                by_law.setdefault(key, []).append(error)
+            by_family.setdefault(pooled.replace(":", "/"), []).append((error, seconds))
+    laws = fit_laws(members)
+    errors = {key: min(float(np.mean(found)), 1.0) for key, found in by_law.items()}
+    scored = {key: replace(law, error=errors.get(key, UNSCORED_ERROR)) for key, law in laws.items()}
+    return scored, neighbours_of(members, laws), {key: _scores(np.array(rows)) for key, rows in by_family.items()}
+
+
+def neighbours_of(members: Sequence[Measured], laws: Mapping[str, Law]) -> Neighbours:
+    """What each measured op took over what its law says."""
+    ratios = {}
+    for shape, seconds in members:
         law = law_among(laws, shape)
-        if held and law:
-            predicted = float(np.dot(features(shape, law.form), law.coefficients))
-            found.setdefault(f"{family(shape.name)}/{shape.dtype}", []).append((abs(predicted / seconds - 1), seconds))
-    return {key: _scores(np.array(rows)) for key, rows in found.items()}
+        by_law = float(np.dot(features(shape, law.form), law.coefficients)) if law else 0.0
+        if by_law > 0:
+            ratios[label(signature(shape), shape)] = seconds / by_law
+    return Neighbours(ratios)
+
+
+def predictions(members: Sequence[Measured], shapes: Sequence[OpShape]) -> NDArray[np.float64]:
+    """Seconds f8[n] of these ops by what the measured `members` say; nan where they have no law for one."""
+    laws = fit_laws(members)
+    neighbours = neighbours_of(members, laws)
+    found = np.full(len(shapes), np.nan)
+    groups: dict[str, list[int]] = {}
+    for i, shape in enumerate(shapes):
+        if (law := law_among(laws, shape)) is not None:
+            groups.setdefault(law.key, []).append(i)
+    for key, at in groups.items():
+        found[at] = law_seconds(neighbours, laws[key], [shapes[i] for i in at])
+    return found
 
 
 def step_errors(samples: Sequence[Measured], steps: Mapping[str, tuple[Sequence[OpShape], float]]) -> dict[str, float]:
-    """Signed relative error of whole steps (their ops, and the seconds these took), by name, each predicted by laws
-    fitted without any op that occurs in it."""
-    found = {}
-    for name, (shapes, seconds) in steps.items():
-        own = {signature(s) for s in shapes}
-        laws = fit_laws((s, t) for s, t in samples if signature(s) not in own)
-        predicted = 0.0
-        for shape, n in Counter(s for s in shapes if family(s.name) not in FREE).items():
-            law = law_among(laws, shape)
-            if law is None:
-                break
-            predicted += n * float(np.dot(features(shape, law.form), law.coefficients))
-        else:
-            found[name] = predicted / seconds - 1
+    """Signed relative error of whole steps (their ops, and the seconds these took), by name, each predicted without any
+    op that occurs in it or in the other steps of its tenth."""
+    members = [(shape, seconds) for shape, seconds in samples if family(shape.name) not in FREE and seconds > 0]
+    names, found = list(steps), {}
+    for part in (names[i::FOLDS] for i in range(FOLDS)):
+        counts = {name: Counter(s for s in steps[name][0] if family(s.name) not in FREE) for name in part}
+        own = {signature(s) for ops in counts.values() for s in ops}
+        shapes = list(dict.fromkeys(s for ops in counts.values() for s in ops))
+        rest = [m for m in members if signature(m[0]) not in own]
+        each = dict(zip(shapes, predictions(rest, shapes).tolist()))
+        for name, ops in counts.items():
+            predicted = sum(n * each[shape] for shape, n in ops.items())
+            if not np.isnan(predicted):
+                found[name] = predicted / steps[name][1] - 1
     return found
 
 

@@ -64,8 +64,8 @@ def _all() -> tuple[Source, ...]:
         "t128": partial(transformer, 128, 4, 16, 128, 1000, dropout=0.1),
         "mlp-wide": partial(perceptron, 128, 512, 3072, 768, 256, activation=nn.GELU),
         "branches": partial(branch_net, 4, 80),
-        "t96": partial(transformer, 96, 3, 4, 32, 2000, causal=False, layers=2),
-        "llama448": partial(transformer, 448, 7, 1, 192, 6000, llama=True, inner=1184),
+        "t96": partial(transformer, 96, 3, 4, 32, 2000, causal=False, layers=2, kinds=2),
+        "llama448": partial(transformer, 448, 7, 1, 192, 6000, llama=True, inner=1184, inside=True),
         "t512-vocab": partial(transformer, 512, 8, 1, 96, 24000, packed=False),
         "residual48": partial(residual_net, 2, 96, 48),
         "lstm384": partial(recurrent, 20, 20, 2000, 256, 384),
@@ -85,9 +85,9 @@ def _all() -> tuple[Source, ...]:
         "bottleneck96": partial(bottleneck_net, 4, 24, 96),
         "plain64": partial(plain_net, 1, 64, 64),
         "vit192": partial(vit, 192, 3, 2, 144, 12),
-        "t768": partial(transformer, 768, 12, 1, 160, 1500, packed=False, causal=False),
+        "t768": partial(transformer, 768, 12, 1, 160, 1500, packed=False, causal=False, kinds=3),
         "large-kernels24": partial(large_kernels, 8, 120, 24, 640),
-        "llama128": partial(transformer, 128, 4, 8, 64, 12000, llama=True, inner=336),
+        "llama128": partial(transformer, 128, 4, 8, 64, 12000, llama=True, inner=336, inside=True),
         "tied256": partial(tied, 256, 1, 48, 100000),  # a table larger than any cache: 102 MB
         "tied96": partial(tied, 96, 4, 24, 60000),
         "mlp-heavy": partial(perceptron, 3, 1152, 7168, 2304, 200),  # weights of 33 and 66 MB pass by short ops

@@ -45,8 +45,18 @@ class Attention(nn.Module):
 
 
 def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Any:
+    """Heads turned by their positions' angles, with tables as wide as a head or half as wide."""
     first, second = x.chunk(2, dim=-1)
+    if cos.shape[-1] < x.shape[-1]:
+        return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
     return x * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+def tables(length: int, size: int) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of every position's angles: [length, size / 2]."""
+    rates = 1.0 / (10000.0 ** (torch.arange(0, size, 2).float() / size))
+    angles = torch.arange(length).float()[:, None] * rates[None, :]
+    return angles.cos(), angles.sin()
 
 
 class RMSNorm(nn.Module):
@@ -85,29 +95,34 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     def __init__(
         self, width: int, heads: int, length: int, vocab: int, *, layers: int = 1, kv_heads: int = 0, inner: int = 0,
-        causal: bool = True, llama: bool = False, packed: bool = True, dropout: float = 0.0,
+        causal: bool = True, llama: bool = False, packed: bool = True, dropout: float = 0.0, inside: bool = False,
+        kinds: int = 0,
     ) -> None:  # fmt: skip
+        """`inside`: the tables of angles are made in every forward pass, as many published models do. `kinds`: of
+        tokens, where these have a table of their own (sentence pairs)."""
         super().__init__()
         self.tokens = nn.Embedding(vocab, width)
         self.positions = None if llama else nn.Embedding(length, width)
+        self.kinds = nn.Embedding(kinds, width) if kinds else None
         self.blocks = nn.ModuleList(
             Block(width, heads, kv_heads or heads, inner or 4 * width, causal, llama, packed and not llama, dropout)
             for _ in range(layers)
         )
         self.norm = RMSNorm(width) if llama else nn.LayerNorm(width)
         self.head = nn.Linear(width, vocab, bias=False)
-        angles = torch.outer(torch.arange(length), 1e4 ** -(torch.arange(0, width // heads, 2) / (width // heads)))
-        angles = torch.cat((angles, angles), dim=-1)
-        self.register_buffer("cos", angles.cos())
-        self.register_buffer("sin", angles.sin())
+        self.size, self.inside = width // heads, inside
+        for name, half in zip(("cos", "sin"), tables(length, self.size)):
+            self.register_buffer(name, torch.cat((half, half), dim=-1))
 
     def forward(self, ids: Tensor) -> Any:
         x = self.tokens(ids)
+        if self.kinds is not None:
+            x = x + self.kinds(torch.zeros_like(ids))
         rope = None
         if self.positions is not None:
             x = x + self.positions(torch.arange(ids.shape[1]))
         else:
-            rope = (self.cos, self.sin)
+            rope = tables(ids.shape[1], self.size) if self.inside else (self.cos, self.sin)
         for block in self.blocks:
             x = block(x, rope)
         return self.head(self.norm(x))

@@ -111,6 +111,7 @@ def measure_ops(job: dict[str, Any], rank: int) -> dict[str, Any]:
     import torch.distributed as dist
 
     from validation.anchor import make_anchor
+    from validation.calibrate_drawn import drawn
     from validation.calibrate_models import SOURCES
     from validation.calibrate_record import at_pace, medians, overhead, prepare, samples, workload_source
     from validation.environment import room_to_grow
@@ -123,6 +124,8 @@ def measure_ops(job: dict[str, Any], rank: int) -> dict[str, Any]:
     dist.barrier()
     loaded = statistics.median(once() for _ in range(job["anchor"]))
     chosen = [s for s in SOURCES if s.name in job["models"] or not (job["models"] or (s.large and not job.get("room")))]
+    if job.get("drawn"):
+        chosen = [drawn(number) for number in range(*job["drawn"])]
     if job.get("workloads"):
         chosen = [workload_source(spec, batch) for spec, batch in job["workloads"]]
     steps = []

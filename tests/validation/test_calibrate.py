@@ -21,7 +21,7 @@ from costmodels.device import device_data, load_device
 from costmodels.families import FREE, family
 from costmodels.ops import price, shape_of, signature
 from validation.calibrate import HOST_KEYS, calibrate
-from validation.calibrate_fit import errors_by_family, fit, fit_laws
+from validation.calibrate_fit import fit, fit_ops
 from validation.calibrate_models import SOURCES
 from validation.calibrate_record import Run, prepare, samples, time_ops, time_parts, undisturbed
 
@@ -67,10 +67,11 @@ def test_laws_come_from_measured_steps() -> None:
             time_ops(step)
             time_parts(step)
     measured = [(s.shape, s.seconds) for s in samples(steps)]
-    laws = fit_laws(measured)
+    laws, neighbours, errors = fit_ops(measured)
     assert laws["mm/float32"].samples > 5 and "pointwise:float32" in laws
     assert all(c >= 0 for law in laws.values() for c in law.coefficients)
-    assert "gemm/float32" in errors_by_family(measured)
+    assert "gemm/float32" in errors and 0 < laws["mm/float32"].error < 1
+    assert len(neighbours.ratios) > 50 and min(neighbours.ratios.values()) > 0
 
 
 @pytest.mark.executed

@@ -1,0 +1,51 @@
+"""Further calibration models: the same ones every time, of every family, and measured at the pace of the first."""
+
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from costmodels.families import family
+from validation.calibrate import _at_pace_of, run_ranks
+from validation.calibrate_drawn import FAMILIES, TABLE, drawn
+from validation.calibrate_models import SOURCES
+from validation.calibrate_record import Sample, prepare
+
+
+def kind(number: int) -> str:
+    return drawn(number).name.partition("-")[2]
+
+
+def test_every_family_is_drawn_within_four_groups_and_some_of_them_in_half() -> None:
+    first = [drawn(n) for n in range(120)]
+    assert {s.name.partition("-")[2] for s in first} == {name for name, _ in FAMILIES}
+    assert 1 <= sum(s.bf16 for s in first) <= 20
+    assert not {s.name for s in first} & {s.name for s in SOURCES}
+
+
+@pytest.mark.parametrize("name", sorted({name for name, _ in FAMILIES}))
+def test_a_drawn_model_is_the_same_every_time_and_trains(name: str) -> None:
+    torch.manual_seed(0)
+    number = next(n for n in range(210) if kind(n) == name)
+    once, again = (prepare(drawn(number)) for _ in range(2))
+    assert once.shapes == again.shapes and len(once.shapes) > 20
+    assert {s.phase for s in once.shapes} == {"forward", "backward", "optimizer"}
+    weights = [s.in_shapes[0] for s in once.shapes if family(s.name) == "embedding" and s.in_shapes]
+    assert all(rows * width <= 2 * TABLE for rows, width in (w for w in weights if len(w) == 2))
+
+
+@pytest.mark.executed
+def test_a_group_is_measured_and_brought_to_the_first_pace(tmp_path: Path) -> None:
+    numbers = next(n for n in range(210) if kind(n) == "digits" and kind(n + 1) in ("mlp", "depthwise", "digits"))
+    job = {
+        "ranks": 2, "store": str(tmp_path / "store"), "anchor": 4, "kinds": [], "models": [], "timeout": 120,
+        "drawn": [numbers, numbers + 2], "least_rounds": 2, "until": time.time(),
+    }  # fmt: skip
+    results = run_ranks(job, tmp_path, lambda what, fraction: None)
+    assert len(results) == 2 and all(len(r["samples"]) > 20 and not r["unrepeatable"] for r in results)
+    slower = [{"reference": 2 * r["reference"]} for r in results]
+    found = _at_pace_of(slower, results)
+    first: Sample = results[0]["samples"][0]
+    assert found[0].shape == first.shape and found[0].seconds == pytest.approx(2 * first.seconds)
+    assert len(found) == sum(len(r["samples"]) for r in results)
