@@ -122,15 +122,24 @@ def law_seconds(c: Constants, hw: Hardware, candidates: Menu, dims: Array) -> Ar
     return np.concatenate(parts) if parts else np.zeros(0)
 
 
-def slowdown(c: Constants, hw: Hardware, fewer: Hardware, cand: Menu, dims: Array) -> Array:
+def slowdown(c: Constants, hw: Hardware, fewer: Hardware, cand: Menu, dims: Array, static: bool = False) -> Array:
     """How many times longer products take on `fewer` units or bandwidth, in the tiles that are fastest on all of `hw`,
     as a library chooses them without knowing what else runs. Waves are whole: `smooth` describes products whose tile
-    was chosen for the units at hand, which is not so here."""
+    was chosen for the units at hand, which is not so here.
+
+    `static`: a kernel starts one block a unit and gives each its tiles beforehand, so the blocks that find no unit wait
+    until the first have done all theirs: twice the time, however few units are missing."""
     chosen = _every_tile(c, hw, cand, dims).argmin(axis=1)[:, None]
     whole = replace(c, smooth=0.0)
     free, busy = _every_tile(whole, hw, cand, dims), _every_tile(whole, fewer, cand, dims)
-    ratio: Array = (np.take_along_axis(busy, chosen, 1) + c.floor) / (np.take_along_axis(free, chosen, 1) + c.floor)
-    return ratio[:, 0]
+    alone, beside = (np.take_along_axis(x, chosen, 1)[:, 0] for x in (free, busy))
+    if static:
+        tile = chosen[:, 0]
+        across = np.ceil(dims[:, 2] / cand.columns[tile])
+        blocks = dims[:, 0] * np.ceil(dims[:, 1] / cand.rows[tile]) * across * cand.parts[tile]
+        beside = np.maximum(beside, alone * np.ceil(np.minimum(blocks, hw.units) / fewer.units))
+    ratio: Array = (beside + c.floor) / (alone + c.floor)
+    return ratio
 
 
 def _fastest(c: Constants, hw: Hardware, cand: Menu, dims: Array) -> Array:

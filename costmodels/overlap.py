@@ -2,9 +2,9 @@
 `costmodels.contention` with numbers from the device, the group and the op.
 
 Matrix products run in waves of tiles over the units that the collective's channels leave (one thread block, and so one
-SM, a channel), with the tile that the library chose for a free device. Attention and convolutions have many small
-blocks: they lose the share of units. All else is bound by memory and loses bandwidth. Power is left out: no published
-table says what a collective draws.
+SM, a channel), with the tile that the library chose for a free device; on Hopper they take twice as long. Attention and
+convolutions have many small blocks: they lose the share of units. All else is bound by memory and loses bandwidth.
+Power is left out: no published table says what a collective draws.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import numpy as np
 
 from costmodels.cluster import Cluster
 from costmodels.contention import MOST, memory_demand, memory_slowdown
-from costmodels.device import Device
+from costmodels.device import Device, load_device
 from costmodels.families import COMPUTE, FREE, family
 from costmodels.features import touched
 from costmodels.gemm import WIDTH, pricing_of, product_dims
@@ -26,6 +26,7 @@ from costmodels.gemm_law import CHUNK, slowdown
 from costmodels.nccl_fabric import Group, group_of
 from costmodels.nccl_tuner import ring_rate
 from costmodels.ops import ASSUMED_EFFICIENCY, OpShape
+from costmodels.relatives import same_generation
 from costmodels.topology_groups import ROUNDS
 
 # bytes/s of one ring by generation (Volta, Ampere, Hopper, Blackwell): of the speeds that NCCL's graph search tries,
@@ -33,15 +34,22 @@ from costmodels.topology_groups import ROUNDS
 # doubles the rings into channels: 12 on V100, 24 from A100 on, which is the 24 of the published example (A5).
 RING_SPEED = (20e9, 20e9, 30e9, 60e9)
 CHANNEL_BYTES = 512 * 64  # a channel less where each would carry less than threads x threshold of Simple: A1
+# Of the generation (Hopper) whose cuBLAS products start one block a unit, each with its tiles dealt out beforehand:
+# beside a kernel of NCCL all matmuls of an FSDP step on H100 took twice as long (pytorch issue 143988, by its profile;
+# pull request 147966 and CUTLASS issue 2471 say the same of such kernels). Blackwell can deal tiles while it runs (the
+# same CUTLASS issue); that its cuBLAS does is an ASSUMPTION.
+STATIC = "h100-sxm"
 MOST_CHANNELS = 32  # ASSUMPTION: NCCL's own limit is 64, of which no collective of the families priced here makes use
 
 
 @dataclass(frozen=True, slots=True)
 class Beside:
-    """What runs beside the kernels: units (SMs) that its channels take, bytes/s of device memory that it uses."""
+    """What runs beside the kernels: units (SMs) that its channels take, bytes/s of device memory that it uses. static:
+    16- and 8-bit products of this device deal out their tiles before they start (see `STATIC`)."""
 
     units: int
     bandwidth: float
+    static: bool = False
 
 
 def channels(group: Group, nbytes: float) -> int:
@@ -59,7 +67,15 @@ def beside(cluster: Cluster, kind: str, nbytes: float, ranks: Sequence[int], sec
     if cluster.backend != "nccl" or cluster.device.kind != "gpu" or len(ranks) < 2 or nbytes <= 0:
         return Beside(0, 0.0)
     sent = ROUNDS.get(kind, 1) * (len(ranks) - 1) / len(ranks) * nbytes
-    return Beside(channels(group_of(cluster, ranks), nbytes), memory_demand(kind, sent, seconds))
+    units = channels(group_of(cluster, ranks), nbytes)
+    return Beside(units, memory_demand(kind, sent, seconds), deals_tiles_beforehand(cluster.device))
+
+
+def deals_tiles_beforehand(device: Device) -> bool:
+    """Whether it is of the generation of `STATIC`; kept in the device's cache."""
+    if "static" not in device.cache:
+        device.cache["static"] = same_generation(device, load_device(STATIC))
+    return bool(device.cache["static"])
 
 
 def slowdowns(device: Device, shapes: Sequence[OpShape], seconds: Sequence[float], other: Beside) -> list[float]:
@@ -89,7 +105,7 @@ def slowdowns(device: Device, shapes: Sequence[OpShape], seconds: Sequence[float
         pricing = pricing_of(device, dtype, batched)
         if pricing is None:
             continue
-        hardware = pricing.hardware
+        hardware, narrow = pricing.hardware, WIDTH.get(dtype, 1) <= 2
         fewer = replace(
             hardware,
             units=left,
@@ -98,7 +114,7 @@ def slowdowns(device: Device, shapes: Sequence[OpShape], seconds: Sequence[float
         )
         dims = np.array([product_dims(shapes[i]) for i in members], float)
         parts = [
-            slowdown(pricing.constants, hardware, fewer, pricing.menu, dims[j : j + CHUNK])
+            slowdown(pricing.constants, hardware, fewer, pricing.menu, dims[j : j + CHUNK], other.static and narrow)
             for j in range(0, len(dims), CHUNK)
         ]
         for i, value in zip(members, np.concatenate(parts).tolist()):
