@@ -17,7 +17,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from math import log2, prod
+from math import prod
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -31,6 +31,9 @@ ALONE = 0.3
 SIZE = 2.0  # how much more a doubling of all elements together counts than one of a dim
 FARTHEST = 1.5  # ln of a measured time over its law beyond which an op is taken for one that was disturbed
 UNIT = 2**19  # bytes: context in halves of a MiB, see `costmodels.context`
+CONTEXT = slice(-2, None)  # of a point
+NOTHING = (0, 0, 0, 0)
+Floats = NDArray[np.float64]
 Shape = tuple[int, ...]
 Group = tuple[str, tuple[int, ...]]
 
@@ -42,31 +45,41 @@ class Neighbours:
     ratios: Mapping[str, float]
 
     @cached_property
-    def groups(self) -> dict[Group, tuple[NDArray[np.float64], NDArray[np.float64]]]:
+    def groups(self) -> dict[Group, tuple[Floats, Floats]]:
         """Points f8[n, dims] and ln of the ratios f8[n] of each kernel's ops with operands of the same ranks."""
-        rows: dict[Group, tuple[list[list[float]], list[float]]] = {}
+        rows: dict[Group, tuple[list[list[int]], list[float]]] = {}
         for text, ratio in self.ratios.items():
             kernel, ins, outs, place = _parsed(text)
-            points, logs = rows.setdefault(_group(kernel, ins), ([], []))
-            points.append(_point(ins, outs, *place))
-            logs.append(float(np.clip(np.log(ratio), -FARTHEST, FARTHEST)))
-        return {key: (np.array(points), np.array(logs)) for key, (points, logs) in rows.items()}
+            numbers, ratios = rows.setdefault(_group(kernel, ins), ([], []))
+            numbers.append(_numbers(ins, outs, *place))
+            ratios.append(ratio)
+        clipped = {key: np.clip(np.log(ratios), -FARTHEST, FARTHEST) for key, (_, ratios) in rows.items()}
+        return {key: (_points(numbers), clipped[key]) for key, (numbers, _) in rows.items()}
 
-    def factors(self, kernel: str, shapes: Sequence[OpShape]) -> NDArray[np.float64]:
-        """By how much the times of these ops, all of one `costmodels.ops.kernel_key`, differ from their law: f8[n]."""
-        found = np.ones(len(shapes))
+    def factors(self, kernel: str, shapes: Sequence[OpShape]) -> tuple[Floats, Floats]:
+        """How many times their law ops take that are all of one `costmodels.ops.kernel_key`: f8[n] where they are, and
+        f8[n] in full caches."""
+        found = np.ones((2, len(shapes)))
         members: dict[Group, list[int]] = {}
         for i, shape in enumerate(shapes):
             members.setdefault(_group(kernel, shape.in_shapes), []).append(i)
         for key, at in members.items():
             if key in self.groups:
-                points, logs = self.groups[key]
                 ops = [shapes[i] for i in at]
-                own = np.array([_point(s.in_shapes, s.out_shapes, s.runs, s.swept, s.since) for s in ops])
-                apart = (own**2).sum(1)[:, None] + (points**2).sum(1) - 2 * own @ points.T
-                weights = np.exp(-np.maximum(apart, 0.0) / (2 * WIDTH**2))
-                found[at] = np.exp(weights @ logs / (weights.sum(1) + ALONE))
-        return found
+                points = _points([_numbers(s.in_shapes, s.out_shapes, s.runs, s.swept, s.since) for s in ops])
+                found[:, at] = _mean_ratio(points, *self.groups[key])
+                placed = np.flatnonzero(points[:, CONTEXT].any(axis=1))
+                points[:, CONTEXT] = 0.0
+                found[1, np.array(at)[placed]] = _mean_ratio(points[placed], *self.groups[key])
+        return found[0], found[1]
+
+
+def _mean_ratio(at: Floats, points: Floats, logs: Floats) -> Floats:
+    """The weighed geometric mean of the ratios around each point of `at`."""
+    apart = (at**2).sum(1)[:, None] + (points**2).sum(1) - 2 * at @ points.T
+    weights = np.exp(-np.maximum(apart, 0.0) / (2 * WIDTH**2))
+    found: Floats = np.exp(weights @ logs / (weights.sum(1) + ALONE))
+    return found
 
 
 def label(signature: str, shape: OpShape) -> str:
@@ -94,12 +107,24 @@ def _group(kernel: str, ins: Sequence[Shape]) -> Group:
     return kernel, tuple(len(s) for s in ins[:3] if s)
 
 
-def _point(ins: Sequence[Shape], outs: Sequence[Shape], runs: int, swept: int, since: int) -> list[float]:
-    """All elements, the last four dims of three inputs and of the first result, stretches and context, in log2."""
-    dims = [log2(d + 1) for s in (*ins[:3], *((),) * (3 - len(ins[:3])), *(outs[:1] or ((),))) for d in _last_four(s)]
-    elements = sum(prod(s) for s in (*ins, *outs) if s)
-    return [SIZE * log2(elements + 1), *dims, log2(max(runs, 1)), log2(1 + swept / UNIT), log2(1 + since / UNIT)]
+def _numbers(ins: Sequence[Shape], outs: Sequence[Shape], runs: int, swept: int, since: int) -> list[int]:
+    """All elements, the last four dims of three inputs and of the first result, further stretches, and context."""
+    elements = sum([prod(s) for s in ins if s]) + sum([prod(s) for s in outs if s])
+    row = [elements]
+    for i in range(3):
+        row += _last_four(ins[i]) if i < len(ins) else NOTHING
+    row += _last_four(outs[0]) if outs else NOTHING
+    return [*row, max(runs, 1) - 1, swept, since]
 
 
 def _last_four(shape: Shape) -> Shape:
-    return (0,) * (4 - len(shape[-4:])) + shape[-4:]
+    return NOTHING[len(shape) :] + shape[-4:]
+
+
+def _points(numbers: Sequence[Sequence[int]]) -> Floats:
+    """Their logarithms, as distances count them: f8[n, dims]."""
+    raw = np.array(numbers, float)
+    raw[:, CONTEXT] /= UNIT
+    found: Floats = np.log2(1.0 + raw)
+    found[:, 0] *= SIZE
+    return found

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from costmodels.context import is_stream, runs_of
 from costmodels.device import Device, Law
 from costmodels.families import COMPUTE, FREE, base_name, family
-from costmodels.features import extent, features, form_of, touched
+from costmodels.features import CONTEXT, FORMS, extent, features, form_of, touched
 from costmodels.kernels import kernel_prices
 from costmodels.neighbours import Neighbours
 
@@ -198,17 +198,16 @@ def _price(device: Device, shape: OpShape) -> Price:
 def law_seconds(neighbours: Neighbours, law: Law, shapes: Sequence[OpShape]) -> NDArray[np.float64]:
     """Seconds f8[n] of ops by a law and by what the nearest measured ops say of it. An op never takes less time after
     others have emptied the caches than in full ones, whatever its neighbours took: lower bounds rest on that."""
-    seconds: NDArray[np.float64] = np.array([features(s, law.form) for s in shapes]) @ np.array(law.coefficients)
+    design, weights = np.array([features(s, law.form) for s in shapes]), np.array(law.coefficients)
+    seconds: NDArray[np.float64] = design @ weights
     if not neighbours.ratios:
         return seconds
+    full = design @ np.where([name in CONTEXT for name in FORMS[law.form]], 0.0, weights)
     kernels = [kernel_key(s) for s in shapes]  # a pooled law prices several
     for kernel in dict.fromkeys(kernels):
         at = [i for i, k in enumerate(kernels) if k == kernel]
-        seconds[at] *= neighbours.factors(kernel, [shapes[i] for i in at])
-    placed = [i for i, s in enumerate(shapes) if s.swept or s.since]
-    if placed:
-        full = [replace(shapes[i], swept=0, since=0) for i in placed]
-        seconds[placed] = np.maximum(seconds[placed], law_seconds(neighbours, law, full))
+        here, there = neighbours.factors(kernel, [shapes[i] for i in at])
+        seconds[at] = np.maximum(seconds[at] * here, full[at] * there)
     return seconds
 
 
