@@ -85,3 +85,14 @@ def overlapped(compute: float, communication: float, slowdown: float) -> tuple[f
     if compute * slowdown <= communication:
         return communication, communication - compute * slowdown
     return compute + communication * (1 - 1 / slowdown), 0.0
+
+
+def waited(compute: float, communication: float, slowdown: float) -> float:
+    """Seconds until both are through when they start together and the kernel dealt out its work beforehand: the blocks
+    that find no unit start when communication is through, or when the first blocks are, and then take as long as these.
+    `slowdown`: of the kernel while communication lasts all along, 2 for one that fills the device.
+
+    >>> waited(3.0, 1.0, 2.0), waited(1.0, 1.5, 2.0), waited(1.0, 4.0, 2.0)
+    (4.0, 2.0, 4.0)
+    """
+    return max(communication, compute + (slowdown - 1) * min(communication, compute))

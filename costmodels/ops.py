@@ -33,6 +33,7 @@ ASSUMED_EFFICIENCY = {
 }  # fmt: skip
 ASSUMED_OTHER = 0.60
 ROOFLINE_ERROR = 0.30  # mean error of a roofline with assumed shares: shared/facts/compute.md B1 (28-35 % on linears)
+ARITHMETIC = frozenset({"add", "sub", "mul", "div", "maximum", "minimum"})
 SLOWED = COMPUTE - {"rnn", "rnn_backward"}
 EXTRAPOLATION_FACTOR = 2.0  # an extrapolated law is taken to be twice as wrong as on its held-out half
 
@@ -77,7 +78,8 @@ def shape_of(graph: OpGraph, op: Op) -> OpShape:
     dtypes = [graph.tensors[i].dtype for i in (*op.outputs, *op.inputs, *op.mutates)]
     dtype = next((d for d in dtypes if "float" in d), dtypes[0] if dtypes else "float32")
     read, written = graph.bytes_read(op), graph.bytes_written(op)
-    variant = variant_of(op.name, op.args, op.kwargs)
+    operands = [graph.tensors[i].dtype for i in op.inputs if graph.tensors[i].shape]
+    variant = variant_of(op.name, op.args, op.kwargs, operands)
     runs = 1
     if is_stream(op.name):
         layouts = [[(graph.tensors[i].shape, graph.tensors[i].strides) for i in ids] for ids in (op.outputs, op.inputs)]
@@ -96,14 +98,21 @@ def is_causal(op: Op) -> bool:
     return next((a for a in op.args[dropout:] if isinstance(a, bool)), False)
 
 
-def variant_of(name: str, args: Iterable[Any], kwargs: Iterable[tuple[str, Any]]) -> str:
+def variant_of(
+    name: str, args: Iterable[Any], kwargs: Iterable[tuple[str, Any]], dtypes: Iterable[str] = ()
+) -> str:
     """What the arguments of an op say about its kernel that shapes do not: "tanh" of a gelu that approximates, the
-    window of a pooling ("3x3"). Laws of a CPU are fitted by variant where calibration saw it.
+    window of a pooling ("3x3"), "cast" of arithmetic on operands of several dtypes (`dtypes`: of those with dims), one
+    of which is converted first. Laws of a CPU are fitted by variant where calibration saw it.
 
     >>> variant_of("aten.gelu.default", (), (("approximate", "tanh"),))
     'tanh'
+    >>> variant_of("aten.mul.Tensor", (), (), ("float32", "bool"))
+    'cast'
     """
     base = base_name(name)
+    if base in ARITHMETIC:
+        return "cast" if len(set(dtypes)) > 1 else ""
     if base in ("gelu", "gelu_backward"):
         chosen = dict(kwargs).get("approximate") or next((a for a in args if isinstance(a, str)), "none")
         return "" if chosen == "none" else str(chosen)

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from costmodels.cluster import Cluster
-from costmodels.contention import overlapped
+from costmodels.contention import overlapped, waited
 from costmodels.families import family
 from costmodels.ops import OpShape
 from costmodels.overlap import Beside, beside, slowdowns
@@ -42,7 +42,9 @@ def exposed(
     that kernel loses. device: seconds of every launch.
 
     With user buffers, what is gathered moves by copy engines, which take no units (`use_ce` is the default of
-    Transformer Engine's `initialize_ub`); the first or last of the pieces has nothing to run beside.
+    Transformer Engine's `initialize_ub`), and products beside pieces that are reduced start on the units that are left
+    (`set_sm_margin` of NeMo's userbuffers.py: on for pipelined reductions, off for bulk ones, pull request 11763); the
+    first or last of the pieces has nothing to run beside.
     """
     message = launches[at].message
     assert message is not None
@@ -53,10 +55,12 @@ def exposed(
     assert shape is not None
     other = beside(cluster, message.kind, message.bytes, ranks, seconds)
     split = message.pieces if not message.beside else 0
-    if split and message.kind == "all_gather":
-        other = replace(other, units=0)
+    if split:
+        other = replace(other, units=0 if message.kind == "all_gather" else other.units, static=False)
     first = min(seconds, own) / split if split else 0.0
     slowdown = slowdowns(cluster.device, [shape], [own], other)[0]
+    if other.static and family(shape.name) == "gemm":
+        return first + waited(own, seconds - first, slowdown) - own
     return first + overlapped(own, seconds - first, slowdown)[0] - own
 
 

@@ -133,7 +133,8 @@ def local_work(graph: OpGraph, layout: Layout, op: Op, phase: Phase | None = Non
         read = sum(tensor_bytes(graph, layout, t) for t in dict.fromkeys(op.inputs))
         written = sum(tensor_bytes(graph, layout, t) for t in dict.fromkeys((*op.outputs, *op.mutates)))
     phase = phase or op.phase
-    variant = variant_of(op.name, op.args, op.kwargs)
+    operands = [graph.tensors[i].dtype for i in op.inputs if graph.tensors[i].shape]
+    variant = variant_of(op.name, op.args, op.kwargs, operands)
     runs = 1
     if not op.is_view and is_stream(op.name):
         strides = ([tensor_strides(graph, layout, t) for t in ids] for ids in (op.outputs, op.inputs))

@@ -87,7 +87,8 @@ def described(
     flops = 0 if view else flops_of(name, shapes, produced or shapes, SimpleNamespace(args=args))
     kinds = [str(t.dtype).removeprefix("torch.") for t in (*fresh, *ins)]
     dtype = next((k for k in kinds if "float" in k), kinds[0] if kinds else "float32")
-    variant = variant_of(name, args, kwargs.items())
+    operands = [str(t.dtype).removeprefix("torch.") for t in ins if t.dim()]
+    variant = variant_of(name, args, kwargs.items(), operands)
     sides = ([t for t in side if t.layout == torch.strided] for side in (fresh, ins))
     runs = runs_of(*([(tuple(t.shape), tuple(t.stride())) for t in side] for side in sides)) if is_stream(name) else 1
     return OpShape(
