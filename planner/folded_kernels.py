@@ -139,7 +139,9 @@ class Kernels:
         yield Launch(host, replace(shape, dtype=EIGHT_BIT))
 
     def _eight(self, module: str) -> bool:
-        return module.startswith("blocks.") and "router" not in module
+        """Whether its products run in fp8: those of blocks with weights, but for routers; attention's own do not."""
+        weighs = f"{module}.weight" in self.local.graph.parameters
+        return weighs and module.startswith("blocks.") and "router" not in module
 
     # -- messages of tensor parallelism --------------------------------------------------------------------
     def _entering(self, module: str, phase: Phase) -> Iterator[Launch]:
@@ -149,6 +151,8 @@ class Kernels:
         if plan.tp == 1 or not plan.sequence_parallel or style is None:
             return
         hidden = self._hidden_bytes(module, style)
+        if self.software.fp8_inputs and self.local.plan.precision == "fp8" and self._eight(module):
+            hidden //= 2  # what is gathered are the 8 bits that the product reads
         if (phase != "backward" and style == "colwise") or (phase == "backward" and style == "rowwise"):
             yield self._message("all_gather", hidden, 0)
         elif phase == "backward" and style == "colwise":  # the input again, beside the product for its gradient

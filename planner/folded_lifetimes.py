@@ -158,7 +158,7 @@ def _in_fp8(c: Context, forward: tuple[Op, ...]) -> dict[int, float]:
     """Of what products with weights read, the bytes kept over the traced ones (2 an element): fp8 alone where their own
     backward is all that reads it, fp8 besides where another op keeps it, too (attention its output)."""
     graph, found = c.parts.local.graph, dict[int, float]()
-    if c.plan.precision != "fp8" or not c.software.fp8_saved:
+    if c.plan.precision != "fp8" or not c.software.fp8_inputs:
         return found
     for op in forward:
         storages = [graph.storages[graph.tensors[t].storage] for t in op.inputs]

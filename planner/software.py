@@ -76,8 +76,9 @@ class Software:
     recompute_matmuls: share of the products in recomputed regions that run again (per-operator policies keep some).
     recompute_share: share of the recomputed regions that is recomputed (policies per operator and stage).
     recompute_shares: the same of each pipeline stage, where it differs.
-    fp8_saved: with fp8, products with weights keep their inputs in fp8 for backward, not in the dtype they came in
-    (Transformer Engine pytorch/module: `ln_out` and `inputmat` of `save_for_backward` are quantized).
+    fp8_inputs: with fp8, what products with weights read is gathered between ranks and kept for backward in fp8, not in
+    the dtype it came in (Transformer Engine pytorch/module: `ln_out` and `inputmat` of `save_for_backward` are
+    quantized; `grad_output_preprocess` of base.py and `with_input_all_gather_nccl` of linear.py cast, then gather).
     fsdp_copies: whole parameters are copied out of what was gathered, and gradients into one buffer of `reduce_bytes`
     that is scattered, by kernels between those of the model (FSDP2); otherwise both are views of flat buffers (FSDP1).
     attention_speed: of the attention kernel, relative to the one that `attention` names.
@@ -105,7 +106,7 @@ class Software:
     recompute_matmuls: float = 1.0
     recompute_share: float = 1.0
     recompute_shares: tuple[float, ...] = ()
-    fp8_saved: bool = False
+    fp8_inputs: bool = False
     fsdp_copies: bool = False
     attention_speed: float = 1.0
     attention: Literal["flash", "cudnn"] = "flash"

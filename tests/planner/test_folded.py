@@ -10,7 +10,7 @@ import pytest
 
 from costmodels.cluster import Cluster, Link
 from costmodels.collectives import collective_price
-from costmodels.contention import overlapped
+from costmodels.contention import overlapped, waited
 from costmodels.device import load_device
 from costmodels.ops import price_many, shape_of
 from costmodels.overlap import beside, slowdowns
@@ -354,6 +354,54 @@ def test_a_split_layers_backward_runs_its_messages_beside_its_two_products() -> 
             assert max(0.0, seconds - device[at]) <= adds * (1 + 1e-9) and adds < seconds
     waits = replace(FAST_HOST, tp_async=False)
     assert step(waits, tp=4, sequence_parallel=True).step_seconds > step(tp=4, sequence_parallel=True).step_seconds
+
+
+def test_inputs_in_fp8_are_gathered_in_fp8_and_results_reduced_as_they_are() -> None:
+    """Transformer Engine casts, then gathers; sums of products leave it in bf16. The head's input is not cast."""
+    own, found = plan(tp=4, sequence_parallel=True, precision="fp8"), {}
+    for eight in (False, True):
+        kernels = Kernels(local_step(model().graph, own, SEQ, VOCAB, True), replace(FAST_HOST, fp8_inputs=eight))
+        parts = pieces(model().graph)
+        for where in ("block", "last"):
+            launches = [*kernels.forward(parts.forward[where]), *kernels.backward(parts.backward[where])]
+            messages = [x.message for x in launches if x.message is not None and x.message.axis == "tp"]
+            found[where, eight] = [(m.kind, m.bytes) for m in messages]
+    halved = [(kind, size // 2 if kind == "all_gather" else size) for kind, size in found["block", False]]
+    assert found["block", True] == halved and any(kind == "all_gather" for kind, _ in halved)
+    assert found["last", True] == found["last", False]
+
+
+def test_products_of_hopper_wait_for_bulk_messages_but_not_for_pieces() -> None:
+    """Blocks that find no unit start when the message is through; those of a product in pieces all find one."""
+    hopper = replace(cluster(), device=load_device("h100-sxm"))
+    own, large = plan(tp=4, sequence_parallel=True), model(64)
+    local = local_step(large.graph, own, SEQ, VOCAB, True)
+    parts = pieces(large.graph)
+    for pipelined in (False, True):
+        kernels = Kernels(local, replace(FAST_HOST, tp_overlap=pipelined))
+        launches = kernels.forward(parts.forward["block"]) if pipelined else kernels.backward(parts.backward["block"])
+        shapes = [x.shape for x in launches if x.shape is not None]
+        prices = iter(price_many(hopper.device, shapes))
+        device = [next(prices).seconds if x.shape is not None else 0.0 for x in launches]
+        found = 0
+        for i, launch in enumerate(launches):
+            message, at = launch.message, neighbour(launches, i) if launch.message else None
+            if message is None or at is None or message.kind != "reduce_scatter" or bool(message.beside) is pipelined:
+                continue
+            shape, seconds = launches[at].shape, device[at] / 2
+            assert shape is not None
+            other = beside(hopper, message.kind, message.bytes, range(4), seconds)
+            adds = exposed(launches, i, device, seconds, hopper, range(4))
+            if pipelined:
+                slowdown = slowdowns(hopper.device, [shape], [device[at]], replace(other, static=False))[0]
+                first = min(seconds, device[at]) / message.pieces
+                assert adds == pytest.approx(first + overlapped(device[at], seconds - first, slowdown)[0] - device[at])
+            else:
+                slowdown = slowdowns(hopper.device, [shape], [device[at]], other)[0]
+                assert adds == pytest.approx(waited(device[at], seconds, slowdown) - device[at])
+                assert adds >= overlapped(device[at], seconds, slowdown)[0] - device[at] - 1e-12
+            found += 1
+        assert found
 
 
 def test_fsdp2_copies_parameters_and_gradients_between_its_kernels() -> None:

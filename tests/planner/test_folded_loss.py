@@ -191,13 +191,13 @@ def test_products_in_fp8_keep_their_inputs_in_fp8() -> None:
     keeps itself, so that in fp8 is a byte more."""
     kept = []
     for quantized in (False, True):
-        software = replace(EAGER, fp8_saved=quantized)
+        software = replace(EAGER, fp8_inputs=quantized)
         context = context_of(model(), plan(precision="fp8"), cluster(), software)
         found = events_of(context, "block", False)
         sizes = {s: size for births, _ in found.forward for s, size in births}
         kept.append(sum(sizes[s] for s in found.kept))
     assert kept[0] - kept[1] == (1 + 1 + 4 - 1) * TOKENS * HIDDEN
-    in_bf16 = [context_of(model(), plan(), cluster(), replace(EAGER, fp8_saved=saved)) for saved in (False, True)]
+    in_bf16 = [context_of(model(), plan(), cluster(), replace(EAGER, fp8_inputs=saved)) for saved in (False, True)]
     assert events_of(in_bf16[0], "block", False) == events_of(in_bf16[1], "block", False)
 
 

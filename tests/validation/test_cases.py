@@ -290,9 +290,9 @@ def test_a_step_whose_loss_keeps_the_logits_once_fits() -> None:
 def test_losses_norms_and_gradients_are_those_of_the_program() -> None:
     names = ("NeMo / Megatron-Core", "Megatron-Bridge v0.5.0, NeMo 26.06", "Megatron-LM 2022", "JAX")
     core, bridge, older, xla = (software_of(row(software=name)) for name in names)
-    assert (core.loss, core.fused_loss, core.main_grads, core.fp8_saved) == ("softmax", False, 4, True)
+    assert (core.loss, core.fused_loss, core.main_grads, core.fp8_inputs) == ("softmax", False, 4, True)
     assert (bridge.loss, bridge.fused_loss, bridge.main_grads, bridge.reduce_bytes) == ("in place", True, 2, 2)
-    assert (older.loss, older.fp8_saved) == ("softmax", False) and xla.loss == "logits"
+    assert (older.loss, older.fp8_inputs) == ("softmax", False) and xla.loss == "logits"
     assert software_of(row(software="Megatron-LM (core)", notes="fused cross entropy")).loss == "in place"
     titan = {"software": "torchtitan", "zero_fsdp": "zero3"}
     april, december = (software_of(row(**titan, notes=notes)) for notes in ("FSDP2 1D eager", "FSDP+compile"))
