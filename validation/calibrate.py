@@ -15,7 +15,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -104,23 +104,15 @@ def calibrate(
             }  # fmt: skip
             low, high = (0.0, 0.75) if main else (0.75 + 0.2 * (i - 1) / len(sizes), 0.75 + 0.2 * i / len(sizes))
             results[world] = run_ranks(job, Path(folder), _between(progress, low / parts, high / parts))
-        further = []
-        for i in range(groups):
-            job = {
-                **common, "ranks": ranks, "store": str(Path(folder) / f"store-drawn-{i}"), "anchor": 8, "models": [],
-                "drawn": [i * DRAWN, (i + 1) * DRAWN], "least_rounds": 3,
-                "until": time.time() + DRAWN_SECONDS - STARTING,
-            }  # fmt: skip
-            share = (parts - 1) / groups
-            within = _between(progress, (1 + i * share) / parts, (1 + (i + 1) * share) / parts)
-            further += [_at_pace_of(results[ranks], run_ranks(job, Path(folder), within))]
+        job = {**common, "ranks": ranks, "anchor": 8, "models": [], "least_rounds": 3}
+        shares = [(1 + i * (parts - 1) / max(groups, 1)) / parts for i in range(groups + 1)]
+        further = [
+            _at_pace_of(results[ranks], _drawn_group(i, job, Path(folder), _between(progress, *shares[i : i + 2])))
+            for i in range(groups)
+        ]
     progress("fitting laws", 0.97)
     device, errors = _device(results, further, ranks, cores)
-    tables = tuple(
-        CollectiveTable(r["kind"], r["ranks"], tuple(r["bytes"]), tuple(r["seconds"]), tuple(r["demand"]), r["error"])
-        for world in sizes
-        for r in results[world][0]["collectives"]
-    )
+    tables = _tables(r for world in sizes for r in results[world][0]["collectives"])
     path = Path(out) if out is not None else local_path()
     data = device_data(device)
     data["loopback"] = _loopback(tables)
@@ -128,6 +120,13 @@ def calibrate(
     tomlfile.write_toml(path, data)
     progress("done", 1.0)
     return Calibration(device, tables, path, errors, time.monotonic() - began, results[ranks][0]["rounds"])
+
+
+def _tables(rows: Iterable[dict[str, Any]]) -> tuple[CollectiveTable, ...]:
+    return tuple(
+        CollectiveTable(r["kind"], r["ranks"], tuple(r["bytes"]), tuple(r["seconds"]), tuple(r["demand"]), r["error"])
+        for r in rows
+    )
 
 
 def _between(progress: Progress, low: float, high: float) -> Progress:
@@ -209,6 +208,12 @@ def _wait(processes: list[subprocess.Popen[bytes]], job: dict[str, Any], folder:
 
 
 # -- from measurements to a device ---------------------------------------------------------------------------
+
+
+def _drawn_group(number: int, job: dict[str, Any], folder: Path, progress: Progress) -> list[Any]:
+    """What the ranks measure of one group of drawn models."""
+    own = {"store": str(folder / f"store-drawn-{number}"), "drawn": [number * DRAWN, (number + 1) * DRAWN]}
+    return run_ranks({**job, **own, "until": time.time() + DRAWN_SECONDS - STARTING}, folder, progress)
 
 
 def _at_pace_of(main: list[dict[str, Any]], further: list[dict[str, Any]]) -> list[Sample]:
