@@ -38,7 +38,7 @@ def calibrate(
 
     Example: parplan calibrate
 
-    Example, for ops a fifth nearer in ten minutes: parplan calibrate --budget 600
+    Example, ten minutes for ops priced a tenth nearer: parplan calibrate --budget 600
 
     Example: torchrun --nproc-per-node 8 -m parplan calibrate --cluster dgx-h100 --out mine.toml
     """
