@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, replace
 from difflib import get_close_matches
 from pathlib import Path
@@ -272,28 +272,31 @@ def _law_from(row: dict[str, Any], where: str) -> Law:
 
 
 def _samples_from(rows: Iterable[str], where: str) -> dict[str, float]:
-    samples = {}
-    for row in rows:
-        signature, _, seconds = row.rpartition("=")
-        try:
-            samples[signature] = float(seconds)
-        except ValueError:
-            raise ValueError(f"{where}: sample '{row}' is broken; it must read 'signature=seconds'") from None
-    return samples
+    return _by_text(rows, "signature=seconds", f"{where}: sample")
 
 
 def _neighbours_from(rows: Iterable[str], where: str) -> Neighbours:
-    ratios = {}
+    form = "op/dtype|shapes|shapes@stretches,swept,since=ratio"
+    return Neighbours(
+        _by_text(rows, form, f"{where}: neighbour", lambda text, ratio: is_label(text) and 0 < ratio < math.inf)
+    )
+
+
+def _by_text(
+    rows: Iterable[str], form: str, what: str, good: Callable[[str, float], bool] = lambda text, number: True
+) -> dict[str, float]:
+    """The number behind the last "=" of each row, by the text before it."""
+    found = {}
     for row in rows:
-        text, _, ratio = row.rpartition("=")
+        text, _, number = row.rpartition("=")
         try:
-            ratios[text] = float(ratio)
+            found[text] = float(number)
+            broken = not good(text, found[text])
         except ValueError:
-            ratios[text] = 0.0
-        if not (is_label(text) and 0 < ratios[text] < math.inf):
-            form = "op/dtype|shapes|shapes@stretches,swept,since=ratio"
-            raise ValueError(f"{where}: neighbour '{row}' is broken; it must read '{form}'")
-    return Neighbours(ratios)
+            broken = True
+        if broken:
+            raise ValueError(f"{what} '{row}' is broken; it must read '{form}'")
+    return found
 
 
 def device_data(device: Device) -> dict[str, Any]:
