@@ -180,6 +180,9 @@ def test_arguments_choose_kernels_that_shapes_do_not_show() -> None:
     assert variant_of("aten.gelu.default", (), (("approximate", "tanh"),)) == "tanh"
     assert variant_of("aten.gelu.default", (), ()) == variant_of("aten.relu.default", ((3, 3),), ()) == ""
     assert variant_of("aten.max_pool2d_with_indices.default", (None, [3, 3], [2, 2]), ()) == "3x3"
+    assert variant_of("aten.mul.Tensor", (), (), ("float32", "bool")) == "cast"
+    assert variant_of("aten.mul.Tensor", (), (), ("float32", "float32")) == variant_of("aten.mul.Tensor", (), ()) == ""
+    assert variant_of("aten.where.self", (), (), ("bool", "float32")) == "", "a condition is not converted"
     exact = OpShape("aten.gelu.default", "forward", ((8, 8),), ((8, 8),), "float32", 0, 256, 256)
     tanh = replace(exact, variant="tanh")
     assert signature(tanh) != signature(exact)
