@@ -1,5 +1,5 @@
-"""Features of an op that its law weighs. All are non-negative, and but for one (`flops_tiny_map`) grow with every dim,
-so prices do too.
+"""Features of an op that its law weighs. All are non-negative and grow with every dim as long as an op
+takes the same kernel (`costmodels.conv_cpu.way`; `flops_tiny_map` is a kernel of its own), so prices do too.
 
 A law is `seconds = coefficients . features` with non-negative coefficients; `FORMS` names the features.
 Bytes count once as they are and again as far as they exceed 1, 8 and 64 MiB (the caches of a core: shared/facts,
@@ -14,6 +14,7 @@ from collections.abc import Callable
 from math import prod
 from typing import TYPE_CHECKING
 
+from costmodels.conv_cpu import NATIVE, ONEDNN, conv_flops, native_features, onednn_features
 from costmodels.families import base_name, family
 
 if TYPE_CHECKING:
@@ -22,18 +23,17 @@ if TYPE_CHECKING:
 MIB = 2**20
 TIERS = (0, MIB, 8 * MIB, 64 * MIB)
 LEAST_DEPTH = 32  # found on an EPYC core: 0.76 ns per element for depths 2 to 8, the time of 32 terms
+REGISTER = 16  # float32 numbers of a 512-bit register
 Shape = tuple[int, ...]
-CONTEXT = ("swept", "since", "bytes_swept")  # see `_context`
+CONTEXT = ("swept", "since", "bytes_swept", "bytes_cold")  # see `_context`
 # Bytes after which nothing is left in the caches. Of seven pairs (2 to 32, 4 to 64) this one is 0.2 points from the
 # best on calibration's own models, a quarter left out at a time (reports/README.md).
 SWEPT, SINCE = 8 * MIB, 16 * MIB
 
 FORMS: dict[str, tuple[str, ...]] = {
-    "gemm": ("one", "batches", "flops", "left", "right", "out", "bytes_more"),
-    "conv_small": (
-        "one", "flops", "flops_point", "flops_thin", "flops_depthwise", "taps", "input", "weight", "output",
-        "flops_tiny_map",
-    ),
+    "gemm": ("one", "swept", "since", "batches", "flops", "flops_columns", "left", "right", "out", "bytes_more"),
+    "conv_native": NATIVE,
+    "conv_onednn": ONEDNN,
     "attention": ("one", "flops", "scores", "bytes"),
     "rnn": ("one", "steps", "flops_input", "flops_hidden", "weights", "states"),
     "rows": (
@@ -49,18 +49,19 @@ FORMS: dict[str, tuple[str, ...]] = {
     "optimizer": ("one", "tensors", "bytes", "bytes_over_1M", "bytes_over_8M", "bytes_over_64M"),
 }  # fmt: skip
 BYTES = ("bytes", "read", "written")  # features that are bytes, or bytes over a size, begin so
-TINY_MAP, TINY_IMAGES = (4, 9), 128  # pixels of one map, and of all maps of a batch: see `_conv`
 
 _FORM_OF_FAMILY = {
-    "gemm": "gemm", "conv": "conv_small", "conv_backward": "conv_small", "attention": "attention",
+    "gemm": "gemm", "conv": "conv_onednn", "conv_backward": "conv_onednn", "attention": "attention",
     "attention_backward": "attention", "rnn": "rnn", "rnn_backward": "rnn", "optimizer": "optimizer",
     "pool": "pool_taps", "pool_backward": "pool_taps", "embedding": "rows", "reduction": "reduce", "norm": "norm",
     "norm_backward": "norm",
 }  # fmt: skip
 
 
-def form_of(name: str) -> str:
-    """The form of law that ops of this name follow."""
+def form_of(name: str, variant: str = "") -> str:
+    """The form of law that ops of this name follow, or this kernel of theirs (`costmodels.ops.kernel_key`)."""
+    if variant == "native":
+        return "conv_native"
     return _FORM_OF_FAMILY.get(family(name), "stream")
 
 
@@ -75,8 +76,8 @@ def extent(shape: OpShape, form: str) -> tuple[float, ...]:
         _, m, n, k = gemm_dims(shape)
         return (float(m), float(n), float(k))
     moved = float(touched(shape))
-    if form in ("conv_small", "attention", "rnn"):
-        convolved = form == "conv_small" and len(shape.in_shapes) > 1
+    if form in ("conv_native", "conv_onednn", "attention", "rnn"):
+        convolved = form.startswith("conv") and len(shape.in_shapes) > 1
         return (conv_flops(shape)[0] if convolved else float(shape.flops), moved)
     return (moved,)
 
@@ -119,55 +120,16 @@ def _tiers(nbytes: float) -> tuple[float, float, float, float]:
 
 
 def _gemm(shape: OpShape) -> tuple[float, ...]:
-    """Work, and the elements of both factors and of the product: packing and writing them costs what work does not say.
-    A product over fewer than `LEAST_DEPTH` terms takes as long as one over so many."""
+    """Context; work, again as if columns came in whole registers, and the elements of both factors and of the product:
+    packing and writing them costs what work does not say. A product over fewer than `LEAST_DEPTH` terms takes as long
+    as one over so many."""
     b, m, n, k = gemm_dims(shape)
     left, right, out = float(b * m * k), float(b * k * n), float(b * m * n)
     more = _tiers(touched(shape))[2]
-    return 1.0, float(b), 2.0 * out * max(k, LEAST_DEPTH), left, right, out, more
-
-
-def conv_flops(shape: OpShape) -> tuple[float, int]:
-    """FLOP of a convolution or of its backward from its shapes, and input channels per group."""
-    backward = family(shape.name) == "conv_backward"
-    image, weight = (shape.in_shapes[1], shape.in_shapes[2]) if backward else (shape.in_shapes[0], shape.in_shapes[1])
-    out = shape.in_shapes[0] if backward else shape.out_shapes[0]
-    passes = (1 + (image in shape.out_shapes)) if backward else 1
-    return 2.0 * passes * prod(out) * prod(weight[1:]), weight[1]
-
-
-def _conv(shape: OpShape) -> tuple[float, ...]:
-    """Work in one of four kinds of kernel (1x1, few input channels, depthwise, other), elements of the unfolded image
-    ("taps": cost per tap that more output channels do not raise), of the image (1x1 kernels with a stride read a part
-    of it), the weight and the result; and the work of 1x1 kernels without a stride, and of gradients through them, on
-    maps of 2x2 or 3x3, for which oneDNN (torch 2.13, EPYC) is three to six times slower than on 4x4 (14 against 50
-    GFLOP/s, 128 to 2048 channels), unless the batch is large; with a stride it is not."""
-    backward = family(shape.name) == "conv_backward"
-    if len(shape.in_shapes) < 2 + backward or not shape.out_shapes:
-        return (
-            1.0, float(shape.flops), 0.0, 0.0, 0.0, 0.0, float(shape.bytes_read), 0.0, float(shape.bytes_written), 0.0,
-        )  # fmt: skip
-    flops, channels = conv_flops(shape)
-    image, weight = (shape.in_shapes[1], shape.in_shapes[2]) if backward else (shape.in_shapes[0], shape.in_shapes[1])
-    out = shape.in_shapes[0] if backward else shape.out_shapes[0]
-    kind = (
-        3
-        if channels == 1 and weight[0] > 1 and image[1] > 1
-        else 2
-        if channels < 16
-        else 1
-        if prod(weight[2:]) == 1
-        else 0
-    )
-    kinds = [0.0] * 4
-    kinds[kind] = flops
-    taps = flops / (2 * weight[0])
-    pixels = prod(out[2:])
-    small = TINY_MAP[0] <= pixels <= TINY_MAP[1] and out[0] * pixels < TINY_IMAGES
-    tiny = kind == 1 and small and prod(image[2:]) == pixels
-    through = 2.0 * prod(out) * prod(weight[1:]) if tiny and (not backward or image in shape.out_shapes) else 0.0
-    seen = min(prod(image), prod(image[:2]) * pixels) if prod(weight[2:]) == 1 else prod(image)
-    return (1.0, *kinds, taps, float(seen), float(prod(weight)), float(prod(out)), through)
+    columns = -(-n // REGISTER) * REGISTER
+    swept, since, *_ = _context(shape)
+    work = 2.0 * out * max(k, LEAST_DEPTH)
+    return 1.0, swept, since, float(b), work, 2.0 * b * m * columns * k, left, right, out, more
 
 
 def _attention(shape: OpShape) -> tuple[float, ...]:
@@ -186,11 +148,14 @@ def _rnn(shape: OpShape) -> tuple[float, ...]:
     )  # fmt: skip
 
 
-def _context(shape: OpShape) -> tuple[float, float, float]:
-    """How far the op before has emptied the caches, how far this op's own code has left them, and the bytes that an op
-    of less than a MiB then has to fetch again."""
+def _context(shape: OpShape) -> tuple[float, float, float, float]:
+    """How far the op before has emptied the caches, how far this op's own code has left them, the bytes that an op of
+    less than a MiB then has to fetch again, and those that the op before has not touched either (0 where nothing is
+    known of what ran before)."""
     swept, since = min(shape.swept / SWEPT, 1.0), min(shape.since / SINCE, 1.0)
-    return swept, since, min(touched(shape), MIB) * swept
+    moved = touched(shape)
+    cold = float(max(moved - shape.swept, 0)) if shape.swept or shape.since else 0.0
+    return swept, since, min(moved, MIB) * swept, cold
 
 
 def _rows(shape: OpShape) -> tuple[float, ...]:
@@ -242,6 +207,8 @@ def _optimizer(shape: OpShape) -> tuple[float, ...]:
 
 
 _FUNCTIONS: dict[str, Callable[[OpShape], tuple[float, ...]]] = {
-    "gemm": _gemm, "conv_small": _conv, "attention": _attention, "rnn": _rnn, "rows": _rows, "reduce": _reduce,
+    "gemm": _gemm, "conv_native": lambda s: native_features(s, *_context(s)[:2]),
+    "conv_onednn": lambda s: onednn_features(s, *_context(s)[:2]),
+    "attention": _attention, "rnn": _rnn, "rows": _rows, "reduce": _reduce,
     "norm": _norm, "pool_taps": _pool, "stream": _stream, "optimizer": _optimizer,
 }  # fmt: skip

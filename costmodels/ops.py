@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from costmodels.context import is_stream, runs_of
+from costmodels.context import Layout, is_stream, runs_of
+from costmodels.conv_cpu import way
 from costmodels.device import Device, Law
 from costmodels.families import COMPUTE, FREE, base_name, family
 from costmodels.features import CONTEXT, FORMS, extent, features, form_of, touched
@@ -33,6 +34,7 @@ ASSUMED_EFFICIENCY = {
 }  # fmt: skip
 ASSUMED_OTHER = 0.60
 ROOFLINE_ERROR = 0.30  # mean error of a roofline with assumed shares: shared/facts/compute.md B1 (28-35 % on linears)
+PRODUCTS = frozenset({"mm", "addmm", "bmm", "baddbmm"})
 ARITHMETIC = frozenset({"add", "sub", "mul", "div", "maximum", "minimum"})
 SLOWED = COMPUTE - {"rnn", "rnn_backward"}
 EXTRAPOLATION_FACTOR = 2.0  # an extrapolated law is taken to be twice as wrong as on its held-out half
@@ -79,11 +81,9 @@ def shape_of(graph: OpGraph, op: Op) -> OpShape:
     dtype = next((d for d in dtypes if "float" in d), dtypes[0] if dtypes else "float32")
     read, written = graph.bytes_read(op), graph.bytes_written(op)
     operands = [graph.tensors[i].dtype for i in op.inputs if graph.tensors[i].shape]
-    variant = variant_of(op.name, op.args, op.kwargs, operands)
-    runs = 1
-    if is_stream(op.name):
-        layouts = [[(graph.tensors[i].shape, graph.tensors[i].strides) for i in ids] for ids in (op.outputs, op.inputs)]
-        runs = runs_of(*layouts)
+    layouts = [[(graph.tensors[i].shape, graph.tensors[i].strides) for i in ids] for ids in (op.outputs, op.inputs)]
+    variant = variant_of(op.name, op.args, op.kwargs, operands, layouts[1])
+    runs = runs_of(*layouts) if is_stream(op.name) else 1
     return OpShape(op.name, op.phase, ins, outs, dtype, op.flops, read, written, is_causal(op), variant, runs)
 
 
@@ -99,18 +99,27 @@ def is_causal(op: Op) -> bool:
 
 
 def variant_of(
-    name: str, args: Iterable[Any], kwargs: Iterable[tuple[str, Any]], dtypes: Iterable[str] = ()
+    name: str,
+    args: Iterable[Any],
+    kwargs: Iterable[tuple[str, Any]],
+    dtypes: Iterable[str] = (),
+    layouts: Iterable[Layout] = (),
 ) -> str:
     """What the arguments of an op say about its kernel that shapes do not: "tanh" of a gelu that approximates, the
     window of a pooling ("3x3"), "cast" of arithmetic on operands of several dtypes (`dtypes`: of those with dims), one
-    of which is converted first. Laws of a CPU are fitted by variant where calibration saw it.
+    of which is converted first, "tn" of a product whose left factor is transposed in memory and whose right one is not
+    (`layouts`: of the operands). Laws of a CPU are fitted by variant where calibration saw it.
 
     >>> variant_of("aten.gelu.default", (), (("approximate", "tanh"),))
     'tanh'
     >>> variant_of("aten.mul.Tensor", (), (), ("float32", "bool"))
     'cast'
+    >>> variant_of("aten.mm.default", (), (), (), [((8, 4), (1, 8)), ((4, 6), (6, 1))])
+    'tn'
     """
     base = base_name(name)
+    if base in PRODUCTS:
+        return "".join("nt"[strides[-1] != 1 != shape[-1]] for shape, strides in layouts if len(shape) > 1)
     if base in ARITHMETIC:
         return "cast" if len(set(dtypes)) > 1 else ""
     if base in ("gelu", "gelu_backward"):
@@ -123,8 +132,10 @@ def variant_of(
 
 
 def kernel_key(shape: OpShape) -> str:
-    """The key of the law that an op of this kind and dtype has of its own: "mm/float32", "gelu.tanh/float32"."""
-    return f"{base_name(shape.name)}{'.' if shape.variant else ''}{shape.variant}/{shape.dtype}"
+    """The key of the law that an op of this kind and dtype has of its own: "mm/float32", "gelu.tanh/float32",
+    "convolution.native/float32"."""
+    variant = shape.variant or way(shape)
+    return f"{base_name(shape.name)}{'.' if variant else ''}{variant}/{shape.dtype}"
 
 
 def signature(shape: OpShape) -> str:

@@ -134,11 +134,12 @@ def local_work(graph: OpGraph, layout: Layout, op: Op, phase: Phase | None = Non
         written = sum(tensor_bytes(graph, layout, t) for t in dict.fromkeys((*op.outputs, *op.mutates)))
     phase = phase or op.phase
     operands = [graph.tensors[i].dtype for i in op.inputs if graph.tensors[i].shape]
-    variant = variant_of(op.name, op.args, op.kwargs, operands)
-    runs = 1
-    if not op.is_view and is_stream(op.name):
+    variant, runs = "", 1
+    if not op.is_view:
         strides = ([tensor_strides(graph, layout, t) for t in ids] for ids in (op.outputs, op.inputs))
-        runs = runs_of(*(list(zip(shapes, steps)) for shapes, steps in zip((outs, ins), strides)))
+        layouts = [list(zip(shapes, steps)) for shapes, steps in zip((outs, ins), strides)]
+        variant = variant_of(op.name, op.args, op.kwargs, operands, layouts[1])
+        runs = runs_of(*layouts) if is_stream(op.name) else 1
     shape = OpShape(op.name, phase, ins, outs, dtype, flops, read, written, is_causal(op), variant, runs)
     return Work(shape, phase, op.module, op.is_view, op.id)
 

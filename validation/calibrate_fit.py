@@ -55,11 +55,16 @@ def _parent(key: str, shape: OpShape, laws: dict[str, Law]) -> Law | None:
     plain = f"{base_name(shape.name)}/{shape.dtype}"
     candidates = [f"{kind}{':' if ':' in key else '/'}float32", *([plain] if "." in key else []), pooled]
     found = next((laws[c] for c in candidates if c != key and c in laws), None)
-    return found if found is not None and found.form == form_of(shape.name) else None
+    return found if found is not None and found.form == _form(key, shape) else None
+
+
+def _form(key: str, shape: OpShape) -> str:
+    """The form of the law of this key, which prices ops like this one."""
+    return form_of(shape.name, key.rpartition("/")[0].partition(".")[2])
 
 
 def _law(key: str, members: list[Measured], parent: Law | None) -> Law:
-    form = form_of(members[0][0].name)
+    form = _form(key, members[0][0])
     design = np.array([features(shape, form) for shape, _ in members])
     seconds = np.array([s for _, s in members])
     alone = parent is None or _distinct(members) >= OWN_SAMPLES

@@ -88,9 +88,10 @@ def described(
     kinds = [str(t.dtype).removeprefix("torch.") for t in (*fresh, *ins)]
     dtype = next((k for k in kinds if "float" in k), kinds[0] if kinds else "float32")
     operands = [str(t.dtype).removeprefix("torch.") for t in ins if t.dim()]
-    variant = variant_of(name, args, kwargs.items(), operands)
     sides = ([t for t in side if t.layout == torch.strided] for side in (fresh, ins))
-    runs = runs_of(*([(tuple(t.shape), tuple(t.stride())) for t in side] for side in sides)) if is_stream(name) else 1
+    layouts = [[(tuple(t.shape), tuple(t.stride())) for t in side] for side in sides]
+    variant = variant_of(name, args, kwargs.items(), operands, layouts[1])
+    runs = runs_of(*layouts) if is_stream(name) else 1
     return OpShape(
         name, phase, tuple(tuple(t.shape) for t in ins), tuple(tuple(t.shape) for t in fresh), dtype, flops,
         0 if view else moved(ins), 0 if view else moved([*fresh, *mutated]), False, variant, runs,

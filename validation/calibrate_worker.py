@@ -39,9 +39,10 @@ def main() -> None:
     import torch
     import torch.distributed as dist
 
-    from validation.environment import let_gloo_wait
+    from validation.environment import let_gloo_wait, without_denormals
 
     torch.set_num_threads(1)
+    without_denormals()
     torch.manual_seed(rank)
     result: dict[str, Any] = {}
     if job.get("runtime"):

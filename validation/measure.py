@@ -16,7 +16,7 @@ import numpy as np
 
 from planner.plan import ParallelPlan
 from validation.allocations import recorded_allocations
-from validation.environment import available_cores, let_gloo_wait, room_to_grow
+from validation.environment import available_cores, let_gloo_wait, room_to_grow, without_denormals
 from validation.pace import usual
 
 BLOCK = 5  # steps between two looks at the machine's pace
@@ -144,6 +144,7 @@ def time_steps(run: Callable[[], Any], options: Options, cuda: bool) -> dict[str
     load_before = os.getloadavg()[0]
     once()
     if not cuda:
+        without_denormals()
         let_gloo_wait()
         room_to_grow(dist.get_world_size())
     for _ in range(options.warmup):

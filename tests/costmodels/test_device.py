@@ -38,7 +38,8 @@ def test_every_catalogue_device_loads_and_survives_a_round_trip(tmp_path: Path) 
 
 
 def test_a_calibrated_device_survives_a_round_trip(tmp_path: Path) -> None:
-    law = Law("mm/float32", "gemm", (0.0, 1e-6, 2e-12, 0.0, 0.0, 1e-10, 0.0), (1.0, 2.0, 3.0), (4.0, 5.0, 6.0), 0.05, 9)
+    coefficients = (0.0, 1e-6, 2e-12, 0.0, 0.0, 1e-10, 0.0, 0.0, 0.0, 0.0)
+    law = Law("mm/float32", "gemm", coefficients, (1.0, 2.0, 3.0), (4.0, 5.0, 6.0), 0.05, 9)
     device = Device(
         'a "quoted" core', "cpu", {"float32": 1e11}, 2**34, 2.5e10, laws={law.key: law},
         samples={"mm/float32|2,3;3,4|2,4": 1.5e-5}, host={"op_forward": 3e-6}, anchor_seconds=0.01, notes=("über",),
@@ -90,7 +91,7 @@ def test_toml_text_reads_back(data: dict[str, object]) -> None:
         ),
         (
             GOOD + '[[laws]]\nkey = "mm/float32"\nform = "stream"\ncoefficients = [1]',
-            ("law 1", "'coefficients' has 1 numbers", "needs 9"),
+            ("law 1", "'coefficients' has 1 numbers", "needs 10"),
         ),
         ('samples = ["mm"]\n' + GOOD, ("sample 'mm'", "signature=seconds")),
     ],
@@ -114,7 +115,7 @@ def test_unknown_names_list_what_is_there(tmp_path: Path) -> None:
 
 
 def test_rescaling_multiplies_times_and_leaves_ratios() -> None:
-    law = Law("relu/float32", "stream", (1e-6, 0, 0, 0, 0, 1e-11, 1e-11, 2e-11, 0.0))
+    law = Law("relu/float32", "stream", (1e-6, 0, 0, 0, 0, 0, 1e-11, 1e-11, 2e-11, 0.0))
     device = Device(
         "x", "cpu", {"float32": 1e11}, 1, 1e10, laws={law.key: law}, samples={"s": 1.0},
         host={"op_forward": 2e-6, "loaded": 1.1}, anchor_seconds=0.5,

@@ -9,10 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from costmodels.device import Device, Law, device_data, load_device, rescale, save_device
-from costmodels.neighbours import ALONE, FARTHEST, SIZE, WIDTH, Neighbours, label
+from costmodels.neighbours import ALONE, FARTHEST, WIDTH, Neighbours, label
 from costmodels.ops import OpShape, kernel_key, price, price_many, signature
 
-LAW = Law("add/float32", "stream", (1e-6, 2e-6, 2e-6, 0.0, 0.0, 1e-10, 0.0, 0.0, 0.0), (0.0,), (1e12,), 0.1, 40)
+LAW = Law("add/float32", "stream", (1e-6, 2e-6, 2e-6, 0.0, 0.0, 0.0, 1e-10, 0.0, 0.0, 0.0), (0.0,), (1e12,), 0.1, 40)
 
 
 def add(*dims: int, runs: int = 1, swept: int = 0, since: int = 0) -> OpShape:
@@ -40,7 +40,7 @@ def test_one_neighbour_counts_by_its_distance() -> None:
     assert factor(one, add(64, 128)) == pytest.approx(exp(log(1.4) / (1 + ALONE)))
     # 64 to 128 rows: one dim of both operands and of the result, and all elements (3 * 8192, + 1 in the logarithm).
     dim = (log2(129) - log2(65)) ** 2
-    size = (SIZE * (log2(3 * 16384 + 1) - log2(3 * 8192 + 1))) ** 2
+    size = (log2(3 * 16384 + 1) - log2(3 * 8192 + 1)) ** 2
     weight = exp(-(3 * dim + size) / (2 * WIDTH**2))
     assert factor(one, add(128, 128)) == pytest.approx(exp(log(1.4) * weight / (weight + ALONE)))
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from math import prod
 
@@ -10,10 +13,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from costmodels.conv_cpu import conv_flops, way
 from costmodels.device import Device, Law, load_device
 from costmodels.families import FAMILIES, FREE, base_name, family, is_known
-from costmodels.features import FORMS, Shape, conv_flops, features, form_of, gemm_dims
-from costmodels.ops import OpShape, law_among, price, price_many, shape_of, signature, variant_of
+from costmodels.features import FORMS, Shape, features, form_of, gemm_dims
+from costmodels.ops import OpShape, kernel_key, law_among, price, price_many, shape_of, signature, variant_of
 
 DIM = st.integers(1, 600)
 
@@ -87,8 +91,8 @@ def test_many_prices_are_the_single_prices(dims: list[tuple[int, int, int]]) -> 
 
 
 def test_sources_say_how_a_price_was_found() -> None:
-    law = Law("mm/float32", "gemm", (1e-6, 0, 1e-11, 0, 0, 0, 0), (8, 8, 8), (64, 64, 64), 0.05, 20)
-    pooled = Law("pointwise:float32", "stream", (1e-6, 0, 0, 0, 0, 1e-11, 1e-11, 1e-11, 0), (1,), (1e9,), 0.1, 20)
+    law = Law("mm/float32", "gemm", (1e-6, 0, 0, 0, 1e-11, 0, 0, 0, 0, 0), (8, 8, 8), (64, 64, 64), 0.05, 20)
+    pooled = Law("pointwise:float32", "stream", (1e-6, 0, 0, 0, 0, 0, 1e-11, 1e-11, 1e-11, 0), (1,), (1e9,), 0.1, 20)
     device = Device(
         "core", "cpu", {"float32": 1e11}, 2**34, 2e10, laws={law.key: law, pooled.key: pooled},
         samples={signature(mm(16, 16, 16)): 7e-6},
@@ -166,7 +170,7 @@ def test_the_tables_cover_the_ops_of_traced_models() -> None:
 def test_a_byte_never_costs_less_because_there_are_more(few: int, more: int) -> None:
     """Each further byte costs at least what the one before did, whatever non-negative coefficients a fit finds."""
     small, large = min(few, more), max(few, more)
-    law = Law("relu/float32", "stream", (1e-6, 0, 0, 0, 0, 2e-11, 0.0, 3e-11, 1e-11))
+    law = Law("relu/float32", "stream", (1e-6, 0, 0, 0, 0, 0, 2e-11, 0.0, 3e-11, 1e-11))
 
     def next_byte(n: int) -> float:
         at = [OpShape("aten.relu.default", "forward", (), (), "float32", 0, k, 0) for k in (n, n + 1024)]
@@ -183,11 +187,14 @@ def test_arguments_choose_kernels_that_shapes_do_not_show() -> None:
     assert variant_of("aten.mul.Tensor", (), (), ("float32", "bool")) == "cast"
     assert variant_of("aten.mul.Tensor", (), (), ("float32", "float32")) == variant_of("aten.mul.Tensor", (), ()) == ""
     assert variant_of("aten.where.self", (), (), ("bool", "float32")) == "", "a condition is not converted"
+    plain, turned, row = ((8, 4), (4, 1)), ((8, 4), (1, 8)), ((8, 1), (1, 8))
+    assert variant_of("aten.mm.default", (), (), (), (plain, turned)) == "nt"
+    assert variant_of("aten.addmm.default", (), (), (), (((4,), (1,)), turned, row)) == "tn"
     exact = OpShape("aten.gelu.default", "forward", ((8, 8),), ((8, 8),), "float32", 0, 256, 256)
     tanh = replace(exact, variant="tanh")
     assert signature(tanh) != signature(exact)
     laws = {
-        key: Law(key, "stream", (seconds, *[0] * 8))
+        key: Law(key, "stream", (seconds, *[0] * 9))
         for key, seconds in (("gelu/float32", 1.0), ("gelu.tanh/float32", 2.0), ("pointwise:float32", 3.0))
     }
     assert law_among(laws, tanh) is laws["gelu.tanh/float32"] and law_among(laws, exact) is laws["gelu/float32"]
@@ -195,23 +202,77 @@ def test_arguments_choose_kernels_that_shapes_do_not_show() -> None:
     assert law_among(laws, tanh) is laws["gelu/float32"]
 
 
-def test_gradients_through_1x1_kernels_on_tiny_maps_are_work_of_their_own() -> None:
-    def through(batch: int, side: int) -> float:
-        image, weight, out = (batch, 32, side, side), (16, 32, 1, 1), (batch, 16, side, side)
-        shape = OpShape("aten.convolution_backward.default", "backward", (out, image, weight), (image, weight),
-                        "float32", 0, 0, 0)  # fmt: skip
-        return features(shape, "conv_small")[-1]
+def convolution(batch: int, channels: int, out: int, side: int, kernel: int, stride: int = 1) -> OpShape:
+    image, weight = (batch, channels, side, side), (out, channels, kernel, kernel)
+    result = (batch, out, side // stride, side // stride)
+    return OpShape("aten.convolution.default", "forward", (image, weight), (result,), "float32", 0, 0, 0)
 
-    assert through(4, 3) == 2 * 4 * 9 * 32 * 16
-    assert through(4, 1) == through(4, 4) == through(16, 3) == 0.0
-    forward = conv(4, 32, 16, 3, 1)
-    assert features(forward, "conv_small")[-1] == 2 * 4 * 9 * 32 * 16
-    strided = replace(forward, in_shapes=((4, 32, 6, 6), (16, 32, 1, 1)))
-    assert features(strided, "conv_small")[-1] == 0.0, "a stride takes another kernel"
+
+def through(shape: OpShape) -> OpShape:
+    """Its backward, with the image's gradient."""
+    (image, weight), (out,) = shape.in_shapes, shape.out_shapes
+    name = "aten.convolution_backward.default"
+    return replace(shape, name=name, phase="backward", in_shapes=(out, image, weight), out_shapes=(image, weight))
+
+
+@pytest.mark.parametrize(
+    ("shape", "expected"),
+    [
+        (convolution(15, 80, 80, 12, 1), "native"), (convolution(16, 80, 80, 12, 1), "onednn"),
+        (convolution(4, 24, 48, 28, 1, 2), "onednn"), (convolution(2, 8, 8, 4, 3), "onednn"),
+        (convolution(1, 32, 8, 16, 3), "native"), (convolution(1, 32, 8, 32, 3), "onednn"),
+        (convolution(1, 16, 32, 8, 5), "onednn"),
+    ],
+)  # fmt: skip
+def test_torch_takes_one_of_two_ways_to_convolve(shape: OpShape, expected: str) -> None:
+    """oneDNN says on stderr what it runs; the ways were read off that, and torch's own code has the rule."""
+    assert way(shape) == way(through(shape)) == expected
+    assert kernel_key(shape) == f"convolution.{expected}/float32"
+    assert way(replace(shape, dtype="bfloat16")) == "onednn" and way(replace(shape, dtype="float64")) == "native"
+    grouped = replace(shape, in_shapes=(shape.in_shapes[0], (8, 1, 3, 3)))
+    assert way(grouped) == "onednn"
+
+
+def test_the_way_of_a_convolution_is_what_torch_runs() -> None:
+    """Convolutions that oneDNN computes are in its log, the others are not."""
+    torch = pytest.importorskip("torch")
+    if not torch.backends.mkldnn.is_available():
+        pytest.skip("this torch has no oneDNN")
+    script = (
+        "import sys, torch; torch.set_num_threads(1); image, weight, stride = map(eval, sys.argv[1:]); "
+        "torch.conv2d(torch.ones(image), torch.ones(weight), stride=stride)"
+    )
+    for shape, stride in ((convolution(3, 8, 8, 6, 1), 1), (convolution(16, 8, 8, 6, 1), 1)):
+        arguments = [*map(str, shape.in_shapes), str(stride)]
+        command, log = [sys.executable, "-c", script, *arguments], {**os.environ, "ONEDNN_VERBOSE": "1"}
+        done = subprocess.run(command, env=log, capture_output=True, text=True, check=True)
+        assert ("convolution" in done.stdout) == (way(shape) == "onednn"), arguments
+
+
+def test_what_a_convolution_by_products_counts() -> None:
+    point, wide = convolution(4, 32, 16, 3, 1), convolution(1, 32, 16, 8, 3)
+    assert part(point, "unfolded") == 0 and part(wide, "unfolded") == 64 * 32 * 9
+    assert part(point, "images") == 4 and part(through(point), "images") == 8
+    assert part(point, "weight_per_image") == 4 * 32 * 16
+    work = 2 * 4 * 9 * 32 * 16
+    assert part(point, "flops_tiny_map") == part(through(point), "flops_tiny_map") == work
+    assert part(convolution(4, 32, 16, 4, 1), "flops_tiny_map") == 0
+    first = replace(through(point), out_shapes=through(point).out_shapes[1:])
+    assert part(first, "flops_tiny_map") == 0, "no gradient goes through a first layer"
+
+
+def test_what_a_convolution_of_onednn_counts() -> None:
+    strided = convolution(2, 40, 24, 8, 3, 2)
+    work = 2 * 2 * 16 * 24 * 40 * 9
+    assert part(strided, "flops") == part(strided, "flops_stride") == work
+    assert part(strided, "flops_blocks") == work * (32 / 24) * (48 / 40)
+    skipping = convolution(2, 32, 16, 8, 1, 2)
+    assert part(skipping, "input") == 2 * 32 * 16 and part(skipping, "input_skipped") == 2 * 32 * 48
+    assert part(strided, "input") == 2 * 40 * 64 and part(strided, "input_skipped") == 0
 
 
 def part(shape: OpShape, name: str) -> float:
-    form = form_of(shape.name)
+    form = form_of(shape.name, way(shape))
     return dict(zip(FORMS[form], features(shape, form)))[name]
 
 
@@ -252,14 +313,3 @@ def test_pooling_costs_what_its_windows_cover() -> None:
     assert part(float32("max_pool2d_with_indices", (whole,), (whole, whole)), "taps") == 9 * prod(whole)
     back = float32("max_pool2d_with_indices_backward", (half, whole, half), (whole,), "3x3")
     assert (part(back, "taps"), part(back, "large"), part(back, "small")) == (0, prod(whole), prod(half))
-
-
-def test_a_strided_1x1_kernel_reads_a_part_of_the_image() -> None:
-    """Image elements in the features: those under a kernel."""
-
-    def image(kernel: int) -> float:
-        shape = OpShape("aten.convolution.default", "forward", ((2, 32, 8, 8), (16, 32, kernel, kernel)),
-                        ((2, 16, 4, 4),), "float32", 0, 0, 0)  # fmt: skip
-        return features(shape, "conv_small")[6]
-
-    assert image(1) == 2 * 32 * 16 and image(3) == 2 * 32 * 64

@@ -49,7 +49,7 @@ def test_json_has_everything(parplan) -> None:
 
 def test_this_machine_and_files_are_devices_too(parplan, tmp_path: Path) -> None:
     assert parplan("devices", "local").code == 2 and "parplan calibrate" in parplan("devices", "local").err
-    law = Law("mm/float32", "gemm", (0.0, 1e-6, 2e-12, 0.0, 0.0, 1e-10, 0.0))
+    law = Law("mm/float32", "gemm", (0.0, 1e-6, 2e-12, 0.0, 0.0, 1e-10, 0.0, 0.0, 0.0, 0.0))
     save_device(Device("this box", "cpu", {"float32": 1e11}, 2**34, 2.5e10, laws={law.key: law}), local_path())
     first = parplan("devices", "--json").data["devices"][0]
     assert first["name"] == "local" and first["laws"] == 1 and first["memory_share"] is None

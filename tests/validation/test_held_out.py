@@ -22,7 +22,7 @@ VIEW = OpShape("aten.view.default", "forward", ((8,),), ((2, 4),), "float32", 0,
 
 
 def device(seen: OpShape | None = None) -> Device:
-    law = Law("relu/float32", "stream", (0.0, 0, 0, 0, 0, 1e-9, 0.0, 0.0, 0.0), (0,), (1e9,), 0.1, 9)
+    law = Law("relu/float32", "stream", (0.0, 0, 0, 0, 0, 0, 1e-9, 0.0, 0.0, 0.0), (0,), (1e9,), 0.1, 9)
     samples = {signature(seen): 3e-5} if seen else {}
     return Device(
         "core", "cpu", {"float32": 1e11}, 2**34, 2e10, laws={law.key: law}, samples=samples,
