@@ -35,7 +35,7 @@ FORMS: dict[str, tuple[str, ...]] = {
     "conv_native": NATIVE,
     "conv_onednn": ONEDNN,
     "attention": ("one", "flops", "scores", "bytes"),
-    "rnn": ("one", "steps", "flops_input", "flops_hidden", "weights", "states"),
+    "rnn": ("one", "steps", "flops_input", "flops_hidden", "weights_input", "weights", "states"),
     "rows": (
         "one", *CONTEXT, "rows", "rows_cold", "read", "read_over_1M", "read_over_8M", "read_over_64M", "written",
         "written_over_1M", "written_over_8M", "written_over_64M",
@@ -138,13 +138,14 @@ def _attention(shape: OpShape) -> tuple[float, ...]:
 
 
 def _rnn(shape: OpShape) -> tuple[float, ...]:
+    """The input's product with its weight, which is read once, and a product with the hidden weight at every step."""
     if len(shape.in_shapes) < 3 or len(shape.in_shapes[0]) != 3 or len(shape.in_shapes[2]) != 2:
-        return 1.0, 1.0, float(shape.flops), 0.0, 0.0, float(touched(shape))
+        return 1.0, 1.0, float(shape.flops), 0.0, 0.0, 0.0, float(touched(shape))
     steps, batch, width = shape.in_shapes[0]
     gates, hidden = shape.in_shapes[2]
     return (
         1.0, float(steps), 2.0 * steps * batch * gates * width, 2.0 * steps * batch * gates * hidden,
-        float(steps * gates * hidden), float(steps * batch * gates),
+        float(gates * width), float(steps * gates * hidden), float(steps * batch * gates),
     )  # fmt: skip
 
 

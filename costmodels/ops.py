@@ -81,7 +81,9 @@ def shape_of(graph: OpGraph, op: Op) -> OpShape:
     dtype = next((d for d in dtypes if "float" in d), dtypes[0] if dtypes else "float32")
     read, written = graph.bytes_read(op), graph.bytes_written(op)
     operands = [graph.tensors[i].dtype for i in op.inputs if graph.tensors[i].shape]
-    layouts = [[(graph.tensors[i].shape, graph.tensors[i].strides) for i in ids] for ids in (op.outputs, op.inputs)]
+    layouts: list[list[Layout]] = [[], []]
+    if layout_counts(op.name):
+        layouts = [[(graph.tensors[i].shape, graph.tensors[i].strides) for i in ids] for ids in (op.outputs, op.inputs)]
     variant = variant_of(op.name, op.args, op.kwargs, operands, layouts[1])
     runs = runs_of(*layouts) if is_stream(op.name) else 1
     return OpShape(op.name, op.phase, ins, outs, dtype, op.flops, read, written, is_causal(op), variant, runs)
@@ -96,6 +98,11 @@ def is_causal(op: Op) -> bool:
         return True
     dropout = next((i for i, a in enumerate(op.args) if isinstance(a, float)), len(op.args))
     return next((a for a in op.args[dropout:] if isinstance(a, bool)), False)
+
+
+def layout_counts(name: str) -> bool:
+    """Whether the price of an op depends on how its operands lie in memory."""
+    return base_name(name) in PRODUCTS or is_stream(name)
 
 
 def variant_of(
