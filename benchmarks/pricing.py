@@ -58,6 +58,27 @@ def prices(runs: int) -> dict[str, dict[str, float]]:
     }
 
 
+def cpu_prices(runs: int) -> dict[str, dict[str, float]]:
+    """The same of all ops of two models at six batch sizes on this CPU, where it is calibrated."""
+    from costmodels.context import in_context
+    from costmodels.device import load_device, local_path
+    from costmodels.ops import price_many, shape_of
+    from opgraph.batch import rescaled, trace_workload
+    from opgraph.models import load_workload
+
+    if not local_path().is_file():
+        return {}
+    device, shapes = load_device(local_path()), []
+    for spec in ("resnet50", "gpt2:layers=3,seq=128"):
+        graph = trace_workload(load_workload(spec))
+        for batch in (1, 2, 3, 5, 9, 16):
+            sized = rescaled(graph, batch)
+            shapes += in_context([shape_of(sized, op) for op in sized.ops])
+    distinct = list(dict.fromkeys(shapes))
+    price_many(device, distinct[:1])  # reads what was measured
+    return {"op of this CPU": timed(lambda: price_many(replace(device, cache={}), distinct), runs, len(distinct))}
+
+
 def allocator(runs: int) -> dict[str, float]:
     """Seconds of 100,000 allocations and frees."""
     from costmodels.allocator import replay
@@ -99,7 +120,7 @@ def main() -> None:
     args = parser.parse_args()
     start = [sys.executable, "-c", "from parplan.cli import main; main(['--help'])"]
     rows = {
-        **prices(args.runs),
+        **prices(args.runs), **cpu_prices(args.runs),
         "100,000 allocator events": allocator(args.runs),
         "estimate of a plan": estimates(args.runs),
         "parplan --help": timed(lambda: subprocess.run(start, cwd=ROOT, check=True, capture_output=True), args.runs),

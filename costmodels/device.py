@@ -12,6 +12,7 @@ from typing import Any, Literal, cast, get_args
 
 from costmodels import sheet
 from costmodels import tomlfile as toml
+from costmodels.families import COMPUTE, family
 from costmodels.neighbours import Neighbours, is_label
 
 Kind = Literal["cpu", "gpu", "tpu", "npu"]
@@ -115,16 +116,23 @@ class Device:
         return math.inf if self.unified_memory else self.c2c_bandwidth or self.pcie_bandwidth
 
 
-def rescale(device: Device, ratio: float) -> Device:
-    """The same device when everything on it takes `ratio` times as long (anchor now / anchor at calibration)."""
-    if not ratio > 0:
-        raise ValueError(f"the ratio of anchor times is {ratio}; it must be more than 0")
-    laws = {k: replace(v, coefficients=tuple(c * ratio for c in v.coefficients)) for k, v in device.laws.items()}
+def rescale(device: Device, ratio: float, passes: float | None = None) -> Device:
+    """The same device when everything on it takes `ratio` times as long (anchor now / anchor at calibration), and ops
+    that pass over memory `passes` times, where that part of the anchor is known too."""
+    passes = ratio if passes is None else passes
+    if not (ratio > 0 and passes > 0):
+        raise ValueError(f"the ratios of anchor times are {ratio} and {passes}; they must be more than 0")
+
+    def of(key: str) -> float:  # of a law or a sample: "mm/float32", "pointwise:float32", "gelu.tanh/float32|2,3|2,3"
+        kind = key.partition(":")[0] if ":" in key else family(key.partition("/")[0])
+        return ratio if kind in COMPUTE else passes
+
+    laws = {k: replace(v, coefficients=tuple(c * of(k) for c in v.coefficients)) for k, v in device.laws.items()}
     ratios = {"oversubscription", "loaded"}
     return replace(
         device,
         laws=laws,
-        samples={k: v * ratio for k, v in device.samples.items()},
+        samples={k: v * of(k) for k, v in device.samples.items()},
         host={k: v if k in ratios else v * ratio for k, v in device.host.items()},
         anchor_seconds=device.anchor_seconds * ratio,
         notes=(*device.notes, f"op times rescaled by {ratio:.3f}, the ratio of anchor times"),

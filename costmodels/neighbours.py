@@ -17,7 +17,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from math import prod
+from math import log, prod
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -30,11 +30,12 @@ WIDTH = 1.5  # doublings of one dim
 ALONE = 0.1
 FARTHEST = 1.5  # ln of a measured time over its law beyond which an op is taken for one that was disturbed
 UNIT = 2**19  # bytes: context in halves of a MiB, see `costmodels.context`
-CONTEXT = slice(-2, None)  # of a point
+CONTEXT = slice(18, 20)  # of a point
 NOTHING = (0, 0, 0, 0)
 Floats = NDArray[np.float64]
 Shape = tuple[int, ...]
 Group = tuple[str, tuple[int, ...]]
+_Measured = tuple[Floats, Floats, Floats]
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,8 +45,8 @@ class Neighbours:
     ratios: Mapping[str, float]
 
     @cached_property
-    def groups(self) -> dict[Group, tuple[Floats, Floats]]:
-        """Points f8[n, dims] and ln of the ratios f8[n] of each kernel's ops with operands of the same ranks."""
+    def groups(self) -> dict[Group, _Measured]:
+        """What was measured of each kernel's ops with operands of the same ranks."""
         rows: dict[Group, tuple[list[list[int]], list[float]]] = {}
         for text, ratio in self.ratios.items():
             kernel, ins, outs, place = _parsed(text)
@@ -53,31 +54,41 @@ class Neighbours:
             numbers.append(_numbers(ins, outs, *place))
             ratios.append(ratio)
         clipped = {key: np.clip(np.log(ratios), -FARTHEST, FARTHEST) for key, (_, ratios) in rows.items()}
-        return {key: (_points(numbers), clipped[key]) for key, (numbers, _) in rows.items()}
+        return {key: _measured(_points(numbers), clipped[key]) for key, (numbers, _) in rows.items()}
 
-    def factors(self, kernel: str, shapes: Sequence[OpShape]) -> tuple[Floats, Floats]:
-        """How many times their law ops take that are all of one `costmodels.ops.kernel_key`: f8[n] where they are, and
-        f8[n] in full caches."""
+    def factors(self, kernel: str, shapes: Sequence[OpShape]) -> Floats:
+        """How many times their law ops take that are all of one `costmodels.ops.kernel_key`: f8[2, n], where they are
+        and in full caches."""
         found = np.ones((2, len(shapes)))
         members: dict[Group, list[int]] = {}
         for i, shape in enumerate(shapes):
             members.setdefault(_group(kernel, shape.in_shapes), []).append(i)
         for key, at in members.items():
-            if key in self.groups:
+            if measured := self.groups.get(key):
                 ops = [shapes[i] for i in at]
-                points = _points([_numbers(s.in_shapes, s.out_shapes, s.runs, s.swept, s.since) for s in ops])
-                found[:, at] = _mean_ratio(points, *self.groups[key])
-                placed = np.flatnonzero(points[:, CONTEXT].any(axis=1))
-                points[:, CONTEXT] = 0.0
-                found[1, np.array(at)[placed]] = _mean_ratio(points[placed], *self.groups[key])
-        return found[0], found[1]
+                numbers = [_numbers(s.in_shapes, s.out_shapes, s.runs, s.swept, s.since) for s in ops]
+                placed = [i for i, row in enumerate(numbers) if any(row[CONTEXT])]
+                full = [[*numbers[i][: CONTEXT.start], 0, 0] for i in placed]
+                ratios = _mean_ratio(_points(numbers + full), *measured)
+                found[:, at] = ratios[: len(at)]
+                found[1, [at[i] for i in placed]] = ratios[len(at) :]
+        return found
 
 
-def _mean_ratio(at: Floats, points: Floats, logs: Floats) -> Floats:
-    """The weighed geometric mean of the ratios around each point of `at`."""
-    apart = (at**2).sum(1)[:, None] + (points**2).sum(1) - 2 * at @ points.T
-    weights = np.exp(-np.maximum(apart, 0.0) / (2 * WIDTH**2))
-    found: Floats = np.exp(weights @ logs / (weights.sum(1) + ALONE))
+def _measured(points: Floats, logs: Floats) -> _Measured:
+    """Of measured ops at `points`: those with dims first, the halves of their squared lengths, and what is summed."""
+    return np.ascontiguousarray(points.T), (points**2).sum(1) / 2, np.column_stack((logs, np.ones(len(logs))))
+
+
+def _mean_ratio(at: Floats, points: Floats, halves: Floats, summed: Floats) -> Floats:
+    """The weighed geometric mean of the ratios around each point of `at`; the rest as `_measured` gives it."""
+    weights = at @ points  # minus the halves of both squares: minus half of the squared distance
+    weights -= halves
+    weights -= np.einsum("ij,ij->i", at, at)[:, None] / 2
+    np.minimum(weights, 0.0, out=weights)
+    np.exp(weights, out=weights)
+    logs, total = (weights @ summed).T
+    found: Floats = np.exp(logs / (total + ALONE))
     return found
 
 
@@ -109,20 +120,18 @@ def _group(kernel: str, ins: Sequence[Shape]) -> Group:
 def _numbers(ins: Sequence[Shape], outs: Sequence[Shape], runs: int, swept: int, since: int) -> list[int]:
     """All elements, the last four dims of three inputs and of the first result, further stretches, and context."""
     elements = sum([prod(s) for s in ins if s]) + sum([prod(s) for s in outs if s])
-    row = [elements]
-    for i in range(3):
-        row += _last_four(ins[i]) if i < len(ins) else NOTHING
-    row += _last_four(outs[0]) if outs else NOTHING
-    return [*row, max(runs, 1) - 1, swept, since]
-
-
-def _last_four(shape: Shape) -> Shape:
-    return NOTHING[len(shape) :] + shape[-4:]
+    first, second, third, *_ = (*ins, (), (), ()) if len(ins) < 3 else ins
+    result = outs[0] if outs else ()
+    return [
+        elements, *NOTHING[len(first) :], *first[-4:], *NOTHING[len(second) :], *second[-4:], *NOTHING[len(third) :],
+        *third[-4:], *NOTHING[len(result) :], *result[-4:], max(runs, 1) - 1, swept, since,
+    ]  # fmt: skip
 
 
 def _points(numbers: Sequence[Sequence[int]]) -> Floats:
-    """Their logarithms, as distances count them: f8[n, dims]."""
-    raw = np.array(numbers, float)
-    raw[:, CONTEXT] /= UNIT
-    found: Floats = np.log2(1.0 + raw)
-    return found
+    """Their logarithms in widths, as distances count them: f8[n, dims]."""
+    points = np.array(numbers, float)
+    points[:, CONTEXT] /= UNIT
+    np.log1p(points, out=points)
+    points /= WIDTH * log(2)
+    return points

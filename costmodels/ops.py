@@ -37,6 +37,7 @@ ROOFLINE_ERROR = 0.30  # mean error of a roofline with assumed shares: shared/fa
 PRODUCTS = frozenset({"mm", "addmm", "bmm", "baddbmm"})
 ARITHMETIC = frozenset({"add", "sub", "mul", "div", "maximum", "minimum"})
 SLOWED = COMPUTE - {"rnn", "rnn_backward"}
+IN_CONTEXT = {form: [name in CONTEXT for name in names] for form, names in FORMS.items()}
 EXTRAPOLATION_FACTOR = 2.0  # an extrapolated law is taken to be twice as wrong as on its held-out half
 
 
@@ -145,40 +146,44 @@ def kernel_key(shape: OpShape) -> str:
     return f"{base_name(shape.name)}{'.' if variant else ''}{variant}/{shape.dtype}"
 
 
-def signature(shape: OpShape) -> str:
-    """A short text that equal ops share: base name and variant, dtype, input shapes, output shapes."""
-    ins, outs = (";".join(",".join(map(str, s)) for s in shapes) for shapes in (shape.in_shapes, shape.out_shapes))
-    return f"{kernel_key(shape)}|{ins}|{outs}"
+def signature(shape: OpShape, kernel: str = "") -> str:
+    """A short text that equal ops share: base name and variant, dtype, input shapes, output shapes: "mm.nn/float32|2,3;
+    3,4|2,4". `kernel` is its `kernel_key`, where that is known."""
+    return f"{kernel or kernel_key(shape)}|{_written(shape.in_shapes)}|{_written(shape.out_shapes)}"
+
+
+def _written(shapes: tuple[tuple[int, ...], ...]) -> str:
+    """((3,), (), (4, 5)) as "3;;4,5": by what Python prints of it, which is three times as fast as joining numbers."""
+    return str(shapes).replace(" ", "").replace(",)", ")").replace("),(", ";")[2:-2]
 
 
 def price(device: Device, shape: OpShape) -> Price:
     """The time of one op; cached on the device."""
-    known = device.cache.get(shape)
-    if known is None:
-        known = _keep(device, shape, _price(device, shape))
-    return known
+    return device.cache.get(shape) or price_many(device, [shape])[0]
 
 
 def price_many(device: Device, shapes: Sequence[OpShape]) -> list[Price]:
     """`[price(device, s) for s in shapes]`, with the laws of all ops of one kind evaluated at once."""
     groups: dict[str, list[OpShape]] = {}
-    lawless: list[OpShape] = []
     for shape in dict.fromkeys(shapes):
         if shape not in device.cache:
-            known = _known(device, shape)
-            law = None if known else law_of(device, shape)
-            if known:
+            groups.setdefault(kernel_key(shape) if device.laws else "", []).append(shape)
+    lawless: list[OpShape] = []
+    for kernel, members in groups.items():
+        law = law_among(device.laws, members[0], kernel)
+        unknown = []
+        for shape in members:
+            if known := _known(device, shape, law, kernel):
                 _keep(device, shape, known)
-            elif law is None:
-                lawless.append(shape)
             else:
-                groups.setdefault(law.key, []).append(shape)
+                unknown.append(shape)
+        if law is None:
+            lawless += unknown
+        elif unknown:
+            for shape, value in zip(unknown, law_seconds(device.neighbours, law, kernel, unknown).tolist()):
+                _keep(device, shape, _from_law(law, shape, value))
     for shape, by_kernel in zip(lawless, kernel_prices(device, lawless)):
         _keep(device, shape, by_kernel or _roofline(device, shape))
-    for key, members in groups.items():
-        law = device.laws[key]
-        for shape, value in zip(members, law_seconds(device.neighbours, law, members).tolist()):
-            _keep(device, shape, _from_law(law, shape, value))
     return [device.cache[shape] for shape in shapes]
 
 
@@ -196,48 +201,35 @@ def law_of(device: Device, shape: OpShape) -> Law | None:
     return law_among(device.laws, shape)
 
 
-def law_among(laws: Mapping[str, Law], shape: OpShape) -> Law | None:
-    """The same, among these laws."""
+def law_among(laws: Mapping[str, Law], shape: OpShape, kernel: str = "") -> Law | None:
+    """The same, among these laws. `kernel` is the op's `kernel_key`, where that is known."""
     if not laws:  # an accelerator's
         return None
-    keys = (kernel_key(shape), f"{base_name(shape.name)}/{shape.dtype}", f"{family(shape.name)}:{shape.dtype}")
-    return next((laws[k] for k in keys if k in laws), None)
+    if law := laws.get(kernel or kernel_key(shape)):
+        return law
+    return laws.get(f"{base_name(shape.name)}/{shape.dtype}") or laws.get(f"{family(shape.name)}:{shape.dtype}")
 
 
-def _known(device: Device, shape: OpShape) -> Price | None:
-    """The price of an op that does nothing, or that was measured itself."""
+def _known(device: Device, shape: OpShape, law: Law | None, kernel: str) -> Price | None:
+    """The price of an op that does nothing, or that was measured itself; of its law the error is asked."""
     if family(shape.name) in FREE:
         return Price(0.0, "measured" if device.calibrated else "roofline", 0.0)
-    if device.samples and (seen := device.samples.get(signature(shape))) is not None:
-        law = law_of(device, shape)
+    if device.samples and (seen := device.samples.get(signature(shape, kernel))) is not None:
         return Price(seen, "measured", min(0.05, law.error) if law else 0.05)
     return None
 
 
-def _price(device: Device, shape: OpShape) -> Price:
-    known = _known(device, shape)
-    if known:
-        return known
-    law = law_of(device, shape)
-    if law is None:
-        return kernel_prices(device, [shape])[0] or _roofline(device, shape)
-    return _from_law(law, shape, float(law_seconds(device.neighbours, law, [shape])[0]))
-
-
-def law_seconds(neighbours: Neighbours, law: Law, shapes: Sequence[OpShape]) -> NDArray[np.float64]:
-    """Seconds f8[n] of ops by a law and by what the nearest measured ops say of it. An op never takes less time after
-    others have emptied the caches than in full ones, whatever its neighbours took: lower bounds rest on that."""
-    design, weights = np.array([features(s, law.form) for s in shapes]), np.array(law.coefficients)
-    seconds: NDArray[np.float64] = design @ weights
+def law_seconds(neighbours: Neighbours, law: Law, kernel: str, shapes: Sequence[OpShape]) -> NDArray[np.float64]:
+    """Seconds f8[n] of ops of one `kernel_key` by a law and by what the nearest measured ops say of it. An op never
+    takes less time after others have emptied the caches than in full ones, whatever its neighbours took: lower bounds
+    rest on that."""
+    design = np.array([features(s, law.form) for s in shapes])
+    here = np.array(law.coefficients)
+    by_law: NDArray[np.float64] = np.array([here, np.where(IN_CONTEXT[law.form], 0.0, here)]) @ design.T
     if not neighbours.ratios:
-        return seconds
-    full = design @ np.where([name in CONTEXT for name in FORMS[law.form]], 0.0, weights)
-    kernels = [kernel_key(s) for s in shapes]  # a pooled law prices several
-    for kernel in dict.fromkeys(kernels):
-        at = [i for i, k in enumerate(kernels) if k == kernel]
-        here, there = neighbours.factors(kernel, [shapes[i] for i in at])
-        seconds[at] = np.maximum(seconds[at] * here, full[at] * there)
-    return seconds
+        return by_law[0]
+    found: NDArray[np.float64] = (by_law * neighbours.factors(kernel, shapes)).max(axis=0)
+    return found
 
 
 def _roofline(device: Device, shape: OpShape) -> Price:

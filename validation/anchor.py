@@ -13,11 +13,22 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from validation.environment import RANK_ENV
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+@dataclass(frozen=True, slots=True)
+class Beat:
+    """Seconds of the anchor: of all of it, and of its passes over memory (an activation, sums of large tensors). Who
+    shares the physical core or the memory slows products and passes by different factors, so operators go by the part
+    that is like them (`costmodels.device.rescale`)."""
+
+    whole: float
+    passes: float
 
 
 def make_anchor(clock: Callable[[], float] = time.perf_counter) -> Callable[[], float]:
@@ -26,6 +37,12 @@ def make_anchor(clock: Callable[[], float] = time.perf_counter) -> Callable[[], 
     Calibration reads the CPU clock of the thread (`time.thread_time`), as for the ops: the time on a free core. A later
     run reads the wall clock, so that a busy machine shows as a ratio above 1.
     """
+    beat = make_beat(clock)
+    return lambda: beat().whole
+
+
+def make_beat(clock: Callable[[], float]) -> Callable[[], Beat]:
+    """The same, with the seconds of its passes over memory."""
     import torch
 
     generator = torch.Generator().manual_seed(7)
@@ -34,18 +51,22 @@ def make_anchor(clock: Callable[[], float] = time.perf_counter) -> Callable[[], 
     small = torch.randn(16, 64, generator=generator)
     image, weight = torch.randn(2, 32, 28, 28, generator=generator), torch.randn(32, 32, 3, 3, generator=generator)
 
-    def once() -> float:
-        start = clock()
+    def once() -> Beat:
+        start, passes = clock(), 0.0
         with torch.no_grad():
             for _ in range(6):
                 hidden = left @ right.t()
+                began = clock()
                 torch.nn.functional.gelu(hidden)
+                passes += clock() - began
                 torch.nn.functional.conv2d(image, weight, padding=1)
+            began = clock()
             for _ in range(3):
                 torch.add(large, other).mul_(0.5)
+            passes += clock() - began
             for _ in range(150):
                 torch.relu(small + small)
-        return clock() - start
+        return Beat(clock() - start, passes)
 
     return once
 

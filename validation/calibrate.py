@@ -26,7 +26,7 @@ from scipy.optimize import nnls
 from costmodels import tomlfile
 from costmodels.cluster import CollectiveTable, tables_data
 from costmodels.device import Device, device_data, local_path
-from costmodels.families import family
+from costmodels.families import COMPUTE, family
 from costmodels.features import FORMS, form_of, touched
 from costmodels.ops import OpShape, signature
 from validation.calibrate_fit import fit_ops, step_errors
@@ -41,8 +41,9 @@ ROOM = 3 * 2**30  # bytes of free memory per rank below which the models that ho
 MOST_RANKS = 8  # of the op measurement: more ranks than this would only repeat each other
 AFTER_ROUNDS = 42.0  # seconds kept for collectives of 2 and 4 ranks (31 to 46 on two cores) and fitting (3 to 4)
 PER_WORLD, FITTING = 18.0, 6.0  # seconds kept for each further group size (start, one pass), and for what follows
-USUAL_BUDGET = 90.0  # seconds
+OWN_SECONDS = 90.0  # for calibration's own models and the collectives
 DRAWN, DRAWN_SECONDS, STARTING = 30, 75.0, 12.0  # further models measured at once; seconds: for them, to start and end
+USUAL_BUDGET = OWN_SECONDS + 2 * DRAWN_SECONDS
 SAMPLE_SECONDS = 2e-5  # shorter ops are not stored one by one: their law is as good and the file stays small
 OUT_OF_CONTEXT = 2e-4  # seconds: below, a law that knows what runs before an op is nearer than the op's own time was
 SMALL_OPTIMIZER = 0.002  # seconds: the same for optimizer steps
@@ -64,7 +65,7 @@ class Calibration:
 
 def calibrate(
     out: Path | None = None,
-    budget_seconds: float = 90.0,
+    budget_seconds: float = USUAL_BUDGET,
     progress: Progress = lambda what, fraction: None,
     models: Sequence[str] = (),
     worlds: Sequence[int] = (),
@@ -73,14 +74,14 @@ def calibrate(
 
     `models` names a part of the calibration models and `worlds` the group sizes of the collectives (tests use few);
     by default all models, and groups of 2, 4 and as many as there are cores. Every `DRAWN_SECONDS` of the budget beyond
-    the usual one go to ops of `DRAWN` further models (`validation.calibrate_drawn`).
+    `OWN_SECONDS` go to ops of `DRAWN` further models (`validation.calibrate_drawn`).
     """
     import psutil
 
     if budget_seconds <= 0:
-        raise ValueError(f"the budget is {budget_seconds:g} s; it must be more than 0, and 90 is usual")
+        raise ValueError(f"the budget is {budget_seconds:g} s; it must be more than 0, and {USUAL_BUDGET:g} is usual")
     began, started = time.monotonic(), time.time()
-    groups = max(int((budget_seconds - USUAL_BUDGET) // DRAWN_SECONDS), 0)
+    groups = max(int((budget_seconds - OWN_SECONDS) // DRAWN_SECONDS), 0)
     budget_seconds -= groups * DRAWN_SECONDS
     cores = available_cores()
     ranks = max(min(cores, MOST_RANKS), 2)
@@ -88,7 +89,7 @@ def calibrate(
     short = bool(models)
     common = {"timeout": 300, "sizes": _sizes(short), "seconds_per_point": 0.02 if short else 0.2}
     results: dict[int, list[dict[str, Any]]] = {}
-    parts = 1 + groups * DRAWN_SECONDS / budget_seconds  # of the progress bar: the usual budget is one
+    parts = 1 + groups * DRAWN_SECONDS / budget_seconds  # of the progress bar: what is no drawn group is one
     with tempfile.TemporaryDirectory(prefix="parplan-calibrate-") as folder:
         in_order = [ranks, *(size for size in sizes if size != ranks)]
         for i, world in enumerate(in_order):
@@ -218,8 +219,12 @@ def _drawn_group(number: int, job: dict[str, Any], folder: Path, progress: Progr
 
 def _at_pace_of(main: list[dict[str, Any]], further: list[dict[str, Any]]) -> list[Sample]:
     """The ops that each rank measured later, at the pace to which those of the first models were brought."""
-    ratios = [first["reference"] / then["reference"] for first, then in zip(main, further)]
-    return [replace(s, seconds=s.seconds * k) for then, k in zip(further, ratios) for s in then["samples"]]
+    found: list[Sample] = []
+    for first, then in zip(main, further):
+        whole, passes = first["reference"] / then["reference"], first["passes"] / then["passes"]
+        factors = [whole if family(s.shape.name) in COMPUTE else passes for s in then["samples"]]
+        found += [replace(s, seconds=s.seconds * k) for s, k in zip(then["samples"], factors)]
+    return found
 
 
 def _device(
@@ -309,6 +314,7 @@ def _host(main: list[dict[str, Any]], results: dict[int, list[dict[str, Any]]], 
     rest = np.array([max(o.parts["optimizer"][0] - o.parts["optimizer"][1], 0.0) for o in light])
     (host["optimizer_step"], host["optimizer_param"]), _ = nnls(np.array([[1.0, o.parameters] for o in light]), rest)
     host["anchor_in_rank"] = statistics.median(r["reference"] for r in main)
+    host["anchor_passes"] = statistics.median(r["passes"] for r in main)
     for key in main[0]["runtime"]:
         host[key] = statistics.median(r["runtime"][key] for r in main if key in r["runtime"])
     host["loaded"] = max(statistics.median(r["anchor_loaded"] for r in main) / main[0]["anchor_solo"], 1.0)
@@ -344,6 +350,7 @@ HOST_KEYS = {
     "checkpoint_backward": "per checkpointed region, backward, beyond the recomputed ops",
     "pp_action": "per forward or backward of one micro-batch under a pipeline schedule",
     "anchor_in_rank": "of the anchor inside a rank between its steps, at the pace of all prices",
+    "anchor_passes": "the same of its passes over memory only",
     "loaded": "ratio: op time with all cores busy / alone; laws and samples are for all cores busy",
     "crowded_message": "per message of a group that is not the whole world, where more ranks than cores run: its ranks "
     "wait for their turns on the cores",

@@ -154,10 +154,10 @@ def predictions(members: Sequence[Measured], shapes: Sequence[OpShape]) -> NDArr
     found = np.full(len(shapes), np.nan)
     groups: dict[str, list[int]] = {}
     for i, shape in enumerate(shapes):
-        if (law := law_among(laws, shape)) is not None:
-            groups.setdefault(law.key, []).append(i)
-    for key, at in groups.items():
-        found[at] = law_seconds(neighbours, laws[key], [shapes[i] for i in at])
+        groups.setdefault(kernel_key(shape), []).append(i)
+    for kernel, at in groups.items():
+        if (law := law_among(laws, shapes[at[0]], kernel)) is not None:
+            found[at] = law_seconds(neighbours, law, kernel, [shapes[i] for i in at])
     return found
 
 

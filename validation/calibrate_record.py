@@ -11,17 +11,20 @@ from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from costmodels.context import in_context, is_stream, runs_of
-from costmodels.families import FREE, family
+from costmodels.families import COMPUTE, FREE, family
 from costmodels.ops import OpShape, signature, variant_of
 from opgraph.flops import flops_of
 from opgraph.graph import DTYPE_BYTES
 from opgraph.tracer import written
 from opgraph.workload import adamw
+from validation.anchor import Beat
 from validation.calibrate_models import Source
 
 SKIPPED = ("prim", "profiler")  # bookkeeping, as in opgraph.trace
@@ -126,14 +129,15 @@ def undisturbed(runs: list[Run]) -> list[Run]:
 
 @dataclass(slots=True)
 class Step:
-    """A calibration model made ready: running all `parts` is one training step. paces: anchor seconds beside each."""
+    """A calibration model made ready: running all `parts` is one training step. By round: times of its ops; plain, of
+    its parts without timing ops (none in some rounds); paces, the anchor beside them."""
 
     source: Source
     parts: tuple[Callable[[], Any], ...]
     shapes: list[OpShape] = field(default_factory=list)
     times: list[Run] = field(default_factory=list)
-    plain: list[Run] = field(default_factory=list)
-    paces: list[float] = field(default_factory=list)
+    plain: list[Run | None] = field(default_factory=list)
+    paces: list[Beat] = field(default_factory=list)
 
 
 def prepare(source: Source) -> Step:
@@ -186,10 +190,11 @@ def time_ops(step: Step) -> None:
     waiting = (time.perf_counter() - wall) / max(time.process_time() - cpu, 1e-9)
     good = [str(f) for f in timer.names] == [s.name for s in step.shapes]
     step.times.append(Run(tuple(timer.times) if good else (), waiting))
+    step.plain.append(None)
 
 
 def time_parts(step: Step) -> None:
-    """One step without the mode: seconds of forward, backward, optimizer."""
+    """One step without the mode, beside the one that `time_ops` just ran: seconds of forward, backward, optimizer."""
     cpu = time.process_time()
     wall = time.perf_counter()
     marks = [CLOCK()]
@@ -197,18 +202,24 @@ def time_parts(step: Step) -> None:
         part()
         marks.append(CLOCK())
     waiting = (time.perf_counter() - wall) / max(time.process_time() - cpu, 1e-9)
-    step.plain.append(Run(tuple(b - a for a, b in pairwise(marks)), waiting))
+    step.plain[-1] = Run(tuple(b - a for a, b in pairwise(marks)), waiting)
 
 
-def at_pace(step: Step, reference: float) -> None:
-    """Brings all runs to the pace at which the anchor takes `reference` seconds, and drops those whose ops differed."""
+def at_pace(step: Step, reference: Beat) -> None:
+    """Brings all runs to the pace at which the anchor takes `reference`, and drops those whose ops differed. Operators
+    that pass over memory go by the anchor's passes, all else by the whole of it."""
     runs = [run for run in zip(step.times, step.plain, step.paces) if run[0].seconds]
-    step.times = [_scaled(timed, reference / pace) for timed, _, pace in runs]
-    step.plain = [_scaled(plain, reference / pace) for _, plain, pace in runs]
+    passing = np.array([family(s.name) not in COMPUTE for s in step.shapes], bool)
+
+    def factors(pace: Beat) -> NDArray[np.float64]:
+        return np.where(passing, reference.passes / pace.passes, reference.whole / pace.whole)
+
+    step.times = [_scaled(timed, factors(pace)) for timed, _, pace in runs]
+    step.plain = [_scaled(plain, reference.whole / pace.whole) if plain else None for _, plain, pace in runs]
 
 
-def _scaled(run: Run, factor: float) -> Run:
-    return Run(tuple(t * factor for t in run.seconds), run.waiting)
+def _scaled(run: Run, factors: NDArray[np.float64] | float) -> Run:
+    return Run(tuple((np.array(run.seconds) * factors).tolist()), run.waiting)
 
 
 def medians(runs: list[Run]) -> list[float]:
@@ -265,13 +276,13 @@ def overhead(step: Step) -> Overhead:
         return sums
 
     ops = by_phase(medians(step.times))
-    runs = [by_phase(r.seconds) for r in step.times]
-    calm = [max(a.waiting, b.waiting) for a, b in zip(step.times, step.plain)]
-    pairs = sorted(range(len(calm)), key=calm.__getitem__)[: max(len(calm) // 2, 1)]
+    pairs = [(timed, plain, max(timed.waiting, plain.waiting)) for timed, plain in zip(step.times, step.plain) if plain]
+    pairs = sorted(pairs, key=lambda pair: pair[2])[: max(len(pairs) // 2, 1)]
+    runs = [(by_phase(timed.seconds), plain.seconds) for timed, plain, _ in pairs]
     parts = {}
     for i, phase in enumerate(PHASES):
-        extra = statistics.median(step.plain[k].seconds[i] - runs[k][i] for k in pairs)
-        middle = statistics.median(runs[k][i] for k in pairs)
+        extra = statistics.median(plain[i] - timed[i] for timed, plain in runs)
+        middle = statistics.median(timed[i] for timed, _ in runs)
         parts[phase] = (extra + middle, ops[i], at.count(i))
     fused = [s for s in step.shapes if family(s.name) == "optimizer"]
     tensors = max((len(s.in_shapes) for s in fused), default=0) // 5  # parameter, gradient, two moments, step count

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from validation.anchor import Beat
     from validation.calibrate_record import Step
 
 
@@ -111,19 +112,19 @@ def measure_ops(job: dict[str, Any], rank: int) -> dict[str, Any]:
     """
     import torch.distributed as dist
 
-    from validation.anchor import make_anchor
+    from validation.anchor import make_beat
     from validation.calibrate_drawn import drawn
     from validation.calibrate_models import SOURCES
     from validation.calibrate_record import at_pace, medians, overhead, prepare, samples, workload_source
     from validation.environment import room_to_grow
-    from validation.pace import usual
+    from validation.pace import usual_beat
 
-    once = make_anchor(time.thread_time)
+    once = make_beat(time.thread_time)
     once()
     dist.barrier()
-    solo = statistics.median(once() for _ in range(job["anchor"])) if rank == 0 else 0.0
+    solo = statistics.median(once().whole for _ in range(job["anchor"])) if rank == 0 else 0.0
     dist.barrier()
-    loaded = statistics.median(once() for _ in range(job["anchor"]))
+    loaded = statistics.median(once().whole for _ in range(job["anchor"]))
     chosen = [s for s in SOURCES if s.name in job["models"] or not (job["models"] or (s.large and not job.get("room")))]
     if job.get("drawn"):
         chosen = [drawn(number) for number in range(*job["drawn"])]
@@ -135,42 +136,45 @@ def measure_ops(job: dict[str, Any], rank: int) -> dict[str, Any]:
         steps.append(prepare(source))
     room_to_grow(job["ranks"])
     rounds, between = _rounds(job, rank, steps, once)
-    reference = usual([p for s in steps for p in s.paces])
+    reference = usual_beat([p for s in steps for p in s.paces])
     for step in steps:
         at_pace(step, reference)
-    good = [s for s in steps if s.times and s.plain]
+    good = [s for s in steps if s.times and any(s.plain)]
     return {
         "anchor_solo": solo, "anchor_loaded": loaded, "rounds": rounds,
-        "anchor": reference * between,
-        "reference": reference, "samples": samples(good), "overheads": [overhead(s) for s in good],
+        "anchor": reference.whole * between,
+        "reference": reference.whole, "passes": reference.passes,
+        "samples": samples(good), "overheads": [overhead(s) for s in good],
         "unrepeatable": [s.source.name for s in steps if not s.times],
         "steps": {s.source.name: list(zip(s.shapes, medians(s.times))) for s in good} if job.get("workloads") else {},
     }  # fmt: skip
 
 
-def _rounds(job: dict[str, Any], rank: int, steps: Sequence[Step], once: Callable[[], float]) -> tuple[int, float]:
-    """Rounds over all models until the time is used, each step with the anchor's seconds beside it (`Step.paces`).
+def _rounds(job: dict[str, Any], rank: int, steps: Sequence[Step], once: Callable[[], Beat]) -> tuple[int, float]:
+    """Rounds over all models until the time is used, each step with the anchor beside it (`Step.paces`). Whole steps,
+    which only host overheads need, run in every second one.
 
     Returns the number of rounds, and on rank 0 the anchor in processes of its own over the anchor in this one (else 0).
     """
     import torch.distributed as dist
 
-    from validation.anchor import Anchors
+    from validation.anchor import Anchors, Beat
     from validation.calibrate_record import time_ops, time_parts
     from validation.environment import available_cores
 
     anchors = Anchors(available_cores(), cpu_clock=True) if rank == 0 else None
     shares: list[float] = []
 
-    def quick() -> float:
-        return min(once() for _ in range(3))
+    def quick() -> Beat:
+        beats = [once() for _ in range(3)]
+        return Beat(min(b.whole for b in beats), min(b.passes for b in beats))
 
     def pace() -> None:
         dist.barrier()
-        before = quick()
+        before = quick().whole
         apart = anchors.seconds(job["anchor"]) if anchors is not None else 0.0
         dist.barrier()
-        shares.append(2 * apart / (before + quick()))
+        shares.append(2 * apart / (before + quick().whole))
 
     began, rounds = time.time(), 0
     length = max(job["until"] - began, 1e-3)  # what starting ranks and building models has left of the budget
@@ -180,9 +184,10 @@ def _rounds(job: dict[str, Any], rank: int, steps: Sequence[Step], once: Callabl
         last = quick()
         for step in steps:
             time_ops(step)
-            time_parts(step)
+            if rounds % 2 == 0:
+                time_parts(step)
             now = quick()
-            step.paces.append((last + now) / 2)
+            step.paces.append(Beat((last.whole + now.whole) / 2, (last.passes + now.passes) / 2))
             last = now
         rounds += 1
     pace()

@@ -11,7 +11,7 @@ import numpy as np
 
 from costmodels.cluster import Cluster
 from costmodels.device import rescale
-from validation.anchor import Anchors
+from validation.anchor import Anchors, Beat
 
 NEAR = 8  # samples that make the pace: one alone (half a second) scatters by 5 % on a shared machine
 BRIEF = 40
@@ -21,6 +21,11 @@ def usual(samples: Sequence[float]) -> float:
     """The lower quartile: the pace between the bursts of other tenants, which slow everything 1.2 to 1.6 times for
     seconds. Steps that fall into such a burst are not counted either (`validation.measure.undisturbed`)."""
     return float(np.quantile(samples, 0.25))
+
+
+def usual_beat(samples: Sequence[Beat]) -> Beat:
+    """The same of both parts."""
+    return Beat(usual([b.whole for b in samples]), usual([b.passes for b in samples]))
 
 
 @dataclass(slots=True)

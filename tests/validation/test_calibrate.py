@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,11 +20,22 @@ from costmodels.cluster import local_cluster
 from costmodels.collectives import collective_price
 from costmodels.device import device_data, load_device
 from costmodels.families import FREE, family
-from costmodels.ops import price, shape_of, signature
+from costmodels.ops import OpShape, price, shape_of, signature
+from validation.anchor import Beat, make_beat
 from validation.calibrate import HOST_KEYS, calibrate
 from validation.calibrate_fit import fit, fit_ops
 from validation.calibrate_models import SOURCES
-from validation.calibrate_record import Run, prepare, samples, time_ops, time_parts, undisturbed
+from validation.calibrate_record import (
+    Run,
+    Step,
+    at_pace,
+    overhead,
+    prepare,
+    samples,
+    time_ops,
+    time_parts,
+    undisturbed,
+)  # fmt: skip
 
 SOURCE = {s.name: s for s in SOURCES}
 
@@ -41,6 +53,27 @@ def test_only_undisturbed_runs_count() -> None:
     calm, busy = Run((1.0,), 1.0), Run((5.0,), 2.0)
     assert undisturbed([busy, calm, calm, busy]) == [calm, calm]
     assert undisturbed([busy, Run((4.0,), 1.5), Run((6.0,), 3.0)]) == [Run((4.0,), 1.5)]
+
+
+def test_the_anchor_says_what_its_passes_over_memory_take() -> None:
+    ticks = iter(range(1000))
+    beat = make_beat(lambda: next(ticks))()
+    assert beat == Beat(15, 7)  # a clock that ticks when it is read: six activations and the streams lie between two
+
+
+def test_runs_are_brought_to_one_pace() -> None:
+    """Products by the whole anchor, ops that pass over memory by its passes, parts by the whole; a step whose ops
+    differed does not count."""
+    product = OpShape("aten.mm.default", "forward", ((8, 8), (8, 8)), ((8, 8),), "float32", 1024, 512, 256)
+    step = Step(SOURCES[0], (), [product, replace(product, name="aten.relu.default", phase="backward")])
+    step.times = [Run((1.0, 1.0), 1.0), Run((), 1.0), Run((2.0, 4.0), 1.0)]
+    step.plain = [Run((2.0, 2.0, 1.0), 1.0), Run((9.0, 9.0, 9.0), 1.0), None]
+    step.paces = [Beat(1.0, 0.5), Beat(1.0, 0.5), Beat(4.0, 1.0)]
+    at_pace(step, Beat(2.0, 0.5))
+    assert [r.seconds for r in step.times] == [(2.0, 1.0), (1.0, 2.0)]
+    assert step.plain == [Run((4.0, 4.0, 2.0), 1.0), None]
+    found = overhead(step)  # of the one round that ran whole steps: beyond the ops of that round
+    assert found.parts == {"forward": (4.0, 1.5, 1), "backward": (4.0, 1.5, 1), "optimizer": (2.0, 0.0, 0)}
 
 
 @pytest.mark.parametrize("name", ["t64", "residual24", "digits", "routed96"])

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from costmodels.families import family
-from validation.calibrate import _at_pace_of, run_ranks
+from costmodels.families import COMPUTE, family
+from parplan.cli_calibrate import BUDGET
+from validation.calibrate import USUAL_BUDGET, _at_pace_of, run_ranks
 from validation.calibrate_drawn import FAMILIES, TABLE, drawn
 from validation.calibrate_models import SOURCES
 from validation.calibrate_record import Sample, prepare
@@ -44,8 +45,15 @@ def test_a_group_is_measured_and_brought_to_the_first_pace(tmp_path: Path) -> No
     }  # fmt: skip
     results = run_ranks(job, tmp_path, lambda what, fraction: None)
     assert len(results) == 2 and all(len(r["samples"]) > 20 and not r["unrepeatable"] for r in results)
-    slower = [{"reference": 2 * r["reference"]} for r in results]
+    slower = [{"reference": 2 * r["reference"], "passes": 3 * r["passes"]} for r in results]
     found = _at_pace_of(slower, results)
-    first: Sample = results[0]["samples"][0]
-    assert found[0].shape == first.shape and found[0].seconds == pytest.approx(2 * first.seconds)
-    assert len(found) == sum(len(r["samples"]) for r in results)
+    samples: list[Sample] = [s for r in results for s in r["samples"]]
+    assert [s.shape for s in found] == [s.shape for s in samples]
+    factors = [2 if family(s.shape.name) in COMPUTE else 3 for s in samples]
+    assert set(factors) == {2, 3}
+    assert [s.seconds for s in found] == pytest.approx([k * s.seconds for k, s in zip(factors, samples)])
+
+
+def test_the_command_line_names_the_usual_budget() -> None:
+    """Which it does not import: that would take as long as torch does."""
+    assert BUDGET == USUAL_BUDGET

@@ -26,15 +26,16 @@ def device(seen: OpShape | None = None) -> Device:
     samples = {signature(seen): 3e-5} if seen else {}
     return Device(
         "core", "cpu", {"float32": 1e11}, 2**34, 2e10, laws={law.key: law}, samples=samples,
-        host={"anchor_in_rank": 0.01},
+        host={"anchor_in_rank": 0.01, "anchor_passes": 0.004},
     )  # fmt: skip
 
 
 def test_rows_are_distinct_ops_at_the_pace_of_the_measurement() -> None:
-    """The anchor took twice as long as in calibration, so every price is twice that of the law."""
+    """The anchor's passes over memory took twice as long as in calibration, so every price of an op that passes over
+    memory is twice that of its law."""
     steps = {"net": [(relu(1000), 1e-5), (relu(1000), 3e-5), (VIEW, 1.0), (relu(5000), 1e-4)]}
     other = {"net": [(relu(1000), 2e-5), (relu(1000), 2e-5), (VIEW, 1.0), (relu(5000), 1e-4)]}
-    results = [{"reference": 0.02, "steps": steps}, {"reference": 0.02, "steps": other}]
+    results = [{"reference": 0.03, "passes": 0.008, "steps": s} for s in (steps, other)]
     small, large = op_rows(device(), results)
     assert (small.count, small.measured, large.count, large.measured) == (2, 2e-5, 1, 1e-4)
     assert small.predicted == pytest.approx(2 * 8e-6) and large.predicted == pytest.approx(2 * 4e-5)
@@ -42,7 +43,8 @@ def test_rows_are_distinct_ops_at_the_pace_of_the_measurement() -> None:
 
 
 def test_an_op_that_calibration_measured_is_not_held_out() -> None:
-    results = [{"reference": 0.01, "steps": {"net": [(relu(1000), 1e-5), (relu(2000), 1e-5)]}}]
+    pace = {"reference": 0.01, "passes": 0.004}
+    results = [{**pace, "steps": {"net": [(relu(1000), 1e-5), (relu(2000), 1e-5)]}}]
     rows = op_rows(device(seen=relu(1000)), results)
     assert [r.held_out for r in rows] == [False, True]
     assert {s.group: s.n for s in summary(rows)} == {
@@ -51,7 +53,8 @@ def test_an_op_that_calibration_measured_is_not_held_out() -> None:
 
 
 def test_scores_by_hand() -> None:
-    results = [{"reference": 0.01, "steps": {"net": [(relu(1000), 1e-5), (relu(10000), 1e-4), (relu(10000), 1e-4)]}}]
+    steps = {"net": [(relu(1000), 1e-5), (relu(10000), 1e-4), (relu(10000), 1e-4)]}
+    results = [{"reference": 0.01, "passes": 0.004, "steps": steps}]
     rows = op_rows(device(), results)
     (found,) = scores(rows, lambda r: r.family)
     assert found.group == "pointwise" and found.n == 2 and found.share == pytest.approx(1.0)
@@ -60,7 +63,7 @@ def test_scores_by_hand() -> None:
 
 
 def test_reports_show_every_error() -> None:
-    rows = op_rows(device(), [{"reference": 0.01, "steps": {"net": [(relu(10000), 1e-4)]}}])
+    rows = op_rows(device(), [{"reference": 0.01, "passes": 0.004, "steps": {"net": [(relu(10000), 1e-4)]}}])
     text = markdown((), rows, {"command": "x"})
     assert "| net | relu | forward | 10000\\|10000 | 1 | 80 | 100 | -20.0% | interpolated |" in text
 
