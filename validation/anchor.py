@@ -45,12 +45,8 @@ def joined(how: Callable[[Sequence[float]], float], beats: Sequence[Beat]) -> Be
 
 
 def over(now: Beat, then: Beat) -> Beat:
-    """How many times as long ops of each kind take now as then. Convolutions go by the geometric mean of the anchor's
-    convolutions and products: its small ones feel a busy neighbour twice as much as larger ones do (2,650 steps of
-    calibration's and drawn models on a Xeon, ln of their convolutions' time: 0.08 rms off by both, 0.10 by convolutions
-    alone, 0.08 by products alone; least squares gives each of both 0.15 to 0.48)."""
-    products, convolutions, passes, calls = (a / b for a, b in zip(now, then))
-    return Beat(products, (products * convolutions) ** 0.5, passes, calls)
+    """The ratios of the parts."""
+    return Beat(*(a / b for a, b in zip(now, then)))
 
 
 def make_anchor(clock: Callable[[], float] = time.perf_counter) -> Callable[[], float]:

@@ -29,7 +29,6 @@ from costmodels.device import Device, device_data, local_path
 from costmodels.families import PARTS, family
 from costmodels.features import FORMS, form_of, touched
 from costmodels.ops import OpShape, signature
-from validation.anchor import Beat, over
 from validation.calibrate_fit import fit_ops, step_errors
 from validation.environment import RANK_ENV, available_cores
 
@@ -222,7 +221,7 @@ def _at_pace_of(main: list[dict[str, Any]], further: list[dict[str, Any]]) -> li
     """The ops that each rank measured later, at the pace to which those of the first models were brought."""
     found: list[Sample] = []
     for first, then in zip(main, further):
-        ratios = over(Beat(**first["parts"]), Beat(**then["parts"]))._asdict()
+        ratios = {part: seconds / then["parts"][part] for part, seconds in first["parts"].items()}
         parts = [PARTS.get(family(s.shape.name), "passes") for s in then["samples"]]
         found += [replace(s, seconds=s.seconds * ratios[part]) for s, part in zip(then["samples"], parts)]
     return found

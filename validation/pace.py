@@ -11,7 +11,7 @@ import numpy as np
 
 from costmodels.cluster import Cluster
 from costmodels.device import Device, rescale
-from validation.anchor import NEVER, Anchors, Beat, joined, over
+from validation.anchor import NEVER, Anchors, Beat, joined
 
 NEAR = 8  # samples that make the pace: one alone (half a second) scatters by 5 % on a shared machine
 BRIEF = 40
@@ -34,8 +34,8 @@ def since_calibration(device: Device, now: Beat) -> tuple[float, dict[str, float
     whole = device.host.get("anchor_in_rank", 0.0)
     if not whole or now == NEVER:
         return 0.0, {}
-    then = Beat(*(device.host.get(f"anchor_{part}", 0.0) for part in Beat._fields))
-    return now.whole / whole, over(now, then)._asdict() if min(then) > 0 else {}
+    then = {part: device.host.get(f"anchor_{part}", 0.0) for part in Beat._fields}
+    return now.whole / whole, {part: seconds / then[part] for part, seconds in now._asdict().items() if then[part]}
 
 
 @dataclass(slots=True)

@@ -27,7 +27,7 @@ def device(seen: OpShape | None = None) -> Device:
     samples = {signature(seen): 3e-5} if seen else {}
     return Device(
         "core", "cpu", {"float32": 1e11}, 2**34, 2e10, laws={law.key: law}, samples=samples,
-        host={"anchor_in_rank": 0.01, **{f"anchor_{part}": seconds for part, seconds in PARTS.items()}},
+        host={"anchor_in_rank": 0.01, "anchor_passes": 0.004},
     )  # fmt: skip
 
 
