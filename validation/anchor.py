@@ -12,41 +12,23 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 from validation.environment import RANK_ENV
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
-class Beat(NamedTuple):
-    """Seconds of the anchor by what it does: matrix products, convolutions, passes over memory (an activation, sums of
-    large tensors), calls of ops that compute next to nothing. Who shares the physical core or the memory slows each by
-    another factor, so operators go by the part that is like them (`costmodels.families.PARTS`)."""
+@dataclass(frozen=True, slots=True)
+class Beat:
+    """Seconds of the anchor: of all of it, and of its passes over memory (an activation, sums of large tensors). Who
+    shares the physical core or the memory slows products and passes by different factors, so operators go by the part
+    that is like them (`costmodels.device.rescale`)."""
 
-    products: float
-    convolutions: float
+    whole: float
     passes: float
-    calls: float
-
-    @property
-    def whole(self) -> float:
-        return sum(self)
-
-
-NEVER = Beat(0.0, 0.0, 0.0, 0.0)  # where the anchor was not run
-
-
-def joined(how: Callable[[Sequence[float]], float], beats: Sequence[Beat]) -> Beat:
-    """One beat of many: `how` of each of their parts."""
-    return Beat(*(how(part) for part in zip(*beats)))
-
-
-def over(now: Beat, then: Beat) -> Beat:
-    """The ratios of the parts."""
-    return Beat(*(a / b for a, b in zip(now, then)))
 
 
 def make_anchor(clock: Callable[[], float] = time.perf_counter) -> Callable[[], float]:
@@ -60,7 +42,7 @@ def make_anchor(clock: Callable[[], float] = time.perf_counter) -> Callable[[], 
 
 
 def make_beat(clock: Callable[[], float]) -> Callable[[], Beat]:
-    """The same by its parts."""
+    """The same, with the seconds of its passes over memory."""
     import torch
 
     generator = torch.Generator().manual_seed(7)
@@ -70,28 +52,21 @@ def make_beat(clock: Callable[[], float]) -> Callable[[], Beat]:
     image, weight = torch.randn(2, 32, 28, 28, generator=generator), torch.randn(32, 32, 3, 3, generator=generator)
 
     def once() -> Beat:
-        products = convolutions = passes = 0.0
-        last = clock()
-
-        def lap() -> float:
-            nonlocal last
-            before, last = last, clock()
-            return last - before
-
+        start, passes = clock(), 0.0
         with torch.no_grad():
             for _ in range(6):
                 hidden = left @ right.t()
-                products += lap()
+                began = clock()
                 torch.nn.functional.gelu(hidden)
-                passes += lap()
+                passes += clock() - began
                 torch.nn.functional.conv2d(image, weight, padding=1)
-                convolutions += lap()
+            began = clock()
             for _ in range(3):
                 torch.add(large, other).mul_(0.5)
-            passes += lap()
+            passes += clock() - began
             for _ in range(150):
                 torch.relu(small + small)
-        return Beat(products, convolutions, passes, lap())
+        return Beat(clock() - start, passes)
 
     return once
 

@@ -26,7 +26,7 @@ from scipy.optimize import nnls
 from costmodels import tomlfile
 from costmodels.cluster import CollectiveTable, tables_data
 from costmodels.device import Device, device_data, local_path
-from costmodels.families import PARTS, family
+from costmodels.families import COMPUTE, family
 from costmodels.features import FORMS, form_of, touched
 from costmodels.ops import OpShape, signature
 from validation.calibrate_fit import fit_ops, step_errors
@@ -221,9 +221,9 @@ def _at_pace_of(main: list[dict[str, Any]], further: list[dict[str, Any]]) -> li
     """The ops that each rank measured later, at the pace to which those of the first models were brought."""
     found: list[Sample] = []
     for first, then in zip(main, further):
-        ratios = {part: seconds / then["parts"][part] for part, seconds in first["parts"].items()}
-        parts = [PARTS.get(family(s.shape.name), "passes") for s in then["samples"]]
-        found += [replace(s, seconds=s.seconds * ratios[part]) for s, part in zip(then["samples"], parts)]
+        whole, passes = first["reference"] / then["reference"], first["passes"] / then["passes"]
+        factors = [whole if family(s.shape.name) in COMPUTE else passes for s in then["samples"]]
+        found += [replace(s, seconds=s.seconds * k) for s, k in zip(then["samples"], factors)]
     return found
 
 
@@ -314,8 +314,7 @@ def _host(main: list[dict[str, Any]], results: dict[int, list[dict[str, Any]]], 
     rest = np.array([max(o.parts["optimizer"][0] - o.parts["optimizer"][1], 0.0) for o in light])
     (host["optimizer_step"], host["optimizer_param"]), _ = nnls(np.array([[1.0, o.parameters] for o in light]), rest)
     host["anchor_in_rank"] = statistics.median(r["reference"] for r in main)
-    for part in main[0]["parts"]:
-        host[f"anchor_{part}"] = statistics.median(r["parts"][part] for r in main)
+    host["anchor_passes"] = statistics.median(r["passes"] for r in main)
     for key in main[0]["runtime"]:
         host[key] = statistics.median(r["runtime"][key] for r in main if key in r["runtime"])
     host["loaded"] = max(statistics.median(r["anchor_loaded"] for r in main) / main[0]["anchor_solo"], 1.0)
@@ -351,10 +350,7 @@ HOST_KEYS = {
     "checkpoint_backward": "per checkpointed region, backward, beyond the recomputed ops",
     "pp_action": "per forward or backward of one micro-batch under a pipeline schedule",
     "anchor_in_rank": "of the anchor inside a rank between its steps, at the pace of all prices",
-    "anchor_products": "the same of its matrix products",
-    "anchor_convolutions": "the same of its convolutions",
-    "anchor_passes": "the same of its passes over memory",
-    "anchor_calls": "the same of its ops that compute next to nothing",
+    "anchor_passes": "the same of its passes over memory only",
     "loaded": "ratio: op time with all cores busy / alone; laws and samples are for all cores busy",
     "crowded_message": "per message of a group that is not the whole world, where more ranks than cores run: its ranks "
     "wait for their turns on the cores",

@@ -143,7 +143,7 @@ def measure_ops(job: dict[str, Any], rank: int) -> dict[str, Any]:
     return {
         "anchor_solo": solo, "anchor_loaded": loaded, "rounds": rounds,
         "anchor": reference.whole * between,
-        "reference": reference.whole, "parts": reference._asdict(),
+        "reference": reference.whole, "passes": reference.passes,
         "samples": samples(good), "overheads": [overhead(s) for s in good],
         "unrepeatable": [s.source.name for s in steps if not s.times],
         "steps": {s.source.name: list(zip(s.shapes, medians(s.times))) for s in good} if job.get("workloads") else {},
@@ -158,7 +158,7 @@ def _rounds(job: dict[str, Any], rank: int, steps: Sequence[Step], once: Callabl
     """
     import torch.distributed as dist
 
-    from validation.anchor import Anchors, joined
+    from validation.anchor import Anchors, Beat
     from validation.calibrate_record import time_ops, time_parts
     from validation.environment import available_cores
 
@@ -166,13 +166,14 @@ def _rounds(job: dict[str, Any], rank: int, steps: Sequence[Step], once: Callabl
     shares: list[float] = []
 
     def quick() -> Beat:
-        dist.barrier()  # virtual cores may share a physical one: anchors are alike only beside the others' anchors
-        return joined(min, [once() for _ in range(3)])
+        beats = [once() for _ in range(3)]
+        return Beat(min(b.whole for b in beats), min(b.passes for b in beats))
 
     def pace() -> None:
-        before = quick().whole
         dist.barrier()
+        before = quick().whole
         apart = anchors.seconds(job["anchor"]) if anchors is not None else 0.0
+        dist.barrier()
         shares.append(2 * apart / (before + quick().whole))
 
     began, rounds = time.time(), 0
@@ -186,7 +187,7 @@ def _rounds(job: dict[str, Any], rank: int, steps: Sequence[Step], once: Callabl
             if rounds % 2 == 0:
                 time_parts(step)
             now = quick()
-            step.paces.append(joined(statistics.fmean, [last, now]))
+            step.paces.append(Beat((last.whole + now.whole) / 2, (last.passes + now.passes) / 2))
             last = now
         rounds += 1
     pace()

@@ -17,12 +17,10 @@ from hypothesis import strategies as st
 
 from costmodels.cluster import Cluster, CollectiveTable, load_cluster
 from planner.plan import ParallelPlan
-from validation.anchor import NEVER, Anchors, Beat
+from validation.anchor import Anchors
 from validation.measure import DISTURBED, beside, pace_of_steps, undisturbed
-from validation.pace import NEAR, Pace, pace_of, since_calibration, usual
+from validation.pace import NEAR, Pace, pace_of, usual
 from validation.study import felt
-
-DEVICE = load_cluster("dgx-h100").device
 
 
 class Fixed:
@@ -87,36 +85,24 @@ def test_a_pace_near_the_usual_counts(paces: list[float]):
 
 def test_the_pace_that_a_step_feels():
     data, pipe = ParallelPlan(8, dp=2), ParallelPlan(8, pp=2, dp=2, cuts=("h.1",), micro_batches=2)
-    fast, slow = Beat(0.4, 0.3, 0.2, 0.1), Beat(0.4, 0.4, 0.4, 0.2)
-    assert pace_of_steps(data, [fast, list(slow)]) == slow  # the others wait for the slowest
+    assert pace_of_steps(data, [1.0, 1.4]) == 1.4  # the others wait for the slowest
     stages = [pipe.coordinates(r)["pp"] for r in range(4)]
-    found = pace_of_steps(pipe, [slow if s == 0 else fast for s in stages])
-    assert found == pytest.approx((0.4, 0.35, 0.3, 0.15)) and found.whole == pytest.approx(1.2)  # stages work in turn
-    assert pace_of_steps(pipe, [slow, fast, NEVER, NEVER]) == slow  # more ranks than cores
-    assert beside([fast, fast, slow, slow], [True, False, False]) == fast
-    assert beside([fast, fast, slow], None) == pytest.approx((0.4, 0.325, 0.25, 0.125))
-
-
-def test_a_pace_is_told_by_its_parts():
-    host = {"anchor_in_rank": 2.0, "anchor_products": 1.0, "anchor_passes": 0.5, "op_forward": 1.0}
-    whole, parts = since_calibration(replace(DEVICE, host=host), Beat(2.0, 1.0, 0.25, 0.75))
-    assert whole == 2.0 and parts == {"products": 2.0, "passes": 0.5}
-    assert since_calibration(replace(DEVICE, host=host), NEVER) == (0.0, {})
-    assert since_calibration(DEVICE, Beat(1.0, 1.0, 1.0, 1.0)) == (0.0, {})
+    slow = [1.4 if s == 0 else 1.0 for s in stages]
+    assert pace_of_steps(pipe, slow) == pytest.approx(1.2)  # stages work in turn
+    assert pace_of_steps(pipe, [1.4, 1.0, 0.0, 0.0]) == 1.4  # more ranks than cores
+    assert beside([1.0, 1.0, 2.0, 2.0], [True, False, False]) == 1.0 and beside([1.0, 1.0, 2.0], None) == 1.25
 
 
 def test_a_pipeline_feels_what_its_stages_do_at_once():
     pipe = ParallelPlan(8, pp=2, cuts=("h.1",), micro_batches=2)
     predicted = SimpleNamespace(plan=pipe, step_seconds=1.0, breakdown={"compute": 0.75})
-    busy, alone = Beat(2.0, 1.0, 3.0, 4.0), Beat(1.0, 1.0, 0.0, 1.0)
-    run = SimpleNamespace(pace=busy, pace_alone=alone)
-    # At once half of the step: two thirds of the computing.
-    assert felt(predicted, run, 2) == pytest.approx((1 + 2 / 3, 1.0, 2.0, 3.0))
+    run = SimpleNamespace(pace=2.0, pace_alone=1.0)
+    assert felt(predicted, run, 2) == pytest.approx(1 + 2 / 3)  # at once half of the step: two thirds of the computing
     predicted.breakdown["compute"] = 0.4  # never at once
-    assert felt(predicted, run, 2) == alone
-    assert felt(predicted, run, 1) == busy  # ranks share cores
+    assert felt(predicted, run, 2) == 1.0
+    assert felt(predicted, run, 1) == 2.0  # ranks share cores
     predicted.plan = ParallelPlan(8, dp=2)
-    assert felt(predicted, run, 2) == busy
+    assert felt(predicted, run, 2) == 2.0
 
 
 def test_anchor_processes_answer_and_end():
