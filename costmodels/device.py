@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from difflib import get_close_matches
 from pathlib import Path
@@ -12,7 +12,7 @@ from typing import Any, Literal, cast, get_args
 
 from costmodels import sheet
 from costmodels import tomlfile as toml
-from costmodels.families import COMPUTE, family
+from costmodels.families import PARTS, family
 from costmodels.neighbours import Neighbours, is_label
 
 Kind = Literal["cpu", "gpu", "tpu", "npu"]
@@ -116,24 +116,27 @@ class Device:
         return math.inf if self.unified_memory else self.c2c_bandwidth or self.pcie_bandwidth
 
 
-def rescale(device: Device, ratio: float, passes: float | None = None) -> Device:
-    """The same device when everything on it takes `ratio` times as long (anchor now / anchor at calibration), and ops
-    that pass over memory `passes` times, where that part of the anchor is known too."""
-    passes = ratio if passes is None else passes
-    if not (ratio > 0 and passes > 0):
-        raise ValueError(f"the ratios of anchor times are {ratio} and {passes}; they must be more than 0")
+def rescale(device: Device, ratio: float, parts: Mapping[str, float] | None = None) -> Device:
+    """The same device when everything on it takes `ratio` times as long (anchor now / anchor at calibration), and what
+    goes by one of the anchor's `parts` (`costmodels.families.PARTS`) as many times as stands there."""
+    parts = parts or {}
+    if not (ratio > 0 and all(r > 0 for r in parts.values())):
+        raise ValueError(f"the ratios of anchor times are {[ratio, *parts.values()]}; they must be more than 0")
 
     def of(key: str) -> float:  # of a law or a sample: "mm/float32", "pointwise:float32", "gelu.tanh/float32|2,3|2,3"
         kind = key.partition(":")[0] if ":" in key else family(key.partition("/")[0])
-        return ratio if kind in COMPUTE else passes
+        return parts.get(PARTS.get(kind, "passes"), ratio)
+
+    def of_host(key: str) -> float:  # the anchor itself by part; overheads by all of it
+        return parts.get(key.removeprefix("anchor_"), ratio)
 
     laws = {k: replace(v, coefficients=tuple(c * of(k) for c in v.coefficients)) for k, v in device.laws.items()}
-    ratios = {"oversubscription", "loaded"}
+    ratios = {"oversubscription", "loaded", "skew"}
     return replace(
         device,
         laws=laws,
         samples={k: v * of(k) for k, v in device.samples.items()},
-        host={k: v if k in ratios else v * ratio for k, v in device.host.items()},
+        host={k: v if k in ratios else v * of_host(k) for k, v in device.host.items()},
         anchor_seconds=device.anchor_seconds * ratio,
         notes=(*device.notes, f"op times rescaled by {ratio:.3f}, the ratio of anchor times"),
         cache={},

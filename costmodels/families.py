@@ -60,6 +60,11 @@ _FAMILY = {op: family for family, ops in _MEMBERS.items() for op in ops.split()}
 
 FAMILIES: tuple[str, ...] = (*_MEMBERS, "pointwise")
 COMPUTE = frozenset({"gemm", "conv", "conv_backward", "attention", "attention_backward", "rnn", "rnn_backward"})
+# Which part of the anchor benchmark (`validation.anchor.Beat`) ops of a CPU go by; all other families pass over memory.
+PARTS = {
+    "gemm": "products", "attention": "products", "attention_backward": "products", "rnn": "products",
+    "rnn_backward": "products", "conv": "convolutions", "conv_backward": "convolutions",
+}  # fmt: skip
 FREE = frozenset({"view", "free"})
 
 # Known element-wise ops; a name in none of the tables is priced as pointwise too, but `is_known` says no.

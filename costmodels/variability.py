@@ -8,6 +8,11 @@ distribution: SPREAD. The cause is the clock that a power limit
 allows a chip, so products, convolutions and attention differ and what waits for memory or links does not. The same
 study's outliers (up to 1.5 times the median) and sick machines are not in it: a job that runs well has dropped them.
 
+Cores of one machine differ from moment to moment, by what else runs on their physical core or on the host: of ranks
+that meet in every step all wait for the slowest, by a share of their work that does not depend on how often they meet
+(`validation.calibrate_gloo`). `parplan calibrate` measures it ("skew" of `Device.host`: the standard deviation of
+normal draws whose highest is as much above their mean); all that a core does takes so much longer.
+
 ASSUMPTIONS: GPUs of other models spread as these do; op tables were measured on a middling one; the devices of a job
 are independent draws, and every one holds up every other in each step (in a pipeline the slowest stage sets the pace).
 """
@@ -22,6 +27,7 @@ from statistics import NormalDist
 import numpy as np
 
 from costmodels.cluster import Cluster
+from costmodels.device import rescale
 
 SPREAD = 0.08 / 5.4
 NOTE = "products, convolutions and attention take what they take on the"
@@ -47,9 +53,12 @@ def slowest_of(count: int) -> float:
 
 
 def synchronous(cluster: Cluster, count: int) -> Cluster:
-    """The cluster as a job on `count` of its devices feels it, each step as slow as the slowest of them. The spread
-    itself joins what is unsure about a step (`Device.step_error`). Other devices than GPUs stay as they are."""
+    """The cluster as a job on `count` of its devices feels it, each step as slow as the slowest of them. Of GPUs the
+    spread itself joins what is unsure about a step (`Device.step_error`). Accelerators that are no GPUs stay as they
+    are."""
     count = min(count, cluster.size)
+    if cluster.cores and cluster.device.host.get("skew"):
+        return _unequal_cores(cluster, min(count, cluster.cores))
     slowest = slowest_of(count)
     if cluster.device.kind != "gpu" or cluster.device.slowest == slowest:
         return cluster
@@ -61,5 +70,19 @@ def synchronous(cluster: Cluster, count: int) -> Cluster:
         if count > 1:
             notes = (*notes, f"{NOTE} slowest of {count} GPUs: {slowest - 1:.1%} more than a middling one")
         cluster.cache["slowest", count] = replace(cluster, device=device, notes=notes)
-    found: Cluster = cluster.cache["slowest", count]
-    return found
+    result: Cluster = cluster.cache["slowest", count]
+    return result
+
+
+def _unequal_cores(cluster: Cluster, count: int) -> Cluster:
+    """Cores of which `count` work at once; the result, which is as slow as the slowest of them, has no skew left."""
+    if ("slowest", count) not in cluster.cache:
+        longer = 1 + cluster.device.host["skew"] * highest_of(count)
+        slower = rescale(cluster.device, longer)
+        host = {k: v for k, v in slower.host.items() if k != "skew"}
+        device = replace(slower, host=host, notes=cluster.device.notes, cache={})
+        said = (f"work takes {longer - 1:.1%} longer on the slowest of {count} cores",) * (count > 1)
+        found = replace(cluster, device=device, notes=(*cluster.notes, *said), cache={})
+        cluster.cache["slowest", count] = found
+    result: Cluster = cluster.cache["slowest", count]
+    return result

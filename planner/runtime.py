@@ -18,7 +18,7 @@ from planner.runtime_fsdp import FsdpBackward, gather, gather_root, scatter, uni
 from planner.runtime_optimizer import optimizer_work
 from planner.runtime_stage import Stage, is_kept
 from planner.script import Host, Item, Message, Transfer, Wait, copies_nothing, copy_work, rephased, tensor_bytes
-from planner.stages import LOSS, shared_parameters, within
+from planner.stages import LOSS, is_deep, saved_tensors, shared_parameters, within
 
 
 def stage_script(stage: Stage, dp_index: int = 0) -> list[Item]:
@@ -90,7 +90,7 @@ def _forward(stage: Stage) -> Iterator[Item]:
         yield from _forward_op(stage, op, "forward")
     yield from _leave(stage, current)
     yield from _checkpoints(stage)
-    yield Host("dtensor_linear_forward", _sharded_linears(stage), "forward")
+    yield from _sharded_linears(stage, "forward")
 
 
 def _leave(stage: Stage, unit: Unit | None) -> Iterator[Item]:
@@ -102,10 +102,23 @@ def _leave(stage: Stage, unit: Unit | None) -> Iterator[Item]:
 def _checkpoints(stage: Stage) -> Iterator[Item]:
     if stage.recompute:
         yield Host("checkpoint_forward", len(stage.recompute), "forward")
+        saved = sum(_saved_in(stage, path) for path in stage.recompute)
+        yield Host("checkpoint_saved_forward", saved, "forward")
 
 
-def _sharded_linears(stage: Stage) -> int:
-    return len({op.module for op in stage.ops.forward} & set(stage.plan.style)) if stage.plan.tp > 1 else 0
+def _saved_in(stage: Stage, path: str) -> int:
+    """Tensors that the ops of a module save for backward."""
+    saves = saved_tensors(stage.graph)
+    return sum(saves.get(op.id, 0) for op in stage.ops.forward if within(op.module, path))
+
+
+def _sharded_linears(stage: Stage, phase: Phase) -> Iterator[Item]:
+    """What DTensor adds to the sharded Linears; those with inputs of more than two dimensions view them as two."""
+    if stage.plan.tp == 1:
+        return
+    sharded = [op for op in stage.ops.forward if op.module in stage.plan.style]
+    yield Host(f"dtensor_linear_{phase}", len({op.module for op in sharded}), phase)
+    yield Host(f"dtensor_view_{phase}", len({op.module for op in sharded if is_deep(stage.graph, op)}), phase)
 
 
 def _forward_op(stage: Stage, op: Op, phase: Phase) -> Iterator[Item]:
@@ -154,7 +167,7 @@ def _backward(stage: Stage, first: bool, last: bool) -> Iterator[Item]:
     if buckets is not None:
         yield from buckets.finish()
     yield from units.finish()
-    yield Host("dtensor_linear_backward", _sharded_linears(stage), "backward")
+    yield from _sharded_linears(stage, "backward")
 
 
 def _recompute(stage: Stage, op: Op, done: set[str]) -> Iterator[Item]:
@@ -163,6 +176,7 @@ def _recompute(stage: Stage, op: Op, done: set[str]) -> Iterator[Item]:
             continue
         done.add(path)
         yield Host("checkpoint_backward", 1, "recompute")
+        yield Host("checkpoint_saved_backward", _saved_in(stage, path), "recompute")
         items: list[Item] = []
         for again in recomputed_ops(stage, path):
             kept = is_kept(stage.plan, again.name)

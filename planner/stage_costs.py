@@ -13,6 +13,7 @@ from planner.curves import Curves, curves
 from planner.host_thread import host_costs
 from planner.plan import ParallelPlan
 from planner.runtime_stage import is_kept
+from planner.stages import is_deep, saved_tensors
 from planner.step_costs import StepCosts, crossings, uses_of
 
 Floats = NDArray[np.float64]
@@ -110,10 +111,16 @@ def _runtime_host(costs: StepCosts, plan: ParallelPlan) -> Floats:
     """Host seconds of pipelines, checkpoints and sharded Linears, in forward and backward [2], by forward op."""
     host, found = costs.cluster.device.host, np.zeros((2, costs.forward_ops))
     starts = [0, *(cut_start(costs, cut) for cut in plan.cuts)] if plan.pp > 1 else []
+    regions, saves = regions_of(costs, plan), saved_tensors(costs.graph)
+    sharded = [costs.spans[path] for path, _ in plan.shardings] if plan.tp > 1 else []
+    deep = [any(is_deep(costs.graph, op) for op in costs.graph.ops[i : j + 1]) for i, j in sharded]
+    inside = [i for path in regions for i in range(costs.spans[path][0], costs.spans[path][1] + 1)]
     places = {
         "pp_action": starts,
-        "checkpoint": [costs.spans[path][0] for path in regions_of(costs, plan)],
-        "dtensor_linear": [costs.spans[path][0] for path, _ in plan.shardings] if plan.tp > 1 else [],
+        "checkpoint": [costs.spans[path][0] for path in regions],
+        "checkpoint_saved": [i for i in inside for _ in range(saves.get(costs.graph.ops[i].id, 0))],
+        "dtensor_linear": [i for i, _ in sharded],
+        "dtensor_view": [i for (i, _), views in zip(sharded, deep) if views],
     }
     for kind, where in places.items():
         for i, phase in enumerate(("forward", "backward")):

@@ -54,6 +54,26 @@ def shared_parameters(stages: tuple[StageOps, ...]) -> tuple[tuple[str, tuple[in
     return tuple((name, tuple(at)) for name, at in sorted(users.items()) if len(at) > 1)
 
 
+def saved_tensors(graph: OpGraph) -> dict[int, int]:
+    """By forward op, how many tensors it saves for its backward: what that reads of the forward pass."""
+    if "saved tensors" not in graph.memo:
+        there = {t for op in graph.ops if op.phase == "forward" for t in op.outputs}
+        kept = {graph.tensors[t].storage for t in there}
+        kept |= {t.storage for t in graph.tensors if t.role in ("parameter", "input", "buffer")}
+        reads: dict[int, set[int]] = {}
+        for op in graph.ops:
+            if op.phase == "backward" and op.forward >= 0 and not op.is_view:
+                reads.setdefault(op.forward, set()).update({graph.tensors[t].storage for t in op.inputs} & kept)
+        graph.memo["saved tensors"] = {op: len(read) for op, read in reads.items()}
+    found: dict[int, int] = graph.memo["saved tensors"]
+    return found
+
+
+def is_deep(graph: OpGraph, op: Op) -> bool:
+    """Whether an op of a Linear reads an input of more than two dimensions."""
+    return any(len(graph.tensors[t].shape) > 2 for t in op.inputs)
+
+
 def _forward_stages(graph: OpGraph, cuts: tuple[str, ...]) -> dict[int, int]:
     stage, stage_of = 0, {}
     for op in graph.ops:

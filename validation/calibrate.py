@@ -26,9 +26,11 @@ from scipy.optimize import nnls
 from costmodels import tomlfile
 from costmodels.cluster import CollectiveTable, tables_data
 from costmodels.device import Device, device_data, local_path
-from costmodels.families import COMPUTE, family
+from costmodels.families import PARTS, family
 from costmodels.features import FORMS, form_of, touched
 from costmodels.ops import OpShape, signature
+from costmodels.variability import highest_of
+from validation.anchor import Beat, over
 from validation.calibrate_fit import fit_ops, step_errors
 from validation.environment import RANK_ENV, available_cores
 
@@ -105,7 +107,7 @@ def calibrate(
             }  # fmt: skip
             low, high = (0.0, 0.75) if main else (0.75 + 0.2 * (i - 1) / len(sizes), 0.75 + 0.2 * i / len(sizes))
             results[world] = run_ranks(job, Path(folder), _between(progress, low / parts, high / parts))
-        job = {**common, "ranks": ranks, "anchor": 8, "models": [], "least_rounds": 3}
+        job = {**common, "ranks": ranks, "anchor": 8, "models": [], "least_rounds": 2}
         shares = [(1 + i * (parts - 1) / max(groups, 1)) / parts for i in range(groups + 1)]
         further = [
             _at_pace_of(results[ranks], _drawn_group(i, job, Path(folder), _between(progress, *shares[i : i + 2])))
@@ -221,9 +223,9 @@ def _at_pace_of(main: list[dict[str, Any]], further: list[dict[str, Any]]) -> li
     """The ops that each rank measured later, at the pace to which those of the first models were brought."""
     found: list[Sample] = []
     for first, then in zip(main, further):
-        whole, passes = first["reference"] / then["reference"], first["passes"] / then["passes"]
-        factors = [whole if family(s.shape.name) in COMPUTE else passes for s in then["samples"]]
-        found += [replace(s, seconds=s.seconds * k) for s, k in zip(then["samples"], factors)]
+        ratios = over(Beat(**first["parts"]), Beat(**then["parts"]))._asdict()
+        parts = [PARTS.get(family(s.shape.name), "passes") for s in then["samples"]]
+        found += [replace(s, seconds=s.seconds * ratios[part]) for s, part in zip(then["samples"], parts)]
     return found
 
 
@@ -314,9 +316,11 @@ def _host(main: list[dict[str, Any]], results: dict[int, list[dict[str, Any]]], 
     rest = np.array([max(o.parts["optimizer"][0] - o.parts["optimizer"][1], 0.0) for o in light])
     (host["optimizer_step"], host["optimizer_param"]), _ = nnls(np.array([[1.0, o.parameters] for o in light]), rest)
     host["anchor_in_rank"] = statistics.median(r["reference"] for r in main)
-    host["anchor_passes"] = statistics.median(r["passes"] for r in main)
+    for part in main[0]["parts"]:
+        host[f"anchor_{part}"] = statistics.median(r["parts"][part] for r in main)
     for key in main[0]["runtime"]:
         host[key] = statistics.median(r["runtime"][key] for r in main if key in r["runtime"])
+    host["skew"] = skew_of(main[0]["collectives"], len(main))
     host["loaded"] = max(statistics.median(r["anchor_loaded"] for r in main) / main[0]["anchor_solo"], 1.0)
     crowded = [w for w in results if w > cores and "anchor_oversubscribed" in results[w][0]]
     if crowded:
@@ -329,6 +333,12 @@ def _host(main: list[dict[str, Any]], results: dict[int, list[dict[str, Any]]], 
     return {k: float(v) for k, v in host.items()}
 
 
+def skew_of(rows: Sequence[dict[str, Any]], ranks: int) -> float:
+    """By how much cores differ from moment to moment, as a standard deviation relative to the mean."""
+    found = [row["skew"] for row in rows if row["ranks"] == ranks]
+    return statistics.fmean(found) / highest_of(ranks) if found else 0.0
+
+
 HOST_KEYS = {
     "op_forward": "per aten op of a forward pass, views included, beyond the op's own price",
     "op_backward": "the same in a backward pass",
@@ -337,6 +347,8 @@ HOST_KEYS = {
     "dtensor_op": "per op on DTensors, beyond the same op on plain tensors",
     "dtensor_linear_forward": "per Linear under ColwiseParallel or RowwiseParallel, forward",
     "dtensor_linear_backward": "the same, backward",
+    "dtensor_view_forward": "what an input of more than two dimensions adds to that, forward",
+    "dtensor_view_backward": "the same, backward",
     "dtensor_optimizer_param": "per DTensor parameter of an optimizer step, beyond a plain one",
     "fsdp_unit_forward": "per module wrapped by fully_shard, forward (unshard, reshard, hooks)",
     "fsdp_unit_backward": "the same, backward (unshard, reduce-scatter, hooks)",
@@ -348,9 +360,15 @@ HOST_KEYS = {
     "ddp_bucket": "per bucket and backward of DistributedDataParallel",
     "checkpoint_forward": "per checkpointed region, forward",
     "checkpoint_backward": "per checkpointed region, backward, beyond the recomputed ops",
+    "checkpoint_saved_forward": "per tensor that ops of a checkpointed region save for backward, forward",
+    "checkpoint_saved_backward": "the same, backward",
     "pp_action": "per forward or backward of one micro-batch under a pipeline schedule",
     "anchor_in_rank": "of the anchor inside a rank between its steps, at the pace of all prices",
-    "anchor_passes": "the same of its passes over memory only",
+    "anchor_products": "the same of its matrix products",
+    "anchor_convolutions": "the same of its convolutions",
+    "anchor_passes": "the same of its passes over memory",
+    "anchor_calls": "the same of its ops that compute next to nothing",
+    "skew": "ratio: by how much cores differ from moment to moment, a standard deviation over the mean",
     "loaded": "ratio: op time with all cores busy / alone; laws and samples are for all cores busy",
     "crowded_message": "per message of a group that is not the whole world, where more ranks than cores run: its ranks "
     "wait for their turns on the cores",

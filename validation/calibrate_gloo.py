@@ -4,9 +4,10 @@ In place, as the ops: every rank computes for some milliseconds before each call
 to wake up and ranks arrive a little apart. Calls in a tight loop are up to ten times faster (32 KiB on 2 ranks: 0.3
 against 3 ms) and nothing like a training step.
 
-A message's seconds are those of the round (work and call) beyond the work's own CPU time, shared by the ranks of a
-core: where more ranks than cores run, most of a call is waiting for ranks whose turn to compute comes later, and a
-simulation that shares the cores has that wait already.
+A message's seconds begin when the last of its ranks calls: what the others wait for it is no matter of the message.
+That wait is a share of the work before it (2 ranks of a Xeon, 7 to 106 ms of work: 6.5 to 8.6 % of it), and is
+calibrated as one ("skew", `costmodels.variability`). With it in the message, the same 4 KiB took 1.1 or 3.4 ms two
+minutes apart, without it 0.8 or 1.1 ms. All ranks are on this machine, so their clocks are one.
 """
 
 from __future__ import annotations
@@ -15,14 +16,14 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
-from validation.environment import available_cores, let_gloo_wait
+from validation.environment import let_gloo_wait
 
 SIZES = (4 << 10, 32 << 10, 256 << 10, 1 << 20, 4 << 20, 16 << 20, 32 << 20, 64 << 20)
 KINDS = ("all_reduce", "all_gather", "reduce_scatter", "broadcast", "send")
@@ -42,9 +43,9 @@ def measure_collectives(
 
     `sizes` are bytes as nccl-tests counts them; each point repeats for about `seconds_per_point`, spread over `PASSES`
     passes over all points, of which one that would end after `until` (of `time.time`) is left out. Seconds of all sizes
-    of a collective are smoothed together (`smoothed`); "error" is the median of the standard error of a point's
-    mean, relative. Times are brought to the pace at which the anchor takes `reference` seconds of CPU time (0: left as
-    they are).
+    of a collective are smoothed together (`smoothed`); "error" is the median of the standard error of a point's mean,
+    relative, "skew" the mean of `Round.skew`. Times are brought to the pace at which the anchor takes `reference`
+    seconds of CPU time (0: left as they are).
     """
     from validation.anchor import make_anchor
     from validation.calibrate_worker import together
@@ -56,7 +57,7 @@ def measure_collectives(
         before = min(anchor() for _ in range(2))
         rounds = _point(kind, size, seconds_per_point / PASSES)
         factor = 2 * reference / (before + min(anchor() for _ in range(2))) if reference else 1.0
-        return [Round(r.added * factor, r.busy * factor) for r in rounds]
+        return [replace(r, seconds=r.seconds * factor, busy=r.busy * factor) for r in rounds]
 
     passes: list[list[list[Round]]] = []
     began = time.time()
@@ -74,29 +75,39 @@ def measure_collectives(
             "seconds": seconds,
             "demand": [min(b / s, 2.0) for b, s in zip(busy, slowest)],
             "error": statistics.median(_over_ranks(errors)),
+            "skew": statistics.fmean(_middle([r.skew for runs in of_kind for r in runs])),
         })  # fmt: skip
     return rows
 
 
 @dataclass(frozen=True, slots=True)
 class Round:
-    """Seconds of one round on one rank: what the call added to it, and what CPU time the call used."""
+    """Seconds of one round on one rank: of the call, since the last rank made it; CPU time that the call used; and the
+    longest work before it over the mean of all ranks, less 1."""
 
-    added: float
+    seconds: float
     busy: float
+    skew: float
 
 
-def rounds_of(call: Callable[[], Any], repeats: int) -> list[Round]:
-    """Rounds of some work and a call. A collective call."""
-    work, share = _work(), max(dist.get_world_size() / available_cores(), 1.0)
-    rounds = []
-    for _ in range(repeats):
-        start, cpu = time.perf_counter(), time.thread_time()
+def rounds_of(call: Callable[[], Any], repeats: int, members: Sequence[int] = ()) -> list[Round]:
+    """Rounds of some work and a call among the ranks `members` (none: all). A collective call."""
+    work = _work()
+    marks, busy = torch.zeros(repeats, 3, dtype=torch.float64), []
+    for i in range(repeats):
+        start = time.perf_counter()
         work()
-        own, used = time.thread_time() - cpu, time.process_time()
+        used, called = time.process_time(), time.perf_counter()
         call()
-        rounds.append(Round(time.perf_counter() - start - own * share, time.process_time() - used))
-    return rounds
+        marks[i] = torch.tensor([start, called, time.perf_counter()], dtype=torch.float64)
+        busy.append(time.process_time() - used)
+    everyone = [torch.zeros_like(marks) for _ in range(dist.get_world_size())]
+    dist.all_gather(everyone, marks)
+    of_all = np.stack([everyone[rank].numpy() for rank in members or range(len(everyone))], axis=2)
+    worked = of_all[:, 1] - of_all[:, 0]  # [rounds, ranks]
+    seconds = marks[:, 2].numpy() - of_all[:, 1].max(axis=1)
+    skews = worked.max(axis=1) / worked.mean(axis=1) - 1
+    return [Round(float(s), b, float(k)) for s, b, k in zip(seconds, busy, skews)]
 
 
 def _point(kind: str, size: int, seconds: float) -> list[Round]:
@@ -112,15 +123,20 @@ def _point(kind: str, size: int, seconds: float) -> list[Round]:
 
 
 def _mean(rounds: list[Round]) -> tuple[float, float]:
-    """Mean of what the middle four fifths of the calls added, and its relative standard error.
+    """Mean of the middle four fifths of the calls, and its relative standard error.
 
     The mean, because a step adds its messages up and their times have two humps (threads awake or asleep); without the
     ends, because whatever else runs here belongs to no message.
     """
-    cut = len(rounds) // 10
-    middle = sorted(r.added for r in rounds)[cut : len(rounds) - cut]
+    middle = _middle([r.seconds for r in rounds])
     mean = max(statistics.fmean(middle), LEAST_SECONDS)
     return mean, statistics.pstdev(middle) / mean / len(middle) ** 0.5
+
+
+def _middle(values: Sequence[float]) -> list[float]:
+    """The middle four fifths."""
+    cut = len(values) // 10
+    return sorted(values)[cut : len(values) - cut]
 
 
 def smoothed(sizes: Sequence[float], seconds: Sequence[float], errors: Sequence[float]) -> list[float]:
@@ -153,14 +169,15 @@ def _slowest(values: Sequence[float]) -> list[float]:
 
 
 def pair_seconds(size: int = 256 << 10, repeats: int = 30) -> float:
-    """Seconds that an all-reduce within pairs of ranks adds, all pairs at once, each after some work."""
+    """Seconds of an all-reduce within pairs of ranks, all pairs at once, each after some work."""
     ranks, rank = dist.get_world_size(), dist.get_rank()
     groups = [dist.new_group([first, first + 1]) for first in range(0, ranks - 1, 2)]
     let_gloo_wait()
     mine = groups[rank // 2] if rank // 2 < len(groups) else None
+    members = [rank - rank % 2, rank - rank % 2 + 1] if mine is not None else [rank]
     buffer = torch.zeros(size // 4)
     dist.barrier()
-    rounds = rounds_of(lambda: dist.all_reduce(buffer, group=mine) if mine is not None else None, repeats)
+    rounds = rounds_of(lambda: dist.all_reduce(buffer, group=mine) if mine is not None else None, repeats, members)
     return _over_ranks([_mean(rounds)[0]])[0]
 
 

@@ -18,13 +18,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from costmodels.context import in_context, is_stream, runs_of
-from costmodels.families import COMPUTE, FREE, family
+from costmodels.families import FREE, PARTS, family
 from costmodels.ops import OpShape, signature, variant_of
 from opgraph.flops import flops_of
 from opgraph.graph import DTYPE_BYTES
 from opgraph.tracer import written
 from opgraph.workload import adamw
-from validation.anchor import Beat
+from validation.anchor import Beat, over
 from validation.calibrate_models import Source
 
 SKIPPED = ("prim", "profiler")  # bookkeeping, as in opgraph.trace
@@ -207,14 +207,10 @@ def time_parts(step: Step) -> None:
 
 def at_pace(step: Step, reference: Beat) -> None:
     """Brings all runs to the pace at which the anchor takes `reference`, and drops those whose ops differed. Operators
-    that pass over memory go by the anchor's passes, all else by the whole of it."""
+    go by the part of the anchor that is like them, whole steps by all of it."""
     runs = [run for run in zip(step.times, step.plain, step.paces) if run[0].seconds]
-    passing = np.array([family(s.name) not in COMPUTE for s in step.shapes], bool)
-
-    def factors(pace: Beat) -> NDArray[np.float64]:
-        return np.where(passing, reference.passes / pace.passes, reference.whole / pace.whole)
-
-    step.times = [_scaled(timed, factors(pace)) for timed, _, pace in runs]
+    parts = np.array([Beat._fields.index(PARTS.get(family(s.name), "passes")) for s in step.shapes], int)
+    step.times = [_scaled(timed, np.array(over(reference, pace))[parts]) for timed, _, pace in runs]
     step.plain = [_scaled(plain, reference.whole / pace.whole) if plain else None for _, plain, pace in runs]
 
 

@@ -2,6 +2,9 @@
 
 Everything is measured on stacks of tiny Linears under the fake process group, whose collectives do nothing: what is
 left is Python and C++ overhead, with caches as cold as between the layers of a real model. No plan is executed here.
+
+What runs beside a rank on a shared core changes how long everything takes within milliseconds, so all stacks run in
+turn, each between two runs of the anchor benchmark, and overheads are differences of times in anchors.
 """
 
 from __future__ import annotations
@@ -19,26 +22,38 @@ from torch import nn
 
 from validation.calibrate_record import CLOCK
 
-WIDTH, ROWS, LAYERS, MICRO = 32, 4, 12, 8
-REPEATS = 24
+WIDTH, ROWS, LAYERS, MICRO = 32, 4, 8, 4
+GROUP = 4  # Linears in a larger unit of FSDP, or checkpointed region
+ROUNDS = 6
 
-Parts = tuple[float, float, float]
+Parts = tuple[float, ...]
+Anchor = Callable[[], float]
+Case = Callable[[], Parts]
 
 
 class _Sweep(torch.autograd.Function):
-    """Streams through more memory than the core's own caches hold, forward and backward."""
+    """Streams through more memory than the core's own caches and its share of the others' hold, forward and backward;
+    `spent` sums up the seconds, which are no overhead. On a Xeon of 2 MiB a core Linears under DTensor cost 3.0 ms
+    between sweeps of 4 MiB, 3.1 of 8 and 3.6 of 16 MiB; in a GPT-2 whose layers move 4 MiB 3.4 ms."""
 
-    memory = torch.ones(2**20)
+    memory = torch.ones(2**22)
+    spent = 0.0
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
-        _Sweep.memory.mul_(1.0)
+        _Sweep.run()
         return x.view_as(x)
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
-        _Sweep.memory.mul_(1.0)
+        _Sweep.run()
         return gradient
+
+    @staticmethod
+    def run() -> None:
+        start = CLOCK()
+        _Sweep.memory.mul_(1.0)
+        _Sweep.spent += CLOCK() - start
 
 
 class Between(nn.Module):
@@ -51,101 +66,142 @@ class Between(nn.Module):
 
 
 def stack(layers: int = LAYERS) -> nn.Sequential:
-    return nn.Sequential(*(m for _ in range(layers) for m in (nn.Linear(WIDTH, WIDTH), Between())))
+    # The sweeps stand first: a checkpointed region is run again up to the last thing that it saves, its Linear.
+    return nn.Sequential(*(nn.Sequential(Between(), nn.Linear(WIDTH, WIDTH)) for _ in range(layers)))
 
 
 def linears(module: nn.Module) -> list[nn.Linear]:
     return [m for m in module.modules() if isinstance(m, nn.Linear)]
 
 
-def timed(module: nn.Module, repeats: int = REPEATS, params: Any = None) -> Parts:
-    """Median seconds of forward, backward and AdamW step of one tiny step."""
-    x = torch.randn(ROWS, WIDTH)
-    optimizer: Any = torch.optim.AdamW(params or module.parameters(), lr=1e-3, fused=True)
-    rows = []
-    for _ in range(repeats + 2):
-        start = CLOCK()
+def steps_of(module: nn.Module, shape: tuple[int, ...] = (ROWS, WIDTH)) -> Case:
+    """A function that runs one tiny step on an input of this shape and returns the seconds of its forward, its backward
+    and its AdamW step, without the sweeps."""
+    x = torch.randn(shape)
+    optimizer: Any = torch.optim.AdamW(module.parameters(), lr=1e-3, fused=True)
+
+    def step() -> Parts:
+        start = _now()
         loss = module(x).sum()
-        forward = CLOCK()
+        forward = _now()
         loss.backward()
-        backward = CLOCK()
+        backward = _now()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        rows.append((forward - start, backward - forward, CLOCK() - backward))
-    f, b, o = (statistics.median(column) for column in zip(*rows[2:]))
-    return f, b, o
+        return forward - start, backward - forward, _now() - backward
+
+    return step
 
 
-def extra(with_it: Parts, without: Parts, count: int) -> Parts:
-    """Seconds per unit that a runtime adds, never negative."""
-    f, b, o = (max(a - z, 0.0) / count for a, z in zip(with_it, without))
-    return f, b, o
+def alone(call: Callable[[], Any], calls: int = 1) -> Case:
+    """A function that returns the mean seconds of a call, without the sweeps."""
+
+    def run() -> Parts:
+        start = _now()
+        for _ in range(calls):
+            call()
+        return ((_now() - start) / calls,)
+
+    return run
 
 
-def measure_runtimes() -> dict[str, float]:
-    """All host overheads of this module, by the keys of `Device.host`. The caller has no process group."""
+def _now() -> float:
+    return CLOCK() - _Sweep.spent
+
+
+def in_turn(cases: dict[str, Case], anchor: Anchor) -> dict[str, Parts]:
+    """The median of every part of every case, over the seconds of the anchor before and after it."""
+    rows: dict[str, list[Parts]] = {name: [] for name in cases}
+    before = anchor()
+    for _ in range(ROUNDS + 2):
+        for name, case in cases.items():
+            parts, after = case(), anchor()
+            rows[name].append(tuple(2 * part / (before + after) for part in parts))
+            before = after
+    return {name: tuple(statistics.median(column) for column in zip(*found[2:])) for name, found in rows.items()}
+
+
+def measure_runtimes(anchor: Anchor) -> dict[str, float]:
+    """All host overheads of this module, by the keys of `Device.host`, in seconds of `anchor`, the anchor benchmark.
+    The caller has no process group."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    plain = timed(stack())
-    found: dict[str, float] = {}
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
     try:
-        for part in (tensor_parallel, fully_sharded, checkpointed, pipelined):
-            found |= _measured(part, plain)
+        found = _measured((tensor_parallel, fully_sharded, checkpointed, pipelined), anchor)
     finally:
         dist.destroy_process_group()
     # DDP's reducer wants real results: a gloo group of this rank alone.
     dist.init_process_group("gloo", store=torch._C._distributed_c10d.HashStore(), rank=0, world_size=1)
     try:
-        return found | _measured(data_parallel, plain)
+        return found | _measured((data_parallel,), anchor)
     finally:
         dist.destroy_process_group()
 
 
-def _measured(part: Callable[[Parts], dict[str, float]], plain: Parts) -> dict[str, float]:
-    """These runtimes move between torch versions; one that fails is left out, not guessed."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return part(plain)
-    except (ImportError, AttributeError, RuntimeError, TypeError, NotImplementedError) as error:
-        print(f"calibrate: {part.__name__} could not be measured: {error}", file=sys.stderr, flush=True)
-        return {}
+Results = dict[str, Parts]
+Runtime = tuple[dict[str, Case], Callable[[Results], dict[str, float]]]
 
 
-def tensor_parallel(plain: Parts) -> dict[str, float]:
-    """Linears sharded by ColwiseParallel and RowwiseParallel in turn, and a single dispatch of a DTensor op."""
+def _measured(runtimes: tuple[Callable[[], Runtime], ...], anchor: Anchor) -> dict[str, float]:
+    """What some runtimes add. They move between torch versions; one that fails is left out, not guessed."""
+    plain = steps_of(stack())
+    cases: dict[str, Case] = {"plain": plain}
+    evaluate = []
+    for runtime in runtimes:
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                own, result = runtime()
+                for case in own.values():
+                    case()
+        except (ImportError, AttributeError, RuntimeError, TypeError, NotImplementedError) as error:
+            print(f"calibrate: {runtime.__name__} could not be measured: {error}", file=sys.stderr, flush=True)
+            continue
+        cases |= own
+        evaluate.append(result)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = in_turn(cases, anchor)
+    return {key: max(value, 0.0) for result in evaluate for key, value in result(found).items()}
+
+
+def tensor_parallel() -> Runtime:
+    """Linears sharded by ColwiseParallel and RowwiseParallel in turn, on inputs of two and of three dimensions (which
+    are viewed as two, and back), and a single dispatch of a DTensor op."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import DTensor, Shard
     from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-    mesh = init_device_mesh("cpu", (2,))
-    module = stack()
-    for i, layer in enumerate(linears(module)):
-        parallelize_module(layer, mesh, RowwiseParallel() if i % 2 else ColwiseParallel(), src_data_rank=None)
-    forward, backward, optimizer = extra(timed(module), plain, LAYERS)
+    mesh, deep = init_device_mesh("cpu", (2,)), (ROWS // 2, 2, WIDTH)
+
+    def sharded() -> nn.Module:
+        module = stack()
+        for i, layer in enumerate(linears(module)):
+            parallelize_module(layer, mesh, RowwiseParallel() if i % 2 else ColwiseParallel(), src_data_rank=None)
+        return module
+
     local = torch.randn(ROWS, WIDTH)
-    sharded = DTensor.from_local(local, mesh, [Shard(0)], run_check=False)
-    op = per_call(lambda: sharded + sharded) - per_call(lambda: local + local)
-    return {
-        "dtensor_linear_forward": forward, "dtensor_linear_backward": backward,
-        "dtensor_optimizer_param": optimizer / 2, "dtensor_op": max(op, 0.0),
+    tensor = DTensor.from_local(local, mesh, [Shard(0)], run_check=False)
+    cases = {
+        "tp": steps_of(sharded()), "tp deep": steps_of(sharded(), deep), "deep": steps_of(stack(), deep),
+        "dtensor op": alone(lambda: tensor + tensor, 50), "op": alone(lambda: local + local, 50),
     }  # fmt: skip
 
+    def result(found: Results) -> dict[str, float]:
+        forward, backward, optimizer = ((a - b) / LAYERS for a, b in zip(found["tp"], found["plain"]))
+        views = [(a - b) / LAYERS for a, b in zip(found["tp deep"], found["deep"])]
+        return {
+            "dtensor_linear_forward": forward, "dtensor_linear_backward": backward,
+            "dtensor_view_forward": views[0] - forward, "dtensor_view_backward": views[1] - backward,
+            "dtensor_optimizer_param": optimizer / 2, "dtensor_op": found["dtensor op"][0] - found["op"][0],
+        }  # fmt: skip
 
-def per_call(call: Callable[[], Any], calls: int = 50) -> float:
-    """Median over ten rounds of the mean seconds of a call."""
-    rounds = []
-    for _ in range(11):
-        start = CLOCK()
-        for _ in range(calls):
-            call()
-        rounds.append((CLOCK() - start) / calls)
-    return statistics.median(rounds[1:])
+    return cases, result
 
 
-def fully_sharded(plain: Parts) -> dict[str, float]:
-    """fully_shard around every Linear (2 parameters), and around groups of four, to tell unit from parameter."""
+def fully_sharded() -> Runtime:
+    """fully_shard around every Linear (2 parameters), and around groups of them, to tell unit from parameter."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
@@ -154,56 +210,71 @@ def fully_sharded(plain: Parts) -> dict[str, float]:
     for layer in linears(single):
         fully_shard(layer, mesh=mesh)
     fully_shard(single, mesh=mesh)
-    grouped = nn.Sequential(*(stack(4) for _ in range(LAYERS // 4)))
+    grouped = nn.Sequential(*(stack(GROUP) for _ in range(LAYERS // GROUP)))
     for group in grouped:
         fully_shard(group, mesh=mesh)
     fully_shard(grouped, mesh=mesh)
-    ones, fours = timed(single), timed(grouped)
-    result = {}
-    for i, phase in enumerate(("forward", "backward")):
-        # units * u + parameters * p for both: the same 24 parameters in 12 and in 3 units
-        unit = max(ones[i] - fours[i], 0.0) / (LAYERS - LAYERS // 4)
-        result[f"fsdp_unit_{phase}"] = unit
-        result[f"fsdp_param_{phase}"] = max(ones[i] - plain[i] - LAYERS * unit, 0.0) / (2 * LAYERS)
-    result["fsdp_optimizer_param"] = max(ones[2] - plain[2], 0.0) / (2 * LAYERS)
-    return result
+
+    def result(found: Results) -> dict[str, float]:
+        ones, fours, plain = found["fsdp"], found["fsdp groups"], found["plain"]
+        made = {}
+        for i, phase in enumerate(("forward", "backward")):
+            # units * u + parameters * p for both: the same parameters in more and in fewer units
+            unit = max(ones[i] - fours[i], 0.0) / (LAYERS - LAYERS // GROUP)
+            made[f"fsdp_unit_{phase}"] = unit
+            made[f"fsdp_param_{phase}"] = (ones[i] - plain[i] - LAYERS * unit) / (2 * LAYERS)
+        return made | {"fsdp_optimizer_param": (ones[2] - plain[2]) / (2 * LAYERS)}
+
+    return {"fsdp": steps_of(single), "fsdp groups": steps_of(grouped)}, result
 
 
-def data_parallel(plain: Parts) -> dict[str, float]:
+def data_parallel() -> Runtime:
     """DistributedDataParallel: per step, per parameter, and per bucket (buckets of one parameter against one)."""
     build = nn.parallel.DistributedDataParallel
-    one = timed(build(stack(), broadcast_buffers=False, init_sync=False, bucket_cap_mb=25))
-    many = timed(build(stack(), broadcast_buffers=False, init_sync=False, bucket_cap_mb=1e-6))
-    bucket = max(many[1] - one[1], 0.0) / (2 * LAYERS - 1)
-    return {
-        "ddp_step": max(one[0] - plain[0], 0.0),
-        "ddp_param": max(one[1] - plain[1] - bucket, 0.0) / (2 * LAYERS),
-        "ddp_bucket": bucket,
+    cases = {
+        "ddp": steps_of(build(stack(), broadcast_buffers=False, init_sync=False, bucket_cap_mb=25)),
+        "ddp buckets": steps_of(build(stack(), broadcast_buffers=False, init_sync=False, bucket_cap_mb=1e-6)),
     }
 
+    def result(found: Results) -> dict[str, float]:
+        one, many, plain = found["ddp"], found["ddp buckets"], found["plain"]
+        bucket = max(many[1] - one[1], 0.0) / (2 * LAYERS - 1)
+        return {
+            "ddp_step": one[0] - plain[0], "ddp_param": (one[1] - plain[1] - bucket) / (2 * LAYERS),
+            "ddp_bucket": bucket,
+        }  # fmt: skip
 
-def checkpointed(plain: Parts) -> dict[str, float]:
-    """torch.utils.checkpoint (use_reentrant=False) around every Linear, beyond the second forward itself."""
+    return cases, result
+
+
+def checkpointed() -> Runtime:
+    """torch.utils.checkpoint (use_reentrant=False), beyond the second forward itself: around every Linear, and around
+    groups of them, to tell the region from the tensors that it saves for backward, two a Linear."""
     from torch.utils.checkpoint import checkpoint
 
     class Regions(nn.Module):
-        def __init__(self) -> None:
+        def __init__(self, size: int) -> None:
             super().__init__()
-            self.layers = stack()
+            self.regions = nn.ModuleList(stack(size) for _ in range(LAYERS // size))
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            for layer in self.layers:
-                x = checkpoint(layer, x, use_reentrant=False) if isinstance(layer, nn.Linear) else layer(x)
+            for region in self.regions:
+                x = checkpoint(region, x, use_reentrant=False)
             return x
 
-    forward, backward, _ = timed(Regions())
-    return {
-        "checkpoint_forward": max(forward - plain[0], 0.0) / LAYERS,
-        "checkpoint_backward": max(backward - plain[1] - plain[0], 0.0) / LAYERS,
-    }
+    def result(found: Results) -> dict[str, float]:
+        ones, fours, plain = found["regions"], found["large regions"], found["plain"]
+        made = {}
+        for i, (phase, own) in enumerate((("forward", plain[0]), ("backward", plain[1] + plain[0]))):
+            region = max(ones[i] - fours[i], 0.0) / (LAYERS - LAYERS // GROUP)
+            made[f"checkpoint_{phase}"] = region
+            made[f"checkpoint_saved_{phase}"] = (ones[i] - own - LAYERS * region) / (2 * LAYERS)
+        return made
+
+    return {"regions": steps_of(Regions(1)), "large regions": steps_of(Regions(GROUP))}, result
 
 
-def pipelined(plain: Parts) -> dict[str, float]:
+def pipelined() -> Runtime:
     """ScheduleGPipe on a pipeline of one stage against a loop over the micro-batches; an action is one forward or one
     backward of one micro-batch."""
     from torch.distributed.pipelining import PipelineStage, ScheduleGPipe
@@ -218,5 +289,7 @@ def pipelined(plain: Parts) -> dict[str, float]:
         for a, b in zip(x.chunk(MICRO), y.chunk(MICRO)):
             loss(other(a), b).backward()
 
-    pipeline, plain_loop = (per_call(call, calls=1) for call in (lambda: schedule.step(x, target=y), looped))
-    return {"pp_action": max(pipeline - plain_loop, 0.0) / (2 * MICRO)}
+    def result(found: Results) -> dict[str, float]:
+        return {"pp_action": (found["pipeline"][0] - found["loop"][0]) / (2 * MICRO)}
+
+    return {"pipeline": alone(lambda: schedule.step(x, target=y)), "loop": alone(looped)}, result

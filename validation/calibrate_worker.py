@@ -46,17 +46,20 @@ def main() -> None:
     without_denormals()
     torch.manual_seed(rank)
     result: dict[str, Any] = {}
+    store: Any = torch._C._distributed_c10d.FileStore(job["store"], job["ranks"])
+    runtimes: dict[str, float] = {}
     if job.get("runtime"):
+        from validation.anchor import make_anchor
         from validation.calibrate_runtime import measure_runtimes
 
-        result["runtime"] = measure_runtimes()
-    store: Any = torch._C._distributed_c10d.FileStore(job["store"], job["ranks"])
+        runtimes = measure_runtimes(make_anchor(time.thread_time))
     limit = datetime.timedelta(seconds=job["timeout"])
     dist.init_process_group("gloo", store=store, rank=rank, world_size=job["ranks"], timeout=limit)
     let_gloo_wait()
     try:
         if job.get("models") is not None:
             result |= measure_ops(job, rank)
+            result["runtime"] = {key: anchors * result["reference"] for key, anchors in runtimes.items()}
         elif job.get("anchor"):
             result["anchor_oversubscribed"] = loaded_anchor(job["anchor"])
         if job.get("kinds"):
@@ -143,7 +146,7 @@ def measure_ops(job: dict[str, Any], rank: int) -> dict[str, Any]:
     return {
         "anchor_solo": solo, "anchor_loaded": loaded, "rounds": rounds,
         "anchor": reference.whole * between,
-        "reference": reference.whole, "passes": reference.passes,
+        "reference": reference.whole, "parts": reference._asdict(),
         "samples": samples(good), "overheads": [overhead(s) for s in good],
         "unrepeatable": [s.source.name for s in steps if not s.times],
         "steps": {s.source.name: list(zip(s.shapes, medians(s.times))) for s in good} if job.get("workloads") else {},
@@ -158,7 +161,7 @@ def _rounds(job: dict[str, Any], rank: int, steps: Sequence[Step], once: Callabl
     """
     import torch.distributed as dist
 
-    from validation.anchor import Anchors, Beat
+    from validation.anchor import Anchors, joined
     from validation.calibrate_record import time_ops, time_parts
     from validation.environment import available_cores
 
@@ -166,14 +169,13 @@ def _rounds(job: dict[str, Any], rank: int, steps: Sequence[Step], once: Callabl
     shares: list[float] = []
 
     def quick() -> Beat:
-        beats = [once() for _ in range(3)]
-        return Beat(min(b.whole for b in beats), min(b.passes for b in beats))
+        dist.barrier()  # virtual cores may share a physical one: anchors are alike only beside the others' anchors
+        return joined(min, [once() for _ in range(3)])
 
     def pace() -> None:
-        dist.barrier()
         before = quick().whole
-        apart = anchors.seconds(job["anchor"]) if anchors is not None else 0.0
         dist.barrier()
+        apart = anchors.seconds(job["anchor"]) if anchors is not None else 0.0
         shares.append(2 * apart / (before + quick().whole))
 
     began, rounds = time.time(), 0
@@ -187,7 +189,7 @@ def _rounds(job: dict[str, Any], rank: int, steps: Sequence[Step], once: Callabl
             if rounds % 2 == 0:
                 time_parts(step)
             now = quick()
-            step.paces.append(Beat((last.whole + now.whole) / 2, (last.passes + now.passes) / 2))
+            step.paces.append(joined(statistics.fmean, [last, now]))
             last = now
         rounds += 1
     pace()

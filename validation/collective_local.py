@@ -2,7 +2,7 @@
 
 Three exams, each of a table of calibrated sizes and the interpolation between them (`costmodels.collectives`):
 
-* in place: the table of the calibration file, whose prices are what a call adds to a round of work;
+* in place: the table of the calibration file, whose prices are of calls after a round of work;
 * plain: calls in a loop, as nccl-tests times them; a table of the same calibrated sizes is measured just before;
 * interleaved: the same, but calibrated and tested sizes are measured in turn, pass by pass. The machine moves bytes at
   one speed now and at another a minute later (the table of "plain" is up to twice off at its own sizes by then), so

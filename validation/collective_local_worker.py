@@ -1,6 +1,6 @@
 """One rank of `validation.collective_local`: `python -m validation.collective_local_worker JOB RANK`.
 
-Times every (kind, size) of JOB in two ways: as calibration does (what the call adds to a round of work,
+Times every (kind, size) of JOB in two ways: as calibration does (after a round of work,
 `validation.calibrate_gloo`), and as nccl-tests does (calls one after the other). The anchor runs before and after each
 point, so that both can be brought to one pace.
 """
@@ -83,7 +83,7 @@ def point(how: str, kind: str, size: int, least: int) -> list[float]:
         call()
     dist.barrier()
     if how == "in place":
-        return [r.added for r in rounds_of(call, repeats_of(lambda: rounds_of(call, 1), least))]
+        return [r.seconds for r in rounds_of(call, repeats_of(lambda: rounds_of(call, 1), least))]
     return plain(call, least)
 
 

@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import nan
 from pathlib import Path
@@ -33,7 +33,7 @@ from planner.gradient_times import Load, step_seconds
 from planner.plan import ParallelPlan
 from validation.environment import RANK_ENV
 from validation.measure import pace_of_steps
-from validation.pace import Pace
+from validation.pace import Pace, since_calibration
 
 COMPRESSIONS = ("none", "fp16", "bf16", "int8", "sign", "topk0.01", "powersgd2", "powersgd4")
 MODELS = (
@@ -106,7 +106,6 @@ def compared(
 ) -> list[Run]:
     """What came out beside what was predicted."""
     pace, runs = Pace(cluster, None), []
-    calibrated = cluster.device.host.get("anchor_in_rank", 0.0)
     for i, reply in enumerate(replies[0]):
         compression = compression_from(reply["compression"])
         exchange = Exchange(graph, plan, cluster)
@@ -118,15 +117,15 @@ def compared(
                     and r[i]["kept_bytes"] == keeps for r in replies)  # fmt: skip
         run = Run(spec, compression.name, exact, len(found), sum(m.bytes for m in found), reply["kept_bytes"])
         if "seconds" in reply:
-            ratio = pace_of_steps(plan, reply["paces"]) / calibrated if calibrated else 1.0
-            run = _timed(run, reply, exchange, compression, replace_pace(pace, ratio))
+            ratio, parts = since_calibration(cluster.device, pace_of_steps(plan, reply["paces"], reply["slowest"]))
+            run = _timed(run, reply, exchange, compression, replace_pace(pace, ratio or 1.0, parts))
         runs.append(run)
     return runs
 
 
-def replace_pace(pace: Pace, ratio: float) -> tuple[Cluster, float]:
+def replace_pace(pace: Pace, ratio: float, parts: Mapping[str, float]) -> tuple[Cluster, float]:
     """The cluster at this pace, also where no anchors wait."""
-    return replace(pace, anchors=_KNOWN).at(ratio), ratio
+    return replace(pace, anchors=_KNOWN).at(ratio, parts, slowest=True), ratio
 
 
 _KNOWN: Any = object()  # stands for anchors whose ratio is known already

@@ -21,8 +21,10 @@ import numpy as np
 from costmodels.device import Device, rescale
 from costmodels.families import FREE, base_name, family
 from costmodels.ops import OpShape, Price, price, signature
+from validation.anchor import Beat, joined
 from validation.calibrate import MOST_RANKS, run_ranks
 from validation.environment import available_cores
+from validation.pace import since_calibration
 
 Progress = Callable[[str, float], None]
 BRIEF_OP = 2e-5  # seconds: shorter ops are scored apart, their time is mostly the call
@@ -76,8 +78,8 @@ def time_workloads(
 ) -> list[dict[str, Any]]:
     """Times every op of the workloads (spec, batch), one thread per rank with all cores busy, as calibration does.
 
-    Returns one result per rank: "reference" and "passes" (seconds of the anchor, and of its passes over memory, to
-    whose pace all times were brought), and by workload the op shapes in order with the median seconds of each.
+    Returns one result per rank: "reference" and "parts" (seconds of the anchor, and of its parts, to whose pace all
+    times were brought), and by workload the op shapes in order with the median seconds of each.
     """
     ranks = max(min(available_cores(), MOST_RANKS), 2)
     with tempfile.TemporaryDirectory(prefix="parplan-held-out-") as folder:
@@ -91,9 +93,8 @@ def time_workloads(
 
 def op_rows(device: Device, results: Sequence[dict[str, Any]]) -> list[OpRow]:
     """Every distinct op that costs something, of every workload, with its price at the pace of the measurement."""
-    whole, passes = (statistics.median(r[part] for r in results) for part in ("reference", "passes"))
-    calibrated = device.host.get("anchor_passes")  # files of before November 2026 lack it
-    at_pace = rescale(device, whole / device.host["anchor_in_rank"], passes / calibrated if calibrated else None)
+    now = joined(statistics.median, [Beat(**r["parts"]) for r in results])
+    at_pace = rescale(device, *since_calibration(device, now))
     rows: list[OpRow] = []
     for model in results[0]["steps"]:
         calls: dict[str, list[float]] = {}

@@ -6,7 +6,7 @@ import gc
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
@@ -16,6 +16,7 @@ import numpy as np
 
 from planner.plan import ParallelPlan
 from validation.allocations import recorded_allocations
+from validation.anchor import NEVER, Beat, joined
 from validation.environment import available_cores, let_gloo_wait, room_to_grow, without_denormals
 from validation.pace import usual
 
@@ -54,7 +55,7 @@ class Measurement:
     peak_bytes: tensor bytes alive at the worst moment of a steady step, by rank. gradient_error: worst parameter,
     ||g - reference|| / max(||reference||, 0.001 ||all references||). load: load averages before and after.
     disturbed: steps that were not counted because the machine was busy with something else (see `undisturbed`).
-    pace: seconds of the anchor between the counted steps (`pace_of_steps`; 0 where it was not run);
+    pace: the anchor between the counted steps (`pace_of_steps`; `NEVER` where it was not run);
     pace_alone: of rank 0 while the others waited.
     """
 
@@ -69,8 +70,8 @@ class Measurement:
     block_medians: tuple[float, ...] = ()
     load: tuple[float, float] = (float("nan"), float("nan"))
     disturbed: int = 0
-    pace: float = 0.0
-    pace_alone: float = 0.0
+    pace: Beat = NEVER
+    pace_alone: Beat = NEVER
     peak_bytes: tuple[int, ...] = ()
     loss_error: float = float("nan")
     gradient_error: float = float("nan")
@@ -112,7 +113,8 @@ def measurement(plan: ParallelPlan, replies: list[dict[str, Any]]) -> Measuremen
         steps=len(times),
         block_medians=block_medians(times),
         load=(first["load"][0], first["load"][1]), disturbed=first.get("disturbed", 0),
-        pace=pace_of_steps(plan, first["paces"]) if "paces" in first else 0.0, pace_alone=first.get("alone", 0.0),
+        pace=pace_of_steps(plan, first["paces"], first["slowest"]) if "paces" in first else NEVER,
+        pace_alone=Beat(*first.get("alone", NEVER)),
         peak_bytes=peaks, notes=notes, traces=traces, **errors,
     )  # fmt: skip
 
@@ -149,7 +151,7 @@ def time_steps(run: Callable[[], Any], options: Options, cuda: bool) -> dict[str
         room_to_grow(dist.get_world_size())
     for _ in range(options.warmup):
         once()
-    pace: Callable[[], tuple[float, float]] = (lambda: (0.0, 0.0)) if cuda else _pace()
+    pace: Callable[[], tuple[Beat, Beat]] = (lambda: (NEVER, NEVER)) if cuda else _pace()
     blocks: list[list[float]] = []
     paces = [pace()]
     begin, limit = time.perf_counter(), 0.0
@@ -161,7 +163,8 @@ def time_steps(run: Callable[[], Any], options: Options, cuda: bool) -> dict[str
         dist.all_gather_object(everyone, (blocks, paces, time.perf_counter() - begin))
         slowest = [[max(steps) for steps in zip(*same)] for same in zip(*(b for b, _, _ in everyone))]
         ranks = [[both for both, _ in p] for _, p, _ in everyone]
-        kept = undisturbed([max(p) for p in zip(*ranks)])
+        slower = [max(same, key=lambda beat: beat.whole) for same in zip(*ranks)]
+        kept = undisturbed([beat.whole for beat in slower])
         times = [t for block, good in zip(slowest, kept) if good for t in block]
         spent = max(s for *_, s in everyone)
         limit = limit or max(options.max_seconds, 1.5 * spent)  # as long as that for enough undisturbed steps
@@ -171,51 +174,56 @@ def time_steps(run: Callable[[], Any], options: Options, cuda: bool) -> dict[str
             counted = kept if enough else None
             return {
                 "seconds": times, "disturbed": BLOCK * len(blocks) - len(times),
-                "paces": [beside(p, counted) for p in ranks],
+                "paces": [beside(p, counted) for p in ranks], "slowest": beside(slower, counted),
                 "alone": beside([alone for _, alone in everyone[0][1]], counted),
                 "load": (load_before, os.getloadavg()[0]),
             }  # fmt: skip
 
 
-def _pace() -> Callable[[], tuple[float, float]]:
-    """A function that returns the anchor's seconds on this rank, while as many ranks as there are cores run it, and on
-    rank 0 alone (0 where this rank does not run it). Collective.
+def _pace() -> Callable[[], tuple[Beat, Beat]]:
+    """A function that returns the anchor on this rank, while as many ranks as there are cores run it, and on rank 0
+    alone (`NEVER` where this rank does not run it). Collective.
 
     Virtual cores may share a physical one for seconds: then two at once took 21 ms where one alone took 13 ms.
     """
     import torch.distributed as dist
 
-    from validation.anchor import make_anchor
+    from validation.anchor import make_beat
 
-    anchor = make_anchor()
+    anchor = make_beat(time.perf_counter)
     mine = dist.get_rank() < available_cores()
     anchor()
 
-    def run() -> tuple[float, float]:
+    def quick() -> Beat:
+        return joined(min, [anchor() for _ in range(3)])
+
+    def run() -> tuple[Beat, Beat]:
         dist.barrier()
-        both = min(anchor() for _ in range(3)) if mine else 0.0
+        both = quick() if mine else NEVER
         dist.barrier()
-        return both, min(anchor() for _ in range(3)) if dist.get_rank() == 0 else 0.0
+        return both, quick() if dist.get_rank() == 0 else NEVER
 
     return run
 
 
-def beside(paces: list[float], kept: list[bool] | None) -> float:
-    """Median of one rank's anchor seconds beside the blocks that count (all blocks if None)."""
-    near = [sum(pair) / 2 for pair in pairwise(paces)]
-    return statistics.median([p for p, good in zip(near, kept or [True] * len(near)) if good])
+def beside(paces: list[Beat], kept: list[bool] | None) -> Beat:
+    """Median of one rank's anchors beside the blocks that count (all blocks if None)."""
+    near = [joined(statistics.fmean, pair) for pair in pairwise(paces)]
+    return joined(statistics.median, [p for p, good in zip(near, kept or [True] * len(near)) if good])
 
 
-def pace_of_steps(plan: ParallelPlan, paces: list[float]) -> float:
-    """The anchor seconds of ranks that compute at once, from those of each (0: the rank did not run it).
+def pace_of_steps(plan: ParallelPlan, paces: Sequence[Sequence[float]], slowest: Sequence[float]) -> Beat:
+    """The anchor of ranks that compute at once, from the parts of each rank's (`NEVER`: the rank did not run it) and of
+    the slowest's at every moment.
 
     Ranks of one stage wait for the slowest; stages work in turn. Where more ranks than cores run, any rank may get the
     slow core.
     """
-    if min(paces) > 0 and plan.pp > 1:
-        stages = [[p for r, p in enumerate(paces) if plan.coordinates(r)["pp"] == s] for s in range(plan.pp)]
-        return statistics.fmean(max(stage) for stage in stages)
-    return max(paces)
+    beats = [Beat(*p) for p in paces]
+    if plan.pp > 1 and NEVER not in beats:
+        stages = [[b for r, b in enumerate(beats) if plan.coordinates(r)["pp"] == s] for s in range(plan.pp)]
+        return joined(statistics.fmean, [max(stage, key=lambda b: b.whole) for stage in stages])
+    return Beat(*slowest)
 
 
 def undisturbed(paces: list[float]) -> list[bool]:

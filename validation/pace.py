@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from costmodels.cluster import Cluster
-from costmodels.device import rescale
-from validation.anchor import Anchors, Beat
+from costmodels.device import Device, rescale
+from validation.anchor import NEVER, Anchors, Beat, joined, over
 
 NEAR = 8  # samples that make the pace: one alone (half a second) scatters by 5 % on a shared machine
 BRIEF = 40
@@ -24,8 +24,18 @@ def usual(samples: Sequence[float]) -> float:
 
 
 def usual_beat(samples: Sequence[Beat]) -> Beat:
-    """The same of both parts."""
-    return Beat(usual([b.whole for b in samples]), usual([b.passes for b in samples]))
+    """The same of every part."""
+    return joined(usual, samples)
+
+
+def since_calibration(device: Device, now: Beat) -> tuple[float, dict[str, float]]:
+    """How many times as long as in its calibration the anchor takes inside a rank: all of it (0 where either was not
+    measured), and by part (none in files of before November 2026)."""
+    whole = device.host.get("anchor_in_rank", 0.0)
+    if not whole or now == NEVER:
+        return 0.0, {}
+    then = Beat(*(device.host.get(f"anchor_{part}", 0.0) for part in Beat._fields))
+    return now.whole / whole, over(now, then)._asdict() if min(then) > 0 else {}
 
 
 @dataclass(slots=True)
@@ -47,15 +57,19 @@ class Pace:
         self.ratios.append(self.anchors.seconds(repeats) / self.cluster.device.anchor_seconds)
         return usual(self.ratios[-NEAR:])
 
-    def at(self, ratio: float) -> Cluster:
-        """The cluster when everything takes `ratio` times as long as at its calibration; messages too, where the cores
-        that compute also move them."""
+    def at(self, ratio: float, parts: Mapping[str, float] | None = None, slowest: bool = False) -> Cluster:
+        """The cluster when everything takes `ratio` times as long as at its calibration, and what goes by a part of the
+        anchor as many times as `parts` say; messages too, where the cores that compute also move them. `slowest`: the
+        ratios are of the slowest of the ranks at every moment, so that nothing is left of how cores differ."""
         if self.anchors is None:
             return self.cluster
         tables = self.cluster.tables
         if self.cluster.cores:
             tables = tuple(replace(t, seconds=tuple(s * ratio for s in t.seconds)) for t in tables)
-        return replace(self.cluster, device=rescale(self.cluster.device, ratio), tables=tables, cache={})
+        device = rescale(self.cluster.device, ratio, parts)
+        if slowest:
+            device = replace(device, host=device.host | {"skew": 0.0}, cache={})
+        return replace(self.cluster, device=device, tables=tables, cache={})
 
 
 @contextmanager

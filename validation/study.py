@@ -14,10 +14,11 @@ import numpy as np
 
 from costmodels.cluster import Cluster
 from planner.plan import Precision
+from validation.anchor import NEVER, Beat
 from validation.compare import Comparison, compare
 from validation.launch import run_plans
 from validation.measure import Measurement, Options
-from validation.pace import Pace, pace_of
+from validation.pace import Pace, pace_of, since_calibration
 
 if TYPE_CHECKING:
     from opgraph.graph import OpGraph
@@ -139,16 +140,16 @@ def _executed(
     """Runs the plans of the predictions; the comparisons at each plan's own pace, and those paces as ratios."""
     from planner.predict import predict
 
-    calibrated = pace.cluster.device.host.get("anchor_in_rank", 0.0)
     done: dict[int, Comparison] = {}
     ratios: list[float] = []
 
     def measured(m: Measurement) -> None:
         i = next(i for i, p in enumerate(predictions) if p.plan == m.plan)
         own = predictions[i]
-        if pace.anchors is not None and m.pace and calibrated:
-            ratios.append(felt(own, m, pace.cluster.cores) / calibrated)
-            own = predict(graph, own.plan, pace.at(ratios[-1]))
+        ratio, parts = since_calibration(pace.cluster.device, felt(own, m, pace.cluster.cores))
+        if pace.anchors is not None and ratio:
+            ratios.append(ratio)
+            own = predict(graph, own.plan, pace.at(ratio, parts, slowest=own.plan.pp == 1))
         done[i] = compare(model, own, m, predictions[i].step_seconds)
         progress(outcome(done[i]), 0.1 + 0.88 * len(done) / len(predictions))
 
@@ -156,17 +157,17 @@ def _executed(
     return tuple(done[i] for i in range(len(predictions))), tuple(ratios)
 
 
-def felt(p: Prediction, m: Measurement, cores: int) -> float:
-    """The anchor seconds that the plan's computing goes by: between those of one rank alone and of all at once.
+def felt(p: Prediction, m: Measurement, cores: int) -> Beat:
+    """The anchor that the plan's computing goes by: between that of one rank alone and of all at once.
 
     Stages of a pipeline compute at once for a part of their time only: of n ranks that are busy for a share u of the
     step, at least (n u - 1) / (n - 1) / u of it, if their idle times do not coincide.
     """
     ranks, share = p.plan.world_size, p.breakdown["compute"] / p.step_seconds
-    if p.plan.pp == 1 or ranks > cores or not m.pace_alone:
+    if p.plan.pp == 1 or ranks > cores or m.pace_alone == NEVER:
         return m.pace
     at_once = min(max((ranks * share - 1) / (ranks - 1) / share, 0.0), 1.0)
-    return m.pace_alone + (m.pace - m.pace_alone) * at_once
+    return Beat(*(alone + (all_busy - alone) * at_once for alone, all_busy in zip(m.pace_alone, m.pace)))
 
 
 def drift_warning(study: Study) -> str:

@@ -127,22 +127,24 @@ def test_rescaling_multiplies_times_and_leaves_ratios() -> None:
     with pytest.raises(ValueError, match="more than 0"):
         rescale(device, 0.0)
     with pytest.raises(ValueError, match="more than 0"):
-        rescale(device, 1.0, -1.0)
+        rescale(device, 1.0, {"passes": -1.0})
 
 
-def test_ops_that_pass_over_memory_have_a_ratio_of_their_own() -> None:
+def test_ops_go_by_the_part_of_the_anchor_that_is_like_them() -> None:
     stream, product = (0.0,) * 6 + (1e-9, 0.0, 0.0, 0.0), (1e-6, *(0.0,) * 9)
     forms = {
         "mm.nn/float32": "gemm", "convolution.native/float32": "conv_native", "gemm:float32": "gemm",
         "gelu.tanh/float32": "stream", "_softmax/float32": "stream", "pointwise:float32": "stream",
     }  # fmt: skip
     laws = {k: Law(k, form, product if form == "gemm" else stream) for k, form in forms.items()}
-    device = Device("x", "cpu", {}, 1, 1e10, laws=laws, samples={f"{k}|8|8": 1.0 for k in forms}, host={"loaded": 1.1})
-    found = rescale(device, 2.0, 3.0)
-    expected = [2.0, 2.0, 2.0, 3.0, 3.0, 3.0]
+    host = {"loaded": 1.1, "op_forward": 1.0, "anchor_in_rank": 1.0, "anchor_passes": 1.0, "anchor_calls": 1.0}
+    device = Device("x", "cpu", {}, 1, 1e10, laws=laws, samples={f"{k}|8|8": 1.0 for k in forms}, host=host)
+    found = rescale(device, 2.0, {"products": 5.0, "passes": 3.0, "calls": 4.0})
+    expected = [5.0, 2.0, 5.0, 3.0, 3.0, 3.0]  # of convolutions nothing is known: they go by the whole
     assert list(found.samples.values()) == expected
     ratios = [max(found.laws[k].coefficients) / max(laws[k].coefficients) for k in forms]
-    assert ratios == pytest.approx(expected) and found.host == {"loaded": 1.1}
+    assert ratios == pytest.approx(expected)
+    assert list(found.host.values()) == [1.1, 4.0, 2.0, 3.0, 4.0]
 
 
 def test_the_local_file_respects_xdg(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -1,9 +1,13 @@
 """The slowest of many GPUs: expected maxima against known values, and where the pace is felt."""
 
+from dataclasses import replace
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 from costmodels.cluster import load_cluster, local_cluster
+from costmodels.device import Law
 from costmodels.ops import OpShape, price, price_many
 from costmodels.variability import SPREAD, highest_of, slowest_of, synchronous
 
@@ -48,6 +52,22 @@ def test_pace_follows_the_count_and_is_applied_once():
     assert synchronous(one, 16).device.step_error == pytest.approx(SPREAD)
 
 
-def test_cores_of_a_machine_and_tpus_do_not_differ():
-    for cluster in (local_cluster(), load_cluster("tpu-v4-cube")):
+def test_tpus_and_cores_that_nobody_measured_do_not_differ():
+    for cluster in (local_cluster(Path("nowhere")), load_cluster("tpu-v4-cube")):
         assert synchronous(cluster, 4) is cluster
+
+
+def test_ranks_wait_for_the_slowest_core_as_calibration_found_it():
+    local = local_cluster(Path("nowhere"))
+    law = Law("relu/float32", "stream", (1e-6, 0, 0, 0, 0, 0, 1e-11, 1e-11, 2e-11, 0.0))
+    device = replace(local.device, laws={law.key: law}, host={"skew": 0.1, "op_forward": 1e-6, "loaded": 1.5})
+    cluster = replace(local, device=device, cores=4, devices_per_node=4, cache={})
+    three = synchronous(cluster, 3)
+    longer = 1 + 0.1 * highest_of(3)
+    relu = OpShape("aten.relu.default", "forward", ((1 << 16,),), ((1 << 16,),), "float32", 0, 1 << 18, 1 << 18)
+    assert price(three.device, relu).seconds == pytest.approx(longer * price(device, relu).seconds)
+    assert three.device.host == pytest.approx({"op_forward": longer * 1e-6, "loaded": 1.5})
+    assert synchronous(three, 3) is three, "once"
+    assert synchronous(cluster, 64).device.host == synchronous(cluster, 4).device.host, "no more than there are"
+    assert synchronous(cluster, 1).device.laws == device.laws and synchronous(cluster, 1).notes == local.notes
+    assert any("slowest of 3 cores" in note for note in three.notes)

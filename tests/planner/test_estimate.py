@@ -26,7 +26,9 @@ HOST = {
     "op_forward": 3e-6, "op_backward": 4e-6, "optimizer_step": 5e-5, "optimizer_param": 2e-6, "ddp_step": 3e-5,
     "ddp_param": 3e-6, "ddp_bucket": 2e-5, "fsdp_unit_forward": 1e-4, "fsdp_unit_backward": 2e-4,
     "fsdp_param_forward": 1e-5, "fsdp_param_backward": 2e-5, "fsdp_optimizer_param": 1e-5, "checkpoint_forward": 5e-5,
-    "checkpoint_backward": 1e-4, "dtensor_linear_forward": 1e-4, "dtensor_linear_backward": 1e-4, "pp_action": 5e-5,
+    "checkpoint_backward": 1e-4, "checkpoint_saved_forward": 1e-5, "checkpoint_saved_backward": 2e-5,
+    "dtensor_linear_forward": 1e-4, "dtensor_linear_backward": 1e-4, "dtensor_view_forward": 2e-5,
+    "dtensor_view_backward": 3e-5, "pp_action": 5e-5,
 }  # fmt: skip
 HOST_OF_GPUS = HOSTS["torch"]
 

@@ -55,21 +55,22 @@ def test_only_undisturbed_runs_count() -> None:
     assert undisturbed([busy, Run((4.0,), 1.5), Run((6.0,), 3.0)]) == [Run((4.0,), 1.5)]
 
 
-def test_the_anchor_says_what_its_passes_over_memory_take() -> None:
+def test_the_anchor_says_what_its_parts_take() -> None:
+    """By a clock that ticks when it is read: six products, convolutions and activations, streams, and calls."""
     ticks = iter(range(1000))
-    beat = make_beat(lambda: next(ticks))()
-    assert beat == Beat(15, 7)  # a clock that ticks when it is read: six activations and the streams lie between two
+    assert make_beat(lambda: float(next(ticks)))() == Beat(6.0, 6.0, 7.0, 1.0)
 
 
 def test_runs_are_brought_to_one_pace() -> None:
-    """Products by the whole anchor, ops that pass over memory by its passes, parts by the whole; a step whose ops
-    differed does not count."""
+    """Ops by the part of the anchor that is like them, whole steps by all of it; a step whose ops differed does not
+    count."""
     product = OpShape("aten.mm.default", "forward", ((8, 8), (8, 8)), ((8, 8),), "float32", 1024, 512, 256)
     step = Step(SOURCES[0], (), [product, replace(product, name="aten.relu.default", phase="backward")])
     step.times = [Run((1.0, 1.0), 1.0), Run((), 1.0), Run((2.0, 4.0), 1.0)]
     step.plain = [Run((2.0, 2.0, 1.0), 1.0), Run((9.0, 9.0, 9.0), 1.0), None]
-    step.paces = [Beat(1.0, 0.5), Beat(1.0, 0.5), Beat(4.0, 1.0)]
-    at_pace(step, Beat(2.0, 0.5))
+    first, later = Beat(0.25, 0.125, 0.5, 0.125), Beat(1.0, 1.0, 1.0, 1.0)
+    step.paces = [first, first, later]
+    at_pace(step, Beat(0.5, 0.5, 0.5, 0.5))
     assert [r.seconds for r in step.times] == [(2.0, 1.0), (1.0, 2.0)]
     assert step.plain == [Run((4.0, 4.0, 2.0), 1.0), None]
     found = overhead(step)  # of the one round that ran whole steps: beyond the ops of that round
@@ -116,6 +117,8 @@ def test_a_tiny_calibration_makes_a_usable_device(tmp_path: Path) -> None:
     assert device_data(device)["host"].keys() == result.device.host.keys() <= HOST_KEYS.keys()
     for key in ("op_forward", "op_backward", "dtensor_linear_forward", "fsdp_unit_backward", "ddp_param", "pp_action"):
         assert device.host[key] >= 0
+    assert device.host["checkpoint_forward"] > 0 and device.host["checkpoint_backward"] > 0
+    assert 0 < device.host["skew"] < 1
     assert device.calibrated and device.anchor_seconds > 0 and device.kind == "cpu"
     assert {t.kind for t in result.tables} == {"all_reduce", "all_gather", "reduce_scatter", "broadcast", "send"}
     cluster = local_cluster(path)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from costmodels.families import COMPUTE, family
+from costmodels.families import PARTS, family
 from parplan.cli_calibrate import BUDGET
 from validation.calibrate import USUAL_BUDGET, _at_pace_of, run_ranks
 from validation.calibrate_drawn import FAMILIES, TABLE, drawn
@@ -45,12 +45,14 @@ def test_a_group_is_measured_and_brought_to_the_first_pace(tmp_path: Path) -> No
     }  # fmt: skip
     results = run_ranks(job, tmp_path, lambda what, fraction: None)
     assert len(results) == 2 and all(len(r["samples"]) > 20 and not r["unrepeatable"] for r in results)
-    slower = [{"reference": 2 * r["reference"], "passes": 3 * r["passes"]} for r in results]
+    times = {"products": 2, "convolutions": 8, "passes": 3, "calls": 5}
+    slower = [{"parts": {part: times[part] * seconds for part, seconds in r["parts"].items()}} for r in results]
     found = _at_pace_of(slower, results)
     samples: list[Sample] = [s for r in results for s in r["samples"]]
     assert [s.shape for s in found] == [s.shape for s in samples]
-    factors = [2 if family(s.shape.name) in COMPUTE else 3 for s in samples]
-    assert set(factors) == {2, 3}
+    expected = times | {"convolutions": 4}  # between products and the anchor's convolutions
+    factors = [expected[PARTS.get(family(s.shape.name), "passes")] for s in samples]
+    assert len(set(factors)) > 1
     assert [s.seconds for s in found] == pytest.approx([k * s.seconds for k, s in zip(factors, samples)])
 
 

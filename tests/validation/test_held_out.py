@@ -18,6 +18,7 @@ def relu(n: int) -> OpShape:
     return OpShape("aten.relu.default", "forward", ((n,),), ((n,),), "float32", 0, 4 * n, 4 * n)
 
 
+PARTS = {"products": 0.003, "convolutions": 0.002, "passes": 0.004, "calls": 0.001}
 VIEW = OpShape("aten.view.default", "forward", ((8,),), ((2, 4),), "float32", 0, 0, 0)
 
 
@@ -26,7 +27,7 @@ def device(seen: OpShape | None = None) -> Device:
     samples = {signature(seen): 3e-5} if seen else {}
     return Device(
         "core", "cpu", {"float32": 1e11}, 2**34, 2e10, laws={law.key: law}, samples=samples,
-        host={"anchor_in_rank": 0.01, "anchor_passes": 0.004},
+        host={"anchor_in_rank": 0.01, **{f"anchor_{part}": seconds for part, seconds in PARTS.items()}},
     )  # fmt: skip
 
 
@@ -35,7 +36,7 @@ def test_rows_are_distinct_ops_at_the_pace_of_the_measurement() -> None:
     memory is twice that of its law."""
     steps = {"net": [(relu(1000), 1e-5), (relu(1000), 3e-5), (VIEW, 1.0), (relu(5000), 1e-4)]}
     other = {"net": [(relu(1000), 2e-5), (relu(1000), 2e-5), (VIEW, 1.0), (relu(5000), 1e-4)]}
-    results = [{"reference": 0.03, "passes": 0.008, "steps": s} for s in (steps, other)]
+    results = [{"parts": {**PARTS, "passes": 0.008}, "steps": s} for s in (steps, other)]
     small, large = op_rows(device(), results)
     assert (small.count, small.measured, large.count, large.measured) == (2, 2e-5, 1, 1e-4)
     assert small.predicted == pytest.approx(2 * 8e-6) and large.predicted == pytest.approx(2 * 4e-5)
@@ -43,7 +44,7 @@ def test_rows_are_distinct_ops_at_the_pace_of_the_measurement() -> None:
 
 
 def test_an_op_that_calibration_measured_is_not_held_out() -> None:
-    pace = {"reference": 0.01, "passes": 0.004}
+    pace = {"parts": PARTS}
     results = [{**pace, "steps": {"net": [(relu(1000), 1e-5), (relu(2000), 1e-5)]}}]
     rows = op_rows(device(seen=relu(1000)), results)
     assert [r.held_out for r in rows] == [False, True]
@@ -54,7 +55,7 @@ def test_an_op_that_calibration_measured_is_not_held_out() -> None:
 
 def test_scores_by_hand() -> None:
     steps = {"net": [(relu(1000), 1e-5), (relu(10000), 1e-4), (relu(10000), 1e-4)]}
-    results = [{"reference": 0.01, "passes": 0.004, "steps": steps}]
+    results = [{"parts": PARTS, "steps": steps}]
     rows = op_rows(device(), results)
     (found,) = scores(rows, lambda r: r.family)
     assert found.group == "pointwise" and found.n == 2 and found.share == pytest.approx(1.0)
@@ -63,7 +64,7 @@ def test_scores_by_hand() -> None:
 
 
 def test_reports_show_every_error() -> None:
-    rows = op_rows(device(), [{"reference": 0.01, "passes": 0.004, "steps": {"net": [(relu(10000), 1e-4)]}}])
+    rows = op_rows(device(), [{"parts": PARTS, "steps": {"net": [(relu(10000), 1e-4)]}}])
     text = markdown((), rows, {"command": "x"})
     assert "| net | relu | forward | 10000\\|10000 | 1 | 80 | 100 | -20.0% | interpolated |" in text
 

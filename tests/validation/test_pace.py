@@ -16,11 +16,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from costmodels.cluster import Cluster, CollectiveTable, load_cluster
+from costmodels.variability import highest_of, synchronous
 from planner.plan import ParallelPlan
-from validation.anchor import Anchors
+from validation.anchor import NEVER, Anchors, Beat
 from validation.measure import DISTURBED, beside, pace_of_steps, undisturbed
-from validation.pace import NEAR, Pace, pace_of, usual
+from validation.pace import NEAR, Pace, pace_of, since_calibration, usual
 from validation.study import felt
+
+DEVICE = load_cluster("dgx-h100").device
 
 
 class Fixed:
@@ -54,6 +57,14 @@ def test_everything_takes_longer_at_a_slow_pace():
     assert slow.tables[0].seconds == (2e-3, 8e-3) and slow.device.anchor_seconds == pytest.approx(0.020)
 
 
+def test_the_slowest_of_cores_is_as_slow_as_it_was_measured():
+    """What cores differ by is in a pace of the slowest already, so a job on them is no slower still."""
+    one = replace(cluster(), device=replace(cluster().device, host={"skew": 0.1}))
+    assert synchronous(Pace(one, Fixed()).at(2.0, slowest=True), 2).device.anchor_seconds == pytest.approx(0.020)
+    both = synchronous(Pace(one, Fixed()).at(2.0), 2).device.anchor_seconds
+    assert both == pytest.approx(0.020 * (1 + 0.1 * highest_of(2)))
+
+
 def test_messages_of_real_links_do_not_follow_the_host():
     slow = Pace(replace(cluster(), cores=0), Fixed()).at(2.0)
     assert slow.tables[0].seconds == (1e-3, 4e-3)
@@ -85,24 +96,38 @@ def test_a_pace_near_the_usual_counts(paces: list[float]):
 
 def test_the_pace_that_a_step_feels():
     data, pipe = ParallelPlan(8, dp=2), ParallelPlan(8, pp=2, dp=2, cuts=("h.1",), micro_batches=2)
-    assert pace_of_steps(data, [1.0, 1.4]) == 1.4  # the others wait for the slowest
+    fast, slow = Beat(0.4, 0.3, 0.2, 0.1), Beat(0.4, 0.4, 0.4, 0.2)
+    assert pace_of_steps(data, [fast, list(fast)], list(slow)) == slow  # who waits for the slowest at every moment
     stages = [pipe.coordinates(r)["pp"] for r in range(4)]
-    slow = [1.4 if s == 0 else 1.0 for s in stages]
-    assert pace_of_steps(pipe, slow) == pytest.approx(1.2)  # stages work in turn
-    assert pace_of_steps(pipe, [1.4, 1.0, 0.0, 0.0]) == 1.4  # more ranks than cores
-    assert beside([1.0, 1.0, 2.0, 2.0], [True, False, False]) == 1.0 and beside([1.0, 1.0, 2.0], None) == 1.25
+    found = pace_of_steps(pipe, [slow if s == 0 else fast for s in stages], slow)
+    assert found == pytest.approx((0.4, 0.35, 0.3, 0.15)) and found.whole == pytest.approx(1.2)  # stages work in turn
+    assert pace_of_steps(pipe, [slow, fast, NEVER, NEVER], slow) == slow  # more ranks than cores
+    assert beside([fast, fast, slow, slow], [True, False, False]) == fast
+    assert beside([fast, fast, slow], None) == pytest.approx((0.4, 0.325, 0.25, 0.125))
+
+
+def test_a_pace_is_told_by_its_parts():
+    host = {"anchor_in_rank": 2.0, "op_forward": 1.0}
+    parts = {"anchor_products": 0.5, "anchor_convolutions": 0.5, "anchor_passes": 0.5, "anchor_calls": 0.5}
+    whole, found = since_calibration(replace(DEVICE, host=host | parts), Beat(2.0, 0.5, 0.25, 1.25))
+    assert whole == 2.0 and found == {"products": 4.0, "convolutions": 2.0, "passes": 0.5, "calls": 2.5}
+    assert since_calibration(replace(DEVICE, host=host), Beat(2.0, 1.0, 0.25, 0.75)) == (2.0, {})  # an older file
+    assert since_calibration(replace(DEVICE, host=host), NEVER) == (0.0, {})
+    assert since_calibration(DEVICE, Beat(1.0, 1.0, 1.0, 1.0)) == (0.0, {})
 
 
 def test_a_pipeline_feels_what_its_stages_do_at_once():
     pipe = ParallelPlan(8, pp=2, cuts=("h.1",), micro_batches=2)
     predicted = SimpleNamespace(plan=pipe, step_seconds=1.0, breakdown={"compute": 0.75})
-    run = SimpleNamespace(pace=2.0, pace_alone=1.0)
-    assert felt(predicted, run, 2) == pytest.approx(1 + 2 / 3)  # at once half of the step: two thirds of the computing
+    busy, alone = Beat(2.0, 1.0, 3.0, 4.0), Beat(1.0, 1.0, 0.0, 1.0)
+    run = SimpleNamespace(pace=busy, pace_alone=alone)
+    # At once half of the step: two thirds of the computing.
+    assert felt(predicted, run, 2) == pytest.approx((1 + 2 / 3, 1.0, 2.0, 3.0))
     predicted.breakdown["compute"] = 0.4  # never at once
-    assert felt(predicted, run, 2) == 1.0
-    assert felt(predicted, run, 1) == 2.0  # ranks share cores
+    assert felt(predicted, run, 2) == alone
+    assert felt(predicted, run, 1) == busy  # ranks share cores
     predicted.plan = ParallelPlan(8, dp=2)
-    assert felt(predicted, run, 2) == 2.0
+    assert felt(predicted, run, 2) == busy
 
 
 def test_anchor_processes_answer_and_end():
