@@ -111,20 +111,30 @@ def _runtime_host(costs: StepCosts, plan: ParallelPlan) -> Floats:
     """Host seconds of pipelines, checkpoints and sharded Linears, in forward and backward [2], by forward op."""
     host, found = costs.cluster.device.host, np.zeros((2, costs.forward_ops))
     starts = [0, *(cut_start(costs, cut) for cut in plan.cuts)] if plan.pp > 1 else []
-    regions, saves = regions_of(costs, plan), saved_tensors(costs.graph)
+    regions = [costs.spans[path] for path in regions_of(costs, plan)]
+    saved, deep = _saved_and_deep(costs)
     sharded = [costs.spans[path] for path, _ in plan.shardings] if plan.tp > 1 else []
-    deep = [any(is_deep(costs.graph, op) for op in costs.graph.ops[i : j + 1]) for i, j in sharded]
-    inside = [i for path in regions for i in range(costs.spans[path][0], costs.spans[path][1] + 1)]
     places = {
         "pp_action": starts,
-        "checkpoint": [costs.spans[path][0] for path in regions],
-        "checkpoint_saved": [i for i in inside for _ in range(saves.get(costs.graph.ops[i].id, 0))],
-        "dtensor_linear": [i for i, _ in sharded],
-        "dtensor_view": [i for (i, _), views in zip(sharded, deep) if views],
+        "checkpoint": [first for first, _ in regions],
+        "dtensor_linear": [first for first, _ in sharded],
+        "dtensor_view": [first for first, last in sharded if deep[first : last + 1].any()],
     }
-    for kind, where in places.items():
-        for i, phase in enumerate(("forward", "backward")):
+    for i, phase in enumerate(("forward", "backward")):
+        for kind, where in places.items():
             np.add.at(found[i], where, host.get(kind if kind == "pp_action" else f"{kind}_{phase}", 0.0))
+        for first, last in regions:
+            found[i, first : last + 1] += saved[first : last + 1] * host.get(f"checkpoint_saved_{phase}", 0.0)
+    return found
+
+
+def _saved_and_deep(costs: StepCosts) -> tuple[Floats, NDArray[np.bool_]]:
+    """Of every forward op: how many tensors it saves for backward, and whether it reads one of more than two dims."""
+    if "saved and deep" not in costs.cache:
+        saves, ops = saved_tensors(costs.graph), costs.graph.ops[: costs.forward_ops]
+        saved, deep = [saves.get(op.id, 0) for op in ops], [is_deep(costs.graph, op) for op in ops]
+        costs.cache["saved and deep"] = np.array(saved, float), np.array(deep, bool)
+    found: tuple[Floats, NDArray[np.bool_]] = costs.cache["saved and deep"]
     return found
 
 
