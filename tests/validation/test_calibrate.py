@@ -93,6 +93,24 @@ def test_the_recorder_sees_what_the_tracer_sees(name: str) -> None:
         assert sum(getattr(s, counted) for s in traced) == sum(getattr(s, counted) for s in here), counted
 
 
+@pytest.mark.parametrize("name", ["index_select", "relu", "sum", "native_layer_norm"])
+def test_bytes_that_were_always_met_cold_are_not_free_where_they_are_warm(name: str) -> None:
+    def moves(width: int, swept: int) -> OpShape:
+        gathers, size = name == "index_select", 512 * width
+        ins, outs = ((512, width), *[(512,)] * gathers), ((512,),) if name == "sum" else ((512, width),)
+        read, written = 4 * size, 4 * (512 if name == "sum" else size)
+        return OpShape(f"aten.{name}.default", "forward", ins, outs, "float32", 0, read, written, swept=swept,
+                       since=2**24)  # fmt: skip
+
+    cold = [(moves(width, 0), 2e-5 + 1e-10 * 4 * 512 * width) for width in range(100, 400, 10)]
+    laws, *_ = fit_ops(cold)
+    device = replace(load_device("h100-sxm"), kind="cpu", laws=laws, samples={}, cache={})
+    for width in (105, 395):
+        as_measured, warm = (price(device, moves(width, swept)).seconds for swept in (0, 2**22))
+        assert as_measured == pytest.approx(2e-5 + 1e-10 * 4 * 512 * width, rel=0.05)
+        assert 0.5 * as_measured < warm <= as_measured * 1.001
+
+
 def test_laws_come_from_measured_steps() -> None:
     torch.set_num_threads(1)
     steps = [prepare(SOURCE[name]) for name in ("t64", "digits")]
