@@ -70,8 +70,8 @@ def synchronous(cluster: Cluster, count: int) -> Cluster:
         if count > 1:
             notes = (*notes, f"{NOTE} slowest of {count} GPUs: {slowest - 1:.1%} more than a middling one")
         cluster.cache["slowest", count] = replace(cluster, device=device, notes=notes)
-    result: Cluster = cluster.cache["slowest", count]
-    return result
+    found: Cluster = cluster.cache["slowest", count]
+    return found
 
 
 def _unequal_cores(cluster: Cluster, count: int) -> Cluster:
@@ -82,7 +82,7 @@ def _unequal_cores(cluster: Cluster, count: int) -> Cluster:
         host = {k: v for k, v in slower.host.items() if k != "skew"}
         device = replace(slower, host=host, notes=cluster.device.notes, cache={})
         said = (f"work takes {longer - 1:.1%} longer on the slowest of {count} cores",) * (count > 1)
-        found = replace(cluster, device=device, notes=(*cluster.notes, *said), cache={})
-        cluster.cache["slowest", count] = found
-    result: Cluster = cluster.cache["slowest", count]
-    return result
+        notes = (*cluster.notes, *said)
+        cluster.cache["slowest", count] = replace(cluster, device=device, notes=notes, cache={})
+    found: Cluster = cluster.cache["slowest", count]
+    return found

@@ -320,7 +320,7 @@ def _host(main: list[dict[str, Any]], results: dict[int, list[dict[str, Any]]], 
         host[f"anchor_{part}"] = statistics.median(r["parts"][part] for r in main)
     for key in main[0]["runtime"]:
         host[key] = statistics.median(r["runtime"][key] for r in main if key in r["runtime"])
-    host["skew"] = skew_of(main[0]["collectives"], len(main))
+    host["skew"] = skew_of(main[0].get("collectives", ()), len(main))
     host["loaded"] = max(statistics.median(r["anchor_loaded"] for r in main) / main[0]["anchor_solo"], 1.0)
     crowded = [w for w in results if w > cores and "anchor_oversubscribed" in results[w][0]]
     if crowded:

@@ -6,8 +6,8 @@ against 3 ms) and nothing like a training step.
 
 A message's seconds begin when the last of its ranks calls: what the others wait for it is no matter of the message.
 That wait is a share of the work before it (2 ranks of a Xeon, 7 to 106 ms of work: 6.5 to 8.6 % of it), and is
-calibrated as one ("skew", `costmodels.variability`). With it in the message, the same 4 KiB took 1.1 or 3.4 ms two
-minutes apart, without it 0.8 or 1.1 ms. All ranks are on this machine, so their clocks are one.
+calibrated as one ("skew", `costmodels.variability`). With it in the message, the same 4 KiB took 1.1 to 3.4 ms in
+two runs, without it 0.8 to 1.4 ms. All ranks are on this machine, so their clocks are one.
 """
 
 from __future__ import annotations

@@ -33,8 +33,8 @@ Case = Callable[[], Parts]
 
 class _Sweep(torch.autograd.Function):
     """Streams through more memory than the core's own caches and its share of the others' hold, forward and backward;
-    `spent` sums up the seconds, which are no overhead. On a Xeon of 2 MiB a core Linears under DTensor cost 3.0 ms
-    between sweeps of 4 MiB, 3.1 of 8 and 3.6 of 16 MiB; in a GPT-2 whose layers move 4 MiB 3.4 ms."""
+    `spent` sums up the seconds, which are no overhead. On a Xeon of 2 MiB a core a Linear under DTensor cost 2.4
+    to 2.9 ms between sweeps of 4 MiB, 2.5 to 3.3 of 8 and 3.4 to 3.7 of 16 MiB; in a small GPT-2 about 3.5 ms."""
 
     memory = torch.ones(2**22)
     spent = 0.0

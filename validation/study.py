@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from costmodels.cluster import Cluster
-from planner.plan import Precision
+from planner.plan import ParallelPlan, Precision
 from validation.anchor import NEVER, Beat
 from validation.compare import Comparison, compare
 from validation.launch import run_plans
@@ -149,12 +149,17 @@ def _executed(
         ratio, parts = since_calibration(pace.cluster.device, felt(own, m, pace.cluster.cores))
         if pace.anchors is not None and ratio:
             ratios.append(ratio)
-            own = predict(graph, own.plan, pace.at(ratio, parts, slowest=own.plan.pp == 1))
+            own = predict(graph, own.plan, pace.at(ratio, parts, slowest=feels_slowest(own.plan, pace.cluster.cores)))
         done[i] = compare(model, own, m, predictions[i].step_seconds)
         progress(outcome(done[i]), 0.1 + 0.88 * len(done) / len(predictions))
 
     run_plans(model, [p.plan for p in predictions], options, measured)
     return tuple(done[i] for i in range(len(predictions))), tuple(ratios)
+
+
+def feels_slowest(plan: ParallelPlan, cores: int) -> bool:
+    """Whether the pace that `felt` gives is of the slowest rank at every moment."""
+    return plan.pp == 1 or plan.world_size > cores
 
 
 def felt(p: Prediction, m: Measurement, cores: int) -> Beat:
@@ -164,7 +169,7 @@ def felt(p: Prediction, m: Measurement, cores: int) -> Beat:
     step, at least (n u - 1) / (n - 1) / u of it, if their idle times do not coincide.
     """
     ranks, share = p.plan.world_size, p.breakdown["compute"] / p.step_seconds
-    if p.plan.pp == 1 or ranks > cores or m.pace_alone == NEVER:
+    if feels_slowest(p.plan, cores) or m.pace_alone == NEVER:
         return m.pace
     at_once = min(max((ranks * share - 1) / (ranks - 1) / share, 0.0), 1.0)
     return Beat(*(alone + (all_busy - alone) * at_once for alone, all_busy in zip(m.pace_alone, m.pace)))

@@ -21,7 +21,7 @@ from planner.plan import ParallelPlan
 from validation.anchor import NEVER, Anchors, Beat
 from validation.measure import DISTURBED, beside, pace_of_steps, undisturbed
 from validation.pace import NEAR, Pace, pace_of, since_calibration, usual
-from validation.study import felt
+from validation.study import feels_slowest, felt
 
 DEVICE = load_cluster("dgx-h100").device
 
@@ -104,6 +104,12 @@ def test_the_pace_that_a_step_feels():
     assert pace_of_steps(pipe, [slow, fast, NEVER, NEVER], slow) == slow  # more ranks than cores
     assert beside([fast, fast, slow, slow], [True, False, False]) == fast
     assert beside([fast, fast, slow], None) == pytest.approx((0.4, 0.325, 0.25, 0.125))
+
+
+def test_who_feels_the_slowest_rank_at_every_moment():
+    """Their pace contains how cores differ; that of a pipeline with a core for each rank does not."""
+    data, pipe = ParallelPlan(8, dp=4), ParallelPlan(8, pp=2, dp=2, cuts=("h.1",), micro_batches=2)
+    assert feels_slowest(data, 4) and feels_slowest(pipe, 2) and not feels_slowest(pipe, 4)
 
 
 def test_a_pace_is_told_by_its_parts():
