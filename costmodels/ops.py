@@ -63,6 +63,9 @@ class OpShape:
     swept: int = 0
     since: int = 0
 
+    def __hash__(self) -> int:  # of what tells nearly all ops apart: of all fields it takes twice as long
+        return hash((self.name, self.in_shapes, self.swept, self.since))
+
 
 @dataclass(frozen=True, slots=True)
 class Price:
@@ -164,27 +167,35 @@ def price(device: Device, shape: OpShape) -> Price:
 
 def price_many(device: Device, shapes: Sequence[OpShape]) -> list[Price]:
     """`[price(device, s) for s in shapes]`, with the laws of all ops of one kind evaluated at once."""
-    groups: dict[str, list[OpShape]] = {}
-    for shape in dict.fromkeys(shapes):
-        if shape not in device.cache:
-            groups.setdefault(kernel_key(shape) if device.laws else "", []).append(shape)
-    lawless: list[OpShape] = []
+    found = [device.cache.get(shape) for shape in shapes]
+    missing: dict[OpShape, list[int]] = {}
+    for i, known in enumerate(found):
+        if known is None:
+            missing.setdefault(shapes[i], []).append(i)
+    groups: dict[str, list[tuple[OpShape, list[int]]]] = {}
+    for item in missing.items():
+        groups.setdefault(kernel_key(item[0]) if device.laws else "", []).append(item)
     for kernel, members in groups.items():
-        law = law_among(device.laws, members[0], kernel)
-        unknown = []
-        for shape in members:
-            if known := _known(device, shape, law, kernel):
-                _keep(device, shape, known)
-            else:
-                unknown.append(shape)
-        if law is None:
-            lawless += unknown
-        elif unknown:
-            for shape, value in zip(unknown, law_seconds(device.neighbours, law, kernel, unknown).tolist()):
-                _keep(device, shape, _from_law(law, shape, value))
-    for shape, by_kernel in zip(lawless, kernel_prices(device, lawless)):
-        _keep(device, shape, by_kernel or _roofline(device, shape))
-    return [device.cache[shape] for shape in shapes]
+        prices = _kernel(device, kernel, [shape for shape, _ in members])
+        for (shape, at), priced in zip(members, prices):
+            kept = _keep(device, shape, priced)
+            for i in at:
+                found[i] = kept
+    return [priced for priced in found if priced is not None]
+
+
+def _kernel(device: Device, kernel: str, shapes: Sequence[OpShape]) -> Iterable[Price]:
+    """Prices of ops of one `kernel_key`, or of all ops of a device without laws."""
+    law = law_among(device.laws, shapes[0], kernel)
+    known = [_known(device, shape, law, kernel) for shape in shapes]
+    unknown = [shape for shape, seen in zip(shapes, known) if seen is None]
+    if law is None:
+        each = zip(unknown, kernel_prices(device, unknown))
+        computed = iter([by_kernel or _roofline(device, shape) for shape, by_kernel in each])
+    else:
+        seconds = law_seconds(device.neighbours, law, kernel, unknown).tolist() if unknown else []
+        computed = iter([_from_law(law, shape, value) for shape, value in zip(unknown, seconds)])
+    return (seen or next(computed) for seen in known)
 
 
 def _keep(device: Device, shape: OpShape, found: Price) -> Price:

@@ -142,12 +142,12 @@ def measure_ops(job: dict[str, Any], rank: int) -> dict[str, Any]:
     reference = usual_beat([p for s in steps for p in s.paces])
     for step in steps:
         at_pace(step, reference)
-    good = [s for s in steps if s.times and any(s.plain)]
+    good = [s for s in steps if s.times and (any(s.plain) or job.get("drawn"))]
     return {
         "anchor_solo": solo, "anchor_loaded": loaded, "rounds": rounds,
         "anchor": reference.whole * between,
         "reference": reference.whole, "parts": reference._asdict(),
-        "samples": samples(good), "overheads": [overhead(s) for s in good],
+        "samples": samples(good), "overheads": [overhead(s) for s in good if any(s.plain)],
         "unrepeatable": [s.source.name for s in steps if not s.times],
         "steps": {s.source.name: list(zip(s.shapes, medians(s.times))) for s in good} if job.get("workloads") else {},
     }  # fmt: skip
@@ -155,7 +155,7 @@ def measure_ops(job: dict[str, Any], rank: int) -> dict[str, Any]:
 
 def _rounds(job: dict[str, Any], rank: int, steps: Sequence[Step], once: Callable[[], Beat]) -> tuple[int, float]:
     """Rounds over all models until the time is used, each step with the anchor beside it (`Step.paces`). Whole steps,
-    which only host overheads need, run in every second one.
+    which only host overheads need, run in every second one; of drawn models only ops are asked, and nothing else runs.
 
     Returns the number of rounds, and on rank 0 the anchor in processes of its own over the anchor in this one (else 0).
     """
@@ -165,7 +165,8 @@ def _rounds(job: dict[str, Any], rank: int, steps: Sequence[Step], once: Callabl
     from validation.calibrate_record import time_ops, time_parts
     from validation.environment import available_cores
 
-    anchors = Anchors(available_cores(), cpu_clock=True) if rank == 0 else None
+    drawn = bool(job.get("drawn"))
+    anchors = Anchors(available_cores(), cpu_clock=True) if rank == 0 and not drawn else None
     shares: list[float] = []
 
     def quick() -> Beat:
@@ -180,18 +181,21 @@ def _rounds(job: dict[str, Any], rank: int, steps: Sequence[Step], once: Callabl
 
     began, rounds = time.time(), 0
     length = max(job["until"] - began, 1e-3)  # what starting ranks and building models has left of the budget
-    while together(rounds < job["least_rounds"] or time.time() < job["until"]):
+    while together(rounds < job["least_rounds"] or time.time() + (time.time() - began) / rounds / 2 < job["until"]):
         report(job, rank, f"round {rounds + 1}", 0.2 + 0.8 * min((time.time() - began) / length, 1.0))
-        pace()
+        if not drawn:
+            pace()
         last = quick()
         for step in steps:
             time_ops(step)
-            if rounds % 2 == 0:
+            if rounds % 2 == 0 and not drawn:
                 time_parts(step)
             now = quick()
             step.paces.append(joined(statistics.fmean, [last, now]))
             last = now
         rounds += 1
+    if drawn:
+        return rounds, 0.0
     pace()
     if anchors is not None:
         anchors.close()

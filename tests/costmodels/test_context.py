@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from costmodels.context import in_context, inner_runs, price_in_order, runs_of
 from costmodels.device import Device, Law, load_device
-from costmodels.features import FORMS, MIB
+from costmodels.features import FORMS, MIB, features
 from costmodels.ops import OpShape, price
 
 VIEW = OpShape("aten.view.default", "forward", ((8,),), ((8,),), "float32", 0, 0, 0)
@@ -56,6 +56,15 @@ def test_nothing_is_cheaper_for_what_ran_before(ops: list[tuple[str, int]]) -> N
         assert found.seconds >= price(device, shape).seconds
     assert [replace(s, swept=0, since=0) for s in in_context(shapes)] == shapes
     assert in_context(in_context(shapes)) == in_context(shapes)
+
+
+def test_the_first_bytes_take_most_with_them() -> None:
+    quarter = replace(op("relu", MIB // 2), swept=2 * MIB, since=MIB)
+    _, swept, since, again, cold, *_ = features(quarter, "stream")
+    assert (swept, since) == (0.5, 0.25), "roots of the shares of 8 and of 16 MiB"
+    assert (again, cold) == (MIB / 8, 0.0), "a quarter of what it moves; the op before has touched all of it"
+    beyond = replace(quarter, swept=2**30, since=2**30)
+    assert features(beyond, "stream")[1:3] == (1.0, 1.0)
 
 
 def test_kernels_of_accelerators_go_by_shapes() -> None:
