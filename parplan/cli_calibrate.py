@@ -21,7 +21,7 @@ def calibrate(
     ] = None,
     budget: Annotated[
         float | None, typer.Option(
-            help="Seconds to spend; every 75 beyond 90 measure the ops of 30 further models. Not with --cluster.",
+            help="Seconds to spend; every 75 beyond 90 measure the ops of 60 further models. Not with --cluster.",
             show_default=f"{BUDGET:g}",
         ),
     ] = None,
