@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 WIDTH = 1.5  # doublings of one dim
 SAME = 3.0  # weight of the narrow Gaussian, whose width is that of the wide one over the root of ten
 ALONE = 0.1
+LEAST = -80.0  # logarithm of the least weight: smaller single-precision numbers are denormal, 50 times as slow
 FARTHEST = 1.5  # ln of a measured time over its law beyond which an op is taken for one that was disturbed
 UNIT = 2**19  # bytes: context in halves of a MiB, see `costmodels.context`
 CONTEXT = slice(18, 20)  # of a point
@@ -89,12 +90,10 @@ def _mean_ratio(at: Singles, points: Singles, halves: Singles, summed: Singles) 
     weights = at @ points  # minus the halves of both squares: minus half of the squared distance
     weights -= halves
     weights -= np.einsum("ij,ij->i", at, at)[:, None] / 2
-    np.minimum(weights, 0.0, out=weights)
-    np.exp(weights, out=weights)
-    narrow = weights * weights
-    narrow *= narrow
-    narrow *= weights
-    narrow *= narrow
+    np.clip(weights, LEAST, 0.0, out=weights)
+    narrow = np.maximum(weights, LEAST / 10) * np.float32(10)
+    for part in (weights, narrow):
+        np.exp(part, out=part)
     narrow *= SAME
     weights += narrow
     logs, total = (weights @ summed).T.astype(float)
