@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import time
 
 # One thread per rank (a rank is a device). The malloc settings keep large tensors in the heap: otherwise every step
 # page-faults its large outputs anew, _log_softmax of 32 MiB takes twice as long (shared/facts/torch.md section 7). One
@@ -19,6 +21,7 @@ RANK_ENV = {
     "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "8192",
 }
 
+NAMED = 1.0  # seconds within which a thread of gloo has taken its name, on a machine as busy as can be
 
 _room = 0  # bytes of heap that room_to_grow has touched in this process
 
@@ -69,11 +72,21 @@ def let_gloo_wait() -> None:
     """
     if not hasattr(os, "SCHED_IDLE"):
         return
+    before, until = set[str](), time.monotonic() + NAMED
+    while (found := _polling_threads()) != before or (not found and time.monotonic() < until):
+        before = found
+        time.sleep(NAMED / 20)  # a thread that has just begun does not bear its name yet
+    for thread in found:
+        with contextlib.suppress(ProcessLookupError, PermissionError):  # it has ended, or a sandbox does not let us
+            os.sched_setscheduler(int(thread), os.SCHED_IDLE, os.sched_param(0))
+
+
+def _polling_threads() -> set[str]:
+    """The threads of this process in which gloo polls."""
+    found = set()
     for thread in os.listdir("/proc/self/task"):
-        try:
-            with open(f"/proc/self/task/{thread}/comm") as name:
-                polls = name.read().startswith("gloo_tcp_loop")
-            if polls:
-                os.sched_setscheduler(int(thread), os.SCHED_IDLE, os.sched_param(0))
-        except (FileNotFoundError, ProcessLookupError, PermissionError):  # it has ended, or a sandbox does not let us
-            continue
+        ended = contextlib.suppress(FileNotFoundError, ProcessLookupError)
+        with ended, open(f"/proc/self/task/{thread}/comm") as name:
+            if name.read().startswith("gloo_tcp_loop"):
+                found.add(thread)
+    return found
