@@ -67,14 +67,16 @@ def measure_collectives(
     rows = []
     for i, kind in enumerate(kinds):
         of_kind = points[i * len(sizes) : (i + 1) * len(sizes)]
-        means, errors = zip(*(_mean(runs) for runs in of_kind))
+        means, spreads = zip(*(_mean(runs) for runs in of_kind))
         slowest, busy = _slowest(means), _over_ranks([statistics.fmean(r.busy for r in runs) for runs in of_kind])
-        seconds = smoothed(sizes, slowest, _over_ranks(errors))
+        # Over the slowest rank's mean: a broadcast's root is through before the last rank calls, its own is nothing.
+        errors = [spread / mean for spread, mean in zip(_over_ranks(spreads), slowest)]
+        seconds = smoothed(sizes, slowest, errors)
         rows.append({
             "kind": kind, "ranks": dist.get_world_size(), "bytes": [float(s) for s in sizes],
             "seconds": seconds,
             "demand": [min(b / s, 2.0) for b, s in zip(busy, slowest)],
-            "error": statistics.median(_over_ranks(errors)),
+            "error": statistics.median(errors),
             "skew": statistics.fmean(_middle([r.skew for runs in of_kind for r in runs])),
         })  # fmt: skip
     return rows
@@ -123,14 +125,14 @@ def _point(kind: str, size: int, seconds: float) -> list[Round]:
 
 
 def _mean(rounds: list[Round]) -> tuple[float, float]:
-    """Mean of the middle four fifths of the calls, and its relative standard error.
+    """Mean of the middle four fifths of the calls, and its standard error, in seconds.
 
     The mean, because a step adds its messages up and their times have two humps (threads awake or asleep); without the
     ends, because whatever else runs here belongs to no message.
     """
     middle = _middle([r.seconds for r in rounds])
     mean = max(statistics.fmean(middle), LEAST_SECONDS)
-    return mean, statistics.pstdev(middle) / mean / len(middle) ** 0.5
+    return mean, statistics.pstdev(middle) / len(middle) ** 0.5
 
 
 def _middle(values: Sequence[float]) -> list[float]:

@@ -24,3 +24,17 @@ def test_a_message_begins_when_the_last_of_its_ranks_calls(monkeypatch):
     rounds = gloo.rounds_of(lambda: None, 2, members=(0, 1))
     assert [r.seconds for r in rounds] == [1.0, 1.0]
     assert [r.skew for r in rounds] == pytest.approx([5.0 / 3.5 - 1] * 2)
+
+
+def test_the_error_of_a_broadcast_is_not_that_of_its_root(monkeypatch):
+    """The root is through 1 us after the last rank calls, give or take 1 ms; the slowest rank takes 10 ms."""
+    rounds = [gloo.Round(1e-6 + shift, 0.0, 0.0) for shift in (-1e-3, 1e-3) * 50]
+    monkeypatch.setattr(gloo, "_point", lambda kind, size, seconds: rounds)
+    monkeypatch.setattr(gloo, "_over_ranks", list)
+    monkeypatch.setattr(gloo, "_slowest", lambda means: [1e-2] * len(means))
+    monkeypatch.setattr(gloo, "dist", SimpleNamespace(get_world_size=lambda: 4))
+    monkeypatch.setattr("validation.anchor.make_anchor", lambda clock: lambda: 1.0)
+    monkeypatch.setattr("validation.calibrate_worker.together", lambda go_on: go_on)
+    (row,) = gloo.measure_collectives(("broadcast",), (4096, 2**20), 0.1, until=0.0)
+    assert row["error"] == pytest.approx(1e-3 / 80**0.5 / 1e-2)
+    assert row["seconds"] == pytest.approx([1e-2, 1e-2])
