@@ -167,7 +167,7 @@ def price(device: Device, shape: OpShape) -> Price:
 
 def price_many(device: Device, shapes: Sequence[OpShape]) -> list[Price]:
     """`[price(device, s) for s in shapes]`, with the laws of all ops of one kind evaluated at once."""
-    found = [device.cache.get(shape) for shape in shapes]
+    found: list[Any] = [device.cache.get(shape) for shape in shapes]
     missing: dict[OpShape, list[int]] = {}
     for i, known in enumerate(found):
         if known is None:
@@ -181,7 +181,7 @@ def price_many(device: Device, shapes: Sequence[OpShape]) -> list[Price]:
             kept = _keep(device, shape, priced)
             for i in at:
                 found[i] = kept
-    return [priced for priced in found if priced is not None]
+    return found
 
 
 def _kernel(device: Device, kernel: str, shapes: Sequence[OpShape]) -> Iterable[Price]:

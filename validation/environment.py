@@ -21,7 +21,7 @@ RANK_ENV = {
     "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "8192",
 }
 
-NAMED = 1.0  # seconds within which a thread of gloo has taken its name, on a machine as busy as can be
+NAMED = 1.0  # seconds for which a thread of gloo that takes its name is waited for: an ASSUMPTION
 
 _room = 0  # bytes of heap that room_to_grow has touched in this process
 
@@ -69,6 +69,7 @@ def let_gloo_wait() -> None:
     next tick, 4 ms. So every fourth message took ten times as long as the others: 4 KiB among 2 ranks 1.5 to 1.9 ms in
     the mean and 0.4 in the median, of which the loop computed 0.5 ms; with this 0.41 and 0.33 ms. Ranks are sessions
     of their own, so Linux' autogroups keep other processes from starving the loop. Elsewhere nothing happens.
+    A thread bears its name only some time after it has begun, so the threads are counted until they stay the same.
     """
     if not hasattr(os, "SCHED_IDLE"):
         return
