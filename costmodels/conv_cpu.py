@@ -54,7 +54,11 @@ def conv_flops(shape: OpShape) -> tuple[float, int]:
     sizes = _sizes(shape)
     assert sizes is not None, "a convolution has an image and a weight"
     image, weight, out = sizes
-    return 2.0 * _passes(shape, image) * prod(out) * prod(weight[1:]), weight[1]
+    return _flops(_passes(shape, image), weight, out), weight[1]
+
+
+def _flops(passes: int, weight: Shape, out: Shape) -> float:
+    return 2.0 * passes * prod(out) * prod(weight[1:])
 
 
 def native_features(shape: OpShape, swept: float, since: float) -> tuple[float, ...]:
@@ -68,7 +72,7 @@ def native_features(shape: OpShape, swept: float, since: float) -> tuple[float, 
     image, weight, out = sizes
     passes = _passes(shape, image)
     pixels = prod(out[2:])
-    flops, _ = conv_flops(shape)
+    flops = _flops(passes, weight, out)
     point = prod(weight[2:]) == 1
     unfolded = 0.0 if point else float(passes * out[0] * pixels * prod(weight[1:]))
     through = family(shape.name) == "conv" or image in shape.out_shapes
@@ -88,7 +92,7 @@ def onednn_features(shape: OpShape, swept: float, since: float) -> tuple[float, 
     if sizes is None:
         return _unknown(shape, ONEDNN)
     image, weight, out = sizes
-    flops, channels = conv_flops(shape)
+    flops, channels = _flops(_passes(shape, image), weight, out), weight[1]
     depthwise = channels == 1 and weight[0] > 1 and image[1] > 1
     thin, point = channels < FEW_CHANNELS and not depthwise, prod(weight[2:]) == 1
     kinds = [0.0] * 4

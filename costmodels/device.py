@@ -14,6 +14,7 @@ from costmodels import sheet
 from costmodels import tomlfile as toml
 from costmodels.families import PARTS, family
 from costmodels.neighbours import Neighbours, is_label
+from costmodels.signature import Signature, is_written, parsed, written
 
 Kind = Literal["cpu", "gpu", "tpu", "npu"]
 CATALOGUE = Path(__file__).parent / "catalogue"
@@ -48,7 +49,7 @@ class Device:
     floor_seconds: least time of a kernel where no law says more.
     efficiency: share of the peak (FLOP/s for compute families, bandwidth for the others) by op family,
         used by the roofline only.
-    laws: measured laws by key. samples: measured ops, "signature" -> seconds (see `ops.signature`).
+    laws: measured laws by key. samples: seconds of measured ops, by `ops.signature`.
     neighbours: what measured ops say of the laws around them.
     host: seconds of Python and runtime overhead by kind. anchor_seconds: time of the anchor benchmark
         (`validation.anchor`) at calibration, 0 where there is none.
@@ -80,7 +81,7 @@ class Device:
     floor_seconds: float = 0.0
     efficiency: dict[str, float] = field(default_factory=dict)
     laws: dict[str, Law] = field(default_factory=dict)
-    samples: dict[str, float] = field(default_factory=dict)
+    samples: dict[Signature, float] = field(default_factory=dict)
     neighbours: Neighbours = field(default_factory=lambda: Neighbours({}), repr=False)
     kernels: dict[str, Any] = field(default_factory=dict, repr=False)
     host: dict[str, float] = field(default_factory=dict)
@@ -123,7 +124,7 @@ def rescale(device: Device, ratio: float, parts: Mapping[str, float] | None = No
     if not (ratio > 0 and all(r > 0 for r in parts.values())):
         raise ValueError(f"the ratios of anchor times are {[ratio, *parts.values()]}; they must be more than 0")
 
-    def of(key: str) -> float:  # of a law or a sample: "mm/float32", "pointwise:float32", "gelu.tanh/float32|2,3|2,3"
+    def of(key: str) -> float:  # of a law or a kernel: "mm/float32", "pointwise:float32", "gelu.tanh/float32"
         kind = key.partition(":")[0] if ":" in key else family(key.partition("/")[0])
         return parts.get(PARTS.get(kind, "passes"), ratio)
 
@@ -135,7 +136,7 @@ def rescale(device: Device, ratio: float, parts: Mapping[str, float] | None = No
     return replace(
         device,
         laws=laws,
-        samples={k: v * of(k) for k, v in device.samples.items()},
+        samples={k: v * of(k[0]) for k, v in device.samples.items()},
         host={k: v if k in ratios else v * of_host(k) for k, v in device.host.items()},
         anchor_seconds=device.anchor_seconds * ratio,
         notes=(*device.notes, f"op times rescaled by {ratio:.3f}, the ratio of anchor times"),
@@ -282,8 +283,10 @@ def _law_from(row: dict[str, Any], where: str) -> Law:
     )
 
 
-def _samples_from(rows: Iterable[str], where: str) -> dict[str, float]:
-    return _by_text(rows, "signature=seconds", f"{where}: sample")
+def _samples_from(rows: Iterable[str], where: str) -> dict[Signature, float]:
+    form = "op/dtype|shapes|shapes=seconds"
+    found = _by_text(rows, form, f"{where}: sample", lambda text, seconds: is_written(text) and 0 < seconds < math.inf)
+    return {parsed(text): seconds for text, seconds in found.items()}
 
 
 def _neighbours_from(rows: Iterable[str], where: str) -> Neighbours:
@@ -294,7 +297,7 @@ def _neighbours_from(rows: Iterable[str], where: str) -> Neighbours:
 
 
 def _by_text(
-    rows: Iterable[str], form: str, what: str, good: Callable[[str, float], bool] = lambda text, number: True
+    rows: Iterable[str], form: str, what: str, good: Callable[[str, float], bool]
 ) -> dict[str, float]:
     """The number behind the last "=" of each row, by the text before it."""
     found = {}
@@ -314,7 +317,7 @@ def device_data(device: Device) -> dict[str, Any]:
     """The content of the device's TOML file."""
     data: dict[str, Any] = asdict(replace(device, laws={}, cache={}, kernels={}, neighbours=Neighbours({})))
     del data["cache"], data["kernels"]  # kernel constants have a file of their own
-    data["samples"] = [f"{signature}={seconds:.4g}" for signature, seconds in device.samples.items()]
+    data["samples"] = [f"{written(signature)}={seconds:.4g}" for signature, seconds in device.samples.items()]
     data["neighbours"] = [f"{label}={ratio:.3g}" for label, ratio in device.neighbours.ratios.items()]
     data["laws"] = [asdict(law) for law in device.laws.values()]
     return {k: v for k, v in data.items() if v or k in ("memory_bytes", "peak_flops")}

@@ -21,11 +21,12 @@ if TYPE_CHECKING:
     from costmodels.ops import OpShape
 
 MIB = 2**20
-TIERS = (0, MIB, 8 * MIB, 64 * MIB)
+TIERS = (MIB, 8 * MIB, 64 * MIB)
+GATHERS = frozenset({"embedding", "index_select", "gather", "index", "take"})
 LEAST_DEPTH = 32  # found on an EPYC core: 0.76 ns per element for depths 2 to 8, the time of 32 terms
 REGISTER = 16  # float32 numbers of a 512-bit register
 Shape = tuple[int, ...]
-CONTEXT = ("swept", "since", "bytes_swept", "bytes_cold")  # see `_context`
+CONTEXT = ("swept", "since", "bytes_swept", "bytes_cold")  # see `_emptied` and `_context`
 # Bytes after which nothing is left in the caches. Of seven pairs (2 to 32, 4 to 64) this one is 0.2 points from the
 # best on calibration's own models, a quarter left out at a time (reports/README.md).
 SWEPT, SINCE = 8 * MIB, 16 * MIB
@@ -110,12 +111,14 @@ def touched(shape: OpShape) -> int:
 
 def gathers(name: str) -> bool:
     """Whether an op reads only those rows of its first input that it writes."""
-    return base_name(name) in ("embedding", "index_select", "gather", "index", "take")
+    return base_name(name) in GATHERS
 
 
 def _tiers(nbytes: float) -> tuple[float, float, float, float]:
     """Bytes, and bytes over 1, 8 and 64 MiB."""
-    over_1, over_8, over_64 = (float(max(nbytes - tier, 0)) for tier in TIERS[1:])
+    if nbytes <= MIB:  # most ops
+        return float(nbytes), 0.0, 0.0, 0.0
+    over_1, over_8, over_64 = [float(max(nbytes - tier, 0)) for tier in TIERS]
     return float(nbytes), over_1, over_8, over_64
 
 
@@ -127,7 +130,7 @@ def _gemm(shape: OpShape) -> tuple[float, ...]:
     left, right, out = float(b * m * k), float(b * k * n), float(b * m * n)
     more = _tiers(touched(shape))[2]
     columns = -(-n // REGISTER) * REGISTER
-    swept, since, *_ = _context(shape)
+    swept, since = _emptied(shape)
     work = 2.0 * out * max(k, LEAST_DEPTH)
     return 1.0, swept, since, float(b), work, 2.0 * b * m * columns * k, left, right, out, more
 
@@ -149,16 +152,19 @@ def _rnn(shape: OpShape) -> tuple[float, ...]:
     )  # fmt: skip
 
 
-def _context(shape: OpShape) -> tuple[float, float, float, float]:
-    """How far the op before has emptied the caches, how far this op's own code has left them, the bytes that an op of
-    less than a MiB then has to fetch again, and those that the op before has not touched either (0 where nothing is
-    known of what ran before). The first MiB takes more with it than the next: float32 adds of a few KB take 7 us
-    at once, 15 after 1 MiB, 20 after 4 and 22 after 16 (medians of 40 on a Xeon), so the first two are square roots
-    (ops of 112 models, a quarter left out at a time: 9.9 % in the mean become 9.7; no further with fourth roots)."""
-    swept, since = min(shape.swept / SWEPT, 1.0), min(shape.since / SINCE, 1.0)
-    moved = touched(shape)
+def _emptied(shape: OpShape) -> tuple[float, float]:
+    """How far the op before has emptied the caches, and how far this op's own code has left them. The first MiB takes
+    more with it than the next: float32 adds of a few KB take 7 us at once, 15 after 1 MiB, 20 after 4 and 22 after 16
+    (medians of 40 on a Xeon), so both are square roots (ops of 112 models, a quarter left out at a time: 9.9 % in the
+    mean become 9.7; no further with fourth roots)."""
+    return min(shape.swept / SWEPT, 1.0) ** 0.5, min(shape.since / SINCE, 1.0) ** 0.5
+
+
+def _context(shape: OpShape, moved: int) -> tuple[float, float, float, float]:
+    """`_emptied`; of the bytes that an op moves, those of an op of less than a MiB that it then has to fetch again, and
+    those that the op before has not touched either (0 where nothing is known of what ran before)."""
     cold = float(max(moved - shape.swept, 0)) if shape.swept or shape.since else 0.0
-    return swept**0.5, since**0.5, min(moved, MIB) * swept, cold
+    return *_emptied(shape), min(moved, MIB) * min(shape.swept / SWEPT, 1.0), cold
 
 
 def _rows(shape: OpShape) -> tuple[float, ...]:
@@ -170,7 +176,8 @@ def _rows(shape: OpShape) -> tuple[float, ...]:
     held = shape.bytes_read if gather else shape.bytes_written
     cold = rows * max(0.0, 1 - MIB / held) if held else 0.0
     read = shape.bytes_written if gather else shape.bytes_read
-    return (1.0, *_context(shape), rows, cold, *_tiers(read), *_tiers(shape.bytes_written))
+    context = _context(shape, touched(shape))
+    return (1.0, *context, rows, cold, *_tiers(read), *_tiers(shape.bytes_written))
 
 
 def _reduce(shape: OpShape) -> tuple[float, ...]:
@@ -180,7 +187,8 @@ def _reduce(shape: OpShape) -> tuple[float, ...]:
     result = shape.out_shapes[0] if shape.out_shapes else ()
     across = bool(whole and result) and whole[-1] == result[-1]
     read, *over = _tiers(shape.bytes_read)
-    return (1.0, *_context(shape), 0.0 if across else read, read if across else 0.0, *over, float(shape.bytes_written))
+    context = _context(shape, touched(shape))
+    return (1.0, *context, 0.0 if across else read, read if across else 0.0, *over, float(shape.bytes_written))
 
 
 def _norm(shape: OpShape) -> tuple[float, ...]:
@@ -188,7 +196,8 @@ def _norm(shape: OpShape) -> tuple[float, ...]:
     took 20 to 50 ns each in a backward pass, as long as 50 of their elements in a large map."""
     whole = next((s for s in shape.in_shapes if len(s) >= 2), (1, 1))
     by_channel = any(kind in shape.name for kind in ("batch_norm", "group_norm"))
-    return (1.0, *_context(shape), float(prod(whole[:2] if by_channel else whole[:-1])), *_tiers(touched(shape)))
+    moved = touched(shape)
+    return (1.0, *_context(shape, moved), float(prod(whole[:2] if by_channel else whole[:-1])), *_tiers(moved))
 
 
 def _pool(shape: OpShape) -> tuple[float, ...]:
@@ -198,11 +207,12 @@ def _pool(shape: OpShape) -> tuple[float, ...]:
     large, small = float(max(maps, default=1)), float(min(maps, default=1))
     window = prod(int(n) for n in shape.variant.split("x")) if shape.variant else large / small if large > small else 9
     forward = family(shape.name) == "pool"
-    return (1.0, *_context(shape), window * small if forward else 0.0, large, small)
+    return (1.0, *_context(shape, touched(shape)), window * small if forward else 0.0, large, small)
 
 
 def _stream(shape: OpShape) -> tuple[float, ...]:
-    return (1.0, *_context(shape), float(shape.runs if shape.runs > 1 else 0), *_tiers(touched(shape)))
+    moved = touched(shape)
+    return (1.0, *_context(shape, moved), float(shape.runs if shape.runs > 1 else 0), *_tiers(moved))
 
 
 def _optimizer(shape: OpShape) -> tuple[float, ...]:
@@ -210,8 +220,8 @@ def _optimizer(shape: OpShape) -> tuple[float, ...]:
 
 
 _FUNCTIONS: dict[str, Callable[[OpShape], tuple[float, ...]]] = {
-    "gemm": _gemm, "conv_native": lambda s: native_features(s, *_context(s)[:2]),
-    "conv_onednn": lambda s: onednn_features(s, *_context(s)[:2]),
+    "gemm": _gemm, "conv_native": lambda s: native_features(s, *_emptied(s)),
+    "conv_onednn": lambda s: onednn_features(s, *_emptied(s)),
     "attention": _attention, "rnn": _rnn, "rows": _rows, "reduce": _reduce,
     "norm": _norm, "pool_taps": _pool, "stream": _stream, "optimizer": _optimizer,
 }  # fmt: skip

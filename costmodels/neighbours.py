@@ -18,11 +18,13 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from math import log, prod
+from math import exp, log, prod
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
+
+from costmodels.signature import Shape, Signature, is_written, parsed, written
 
 if TYPE_CHECKING:
     from costmodels.ops import OpShape
@@ -31,13 +33,14 @@ WIDTH = 1.5  # doublings of one dim
 SAME = 3.0  # weight of the narrow Gaussian, whose width is that of the wide one over the root of ten
 ALONE = 0.1
 LEAST = -80.0  # logarithm of the least weight: from -88 on exp makes denormals, up to 7 times as slow (measured)
+NARROWEST = np.float32(exp(LEAST / 10))
+AT_ONCE = 8192  # weights: they stay in a cache, and BLAS starts no second thread for a few hundred rows
 FARTHEST = 1.5  # ln of a measured time over its law beyond which an op is taken for one that was disturbed
 UNIT = 2**19  # bytes: context in halves of a MiB, see `costmodels.context`
 CONTEXT = slice(18, 20)  # of a point
 NOTHING = (0, 0, 0, 0)
 Floats = NDArray[np.float64]
 Singles = NDArray[np.float32]  # prices of 1,407 ops came out within 5e-6 of those by doubles
-Shape = tuple[int, ...]
 Group = tuple[str, tuple[int, ...]]
 _Measured = tuple[Singles, Singles, Singles]
 
@@ -70,12 +73,15 @@ class Neighbours:
         for key, at in members.items():
             if measured := self.groups.get(key):
                 ops = [shapes[i] for i in at]
-                numbers = [_numbers(s.in_shapes, s.out_shapes, s.runs, s.swept, s.since) for s in ops]
-                placed = [i for i, row in enumerate(numbers) if any(row[CONTEXT])]
-                full = [[*numbers[i][: CONTEXT.start], 0, 0] for i in placed]
-                ratios = _mean_ratio(_points(numbers + full), *measured)
-                found[:, at] = ratios[: len(at)]
-                found[1, [at[i] for i in placed]] = ratios[len(at) :]
+                alike: dict[tuple[tuple[Shape, ...], tuple[Shape, ...], int], int] = {}  # in whatever context
+                which = [alike.setdefault((s.in_shapes, s.out_shapes, s.runs), len(alike)) for s in ops]
+                full = _points([_numbers(*op, 0, 0) for op in alike])
+                placed = [i for i, s in enumerate(ops) if s.swept or s.since]
+                here = full[[which[i] for i in placed]]
+                here[:, CONTEXT] = _context([(ops[i].swept, ops[i].since) for i in placed])
+                ratios = _mean_ratio(np.concatenate((full, here)), *measured)
+                found[:, at] = ratios[which]
+                found[0, [at[i] for i in placed]] = ratios[len(alike) :]
         return found
 
 
@@ -87,43 +93,48 @@ def _measured(points: Singles, logs: Floats) -> _Measured:
 
 def _mean_ratio(at: Singles, points: Singles, halves: Singles, summed: Singles) -> Floats:
     """The weighed geometric mean of the ratios around each point of `at`; the rest as `_measured` gives it."""
-    weights = at @ points  # minus the halves of both squares: minus half of the squared distance
-    weights -= halves
-    weights -= np.einsum("ij,ij->i", at, at)[:, None] / 2
-    np.clip(weights, LEAST, 0.0, out=weights)
-    narrow = np.maximum(weights, LEAST / 10) * np.float32(10)
-    for part in (weights, narrow):
-        np.exp(part, out=part)
-    narrow *= SAME
-    weights += narrow
-    logs, total = (weights @ summed).T.astype(float)
+    sums = np.empty((len(at), 2), np.float32)
+    squares = np.einsum("ij,ij->i", at, at)[:, None] / 2
+    rows = max(AT_ONCE // len(halves), 1)
+    for first in range(0, len(at), rows):
+        part = slice(first, first + rows)
+        weights = at[part] @ points  # minus the halves of both squares: minus half of the squared distance
+        weights -= halves
+        weights -= squares[part]
+        np.clip(weights, LEAST, 0.0, out=weights)
+        np.exp(weights, out=weights)
+        narrow = np.maximum(weights, NARROWEST)  # its tenth power, which is no denormal
+        narrow *= narrow
+        eighth = narrow * narrow
+        eighth *= eighth
+        narrow *= eighth
+        narrow *= SAME
+        weights += narrow
+        np.matmul(weights, summed, out=sums[part])
+    logs, total = sums.T.astype(float)
     found: Floats = np.exp(logs / (total + ALONE))
     return found
 
 
-def label(signature: str, shape: OpShape) -> str:
+def label(signature: Signature, shape: OpShape) -> str:
     """An op in its place, as device files name it: `costmodels.ops.signature`, then stretches and context."""
-    return f"{signature}@{shape.runs},{shape.swept},{shape.since}"
+    return f"{written(signature)}@{shape.runs},{shape.swept},{shape.since}"
 
 
 def is_label(text: str) -> bool:
     """Whether this is what `label` writes."""
-    return re.fullmatch(r"[^|]+/\w+\|[\d,;]*\|[\d,;]*@\d+,\d+,\d+", text) is not None
+    signature, _, place = text.rpartition("@")
+    return is_written(signature) and re.fullmatch(r"\d+,\d+,\d+", place) is not None
 
 
 def _parsed(text: str) -> tuple[str, tuple[Shape, ...], tuple[Shape, ...], tuple[int, ...]]:
     """Kernel, shapes of the operands and of the results, stretches and context of a label."""
     signature, _, place = text.rpartition("@")
-    kernel, ins, outs = signature.split("|")
-    return kernel, _shapes(ins), _shapes(outs), tuple(map(int, place.split(",")))
-
-
-def _shapes(text: str) -> tuple[Shape, ...]:
-    return tuple(tuple(map(int, s.split(","))) if s else () for s in text.split(";")) if text else ()
+    return *parsed(signature), tuple(map(int, place.split(",")))
 
 
 def _group(kernel: str, ins: Sequence[Shape]) -> Group:
-    return kernel, tuple(len(s) for s in ins[:3] if s)
+    return kernel, tuple([len(s) for s in ins[:3] if s])
 
 
 def _numbers(ins: Sequence[Shape], outs: Sequence[Shape], runs: int, swept: int, since: int) -> list[int]:
@@ -141,6 +152,15 @@ def _points(numbers: Sequence[Sequence[int]]) -> Singles:
     """Their logarithms in widths, as distances count them: f4[n, dims]."""
     points = np.array(numbers, np.float32)
     points[:, CONTEXT] /= UNIT
-    np.log1p(points, out=points)
-    points /= WIDTH * log(2)
-    return points
+    return _in_widths(points)
+
+
+def _context(places: Sequence[tuple[int, int]]) -> Singles:
+    """What stands in a point of these `swept` and `since`."""
+    return _in_widths(np.array(places, np.float32).reshape(-1, 2) / np.float32(UNIT))
+
+
+def _in_widths(numbers: Singles) -> Singles:
+    np.log1p(numbers, out=numbers)
+    numbers /= WIDTH * log(2)
+    return numbers

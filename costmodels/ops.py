@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
+from operator import le
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -16,6 +18,7 @@ from costmodels.families import COMPUTE, FREE, base_name, family
 from costmodels.features import CONTEXT, FORMS, extent, features, form_of, touched
 from costmodels.kernels import kernel_prices
 from costmodels.neighbours import Neighbours
+from costmodels.signature import SCALAR, Signature
 
 if TYPE_CHECKING:
     from opgraph.graph import Op, OpGraph
@@ -145,19 +148,17 @@ def variant_of(
 def kernel_key(shape: OpShape) -> str:
     """The key of the law that an op of this kind and dtype has of its own: "mm/float32", "gelu.tanh/float32",
     "convolution.native/float32"."""
-    variant = shape.variant or way(shape)
-    return f"{base_name(shape.name)}{'.' if variant else ''}{variant}/{shape.dtype}"
+    return _key(shape.name, shape.variant or way(shape), shape.dtype)
 
 
-def signature(shape: OpShape, kernel: str = "") -> str:
-    """A short text that equal ops share: base name and variant, dtype, input shapes, output shapes: "mm.nn/float32|2,3;
-    3,4|2,4". `kernel` is its `kernel_key`, where that is known."""
-    return f"{kernel or kernel_key(shape)}|{_written(shape.in_shapes)}|{_written(shape.out_shapes)}"
+@lru_cache(maxsize=4096)
+def _key(name: str, variant: str, dtype: str) -> str:
+    return f"{base_name(name)}{'.' if variant else ''}{variant}/{dtype}"
 
 
-def _written(shapes: tuple[tuple[int, ...], ...]) -> str:
-    """((3,), (), (4, 5)) as "3;;4,5": by what Python prints of it, which is three times as fast as joining numbers."""
-    return str(shapes).replace(" ", "").replace(",)", ")").replace("),(", ";")[2:-2]
+def signature(shape: OpShape, kernel: str = "") -> Signature:
+    """What equal ops share: `kernel_key` (`kernel`, where that is known), shapes of the operands and of the results."""
+    return kernel or kernel_key(shape), shape.in_shapes or SCALAR, shape.out_shapes or SCALAR
 
 
 def price(device: Device, shape: OpShape) -> Price:
@@ -249,8 +250,8 @@ def _roofline(device: Device, shape: OpShape) -> Price:
 
 def _from_law(law: Law, shape: OpShape, seconds: float) -> Price:
     pooled = ":" in law.key
-    inside = all(lo <= x <= hi for lo, x, hi in zip(law.low, extent(shape, law.form), law.high))
-    if inside and not pooled:
+    found = extent(shape, law.form)
+    if all(map(le, law.low, found)) and all(map(le, found, law.high)) and not pooled:
         return Price(seconds, "interpolated", law.error)
     return Price(seconds, "extrapolated", EXTRAPOLATION_FACTOR * law.error)
 

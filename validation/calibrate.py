@@ -29,6 +29,7 @@ from costmodels.device import Device, device_data, local_path
 from costmodels.families import PARTS, family
 from costmodels.features import FORMS, form_of, touched
 from costmodels.ops import OpShape, signature
+from costmodels.signature import Signature
 from costmodels.variability import highest_of
 from validation.anchor import Beat, over
 from validation.calibrate_fit import fit_ops, step_errors
@@ -281,10 +282,10 @@ def _steps(main: list[dict[str, Any]]) -> dict[str, tuple[Sequence[OpShape], flo
 
 def _merged(samples: Sequence[Sample]) -> list[tuple[OpShape, float]]:
     """Every distinct op in every context with the mean of the ranks' medians (on two ranks; the median on more)."""
-    from validation.calibrate_record import placed
+    from validation.calibrate_record import Placed, placed
 
-    times: dict[tuple[str, int, int, int], list[float]] = {}
-    shapes: dict[tuple[str, int, int, int], OpShape] = {}
+    times: dict[Placed, list[float]] = {}
+    shapes: dict[Placed, OpShape] = {}
     for sample in samples:
         key = placed(sample.shape)
         shapes.setdefault(key, sample.shape)
@@ -292,10 +293,10 @@ def _merged(samples: Sequence[Sample]) -> list[tuple[OpShape, float]]:
     return [(shapes[k], statistics.median(v)) for k, v in times.items()]
 
 
-def _known(merged: list[tuple[OpShape, float]]) -> dict[str, float]:
+def _known(merged: list[tuple[OpShape, float]]) -> dict[Signature, float]:
     """`Device.samples`: the longer ops, each at the median of its contexts."""
-    times: dict[str, list[float]] = {}
-    least: dict[str, float] = {}
+    times: dict[Signature, list[float]] = {}
+    least: dict[Signature, float] = {}
     for shape, seconds in merged:
         key = signature(shape)
         times.setdefault(key, []).append(seconds)

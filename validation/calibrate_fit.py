@@ -17,6 +17,7 @@ from costmodels.families import FREE, base_name, family
 from costmodels.features import FORMS, extent, features, form_of
 from costmodels.neighbours import Neighbours, label
 from costmodels.ops import OpShape, kernel_key, law_among, law_seconds, signature
+from costmodels.signature import written
 
 Measured = tuple[OpShape, float]
 OWN_SAMPLES = 12  # fewer than this are not enough for coefficients of their own
@@ -84,7 +85,7 @@ def _law(key: str, members: list[Measured], parent: Law | None) -> Law:
 
 
 def _held_out(members: list[Measured]) -> np.ndarray:
-    return np.array([zlib.crc32(signature(shape).encode()) % 2 == 0 for shape, _ in members])
+    return np.array([zlib.crc32(written(signature(shape)).encode()) % 2 == 0 for shape, _ in members])
 
 
 def _distinct(members: list[Measured]) -> int:

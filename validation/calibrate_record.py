@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 from costmodels.context import in_context, is_stream, runs_of
 from costmodels.families import FREE, PARTS, family
 from costmodels.ops import OpShape, signature, variant_of
+from costmodels.signature import Signature
 from opgraph.flops import flops_of
 from opgraph.graph import DTYPE_BYTES
 from opgraph.tracer import written
@@ -231,14 +232,17 @@ class Sample:
     seconds: float
 
 
-def placed(shape: OpShape) -> tuple[str, int, int, int]:
+Placed = tuple[Signature, int, int, int]
+
+
+def placed(shape: OpShape) -> Placed:
     """What equal ops in equal contexts share."""
     return signature(shape), shape.runs, shape.swept, shape.since
 
 
 def samples(steps: list[Step]) -> list[Sample]:
     """Every distinct op of the steps, in every context."""
-    calls: dict[tuple[str, int, int, int], tuple[OpShape, list[float]]] = {}
+    calls: dict[Placed, tuple[OpShape, list[float]]] = {}
     for step in steps:
         if step.times:
             for shape, seconds in zip(step.shapes, medians(step.times)):

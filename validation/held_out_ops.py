@@ -21,6 +21,7 @@ import numpy as np
 from costmodels.device import Device, rescale
 from costmodels.families import FREE, base_name, family
 from costmodels.ops import OpShape, Price, price, signature
+from costmodels.signature import Signature, written
 from validation.anchor import Beat, joined
 from validation.calibrate import MOST_RANKS, run_ranks
 from validation.environment import available_cores
@@ -97,9 +98,9 @@ def op_rows(device: Device, results: Sequence[dict[str, Any]]) -> list[OpRow]:
     at_pace = rescale(device, *since_calibration(device, now))
     rows: list[OpRow] = []
     for model in results[0]["steps"]:
-        calls: dict[str, list[float]] = {}
-        prices: dict[str, list[Price]] = {}
-        shapes: dict[str, OpShape] = {}
+        calls: dict[Signature, list[float]] = {}
+        prices: dict[Signature, list[Price]] = {}
+        shapes: dict[Signature, OpShape] = {}
         for result in results:
             for shape, seconds in result["steps"].get(model, ()):
                 shapes.setdefault(signature(shape), shape)
@@ -112,9 +113,9 @@ def op_rows(device: Device, results: Sequence[dict[str, Any]]) -> list[OpRow]:
             known = prices[key][0]
             rows.append(
                 OpRow(
-                    model, base_name(shape.name), family(shape.name), shape.phase, key.partition("|")[2], shape.dtype,
-                    counts[key], statistics.median(p.seconds for p in prices[key]), known.source, known.error,
-                    statistics.median(calls[key]),
+                    model, base_name(shape.name), family(shape.name), shape.phase, written(key).partition("|")[2],
+                    shape.dtype, counts[key], statistics.median(p.seconds for p in prices[key]), known.source,
+                    known.error, statistics.median(calls[key]),
                 )
             )  # fmt: skip
     return rows

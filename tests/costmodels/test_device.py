@@ -42,7 +42,8 @@ def test_a_calibrated_device_survives_a_round_trip(tmp_path: Path) -> None:
     law = Law("mm/float32", "gemm", coefficients, (1.0, 2.0, 3.0), (4.0, 5.0, 6.0), 0.05, 9)
     device = Device(
         'a "quoted" core', "cpu", {"float32": 1e11}, 2**34, 2.5e10, laws={law.key: law},
-        samples={"mm/float32|2,3;3,4|2,4": 1.5e-5}, host={"op_forward": 3e-6}, anchor_seconds=0.01, notes=("über",),
+        samples={("mm/float32", ((2, 3), (3, 4)), ((2, 4),)): 1.5e-5},
+        host={"op_forward": 3e-6}, anchor_seconds=0.01, notes=("über",),
     )  # fmt: skip
     save_device(device, tmp_path / "local.toml")
     loaded = load_device(tmp_path / "local.toml")
@@ -93,7 +94,9 @@ def test_toml_text_reads_back(data: dict[str, object]) -> None:
             GOOD + '[[laws]]\nkey = "mm/float32"\nform = "stream"\ncoefficients = [1]',
             ("law 1", "'coefficients' has 1 numbers", "needs 10"),
         ),
-        ('samples = ["mm"]\n' + GOOD, ("sample 'mm'", "signature=seconds")),
+        ('samples = ["mm"]\n' + GOOD, ("sample 'mm'", "op/dtype|shapes|shapes=seconds")),
+        ('samples = ["mm/float32|2,3=-1"]\n' + GOOD, ("sample 'mm/float32|2,3=-1'",)),
+        ('samples = ["mm/float32|2,3|2,3=0"]\n' + GOOD, ("sample 'mm/float32|2,3|2,3=0'",)),
     ],
 )
 def test_a_broken_file_gets_one_sentence(tmp_path: Path, text: str, words: tuple[str, ...]) -> None:
@@ -117,12 +120,12 @@ def test_unknown_names_list_what_is_there(tmp_path: Path) -> None:
 def test_rescaling_multiplies_times_and_leaves_ratios() -> None:
     law = Law("relu/float32", "stream", (1e-6, 0, 0, 0, 0, 0, 1e-11, 1e-11, 2e-11, 0.0))
     device = Device(
-        "x", "cpu", {"float32": 1e11}, 1, 1e10, laws={law.key: law}, samples={"s": 1.0},
+        "x", "cpu", {"float32": 1e11}, 1, 1e10, laws={law.key: law}, samples={("s/float32", ((2,),), ((2,),)): 1.0},
         host={"op_forward": 2e-6, "loaded": 1.1}, anchor_seconds=0.5,
     )  # fmt: skip
     slower = rescale(device, 2.0)
     assert slower.laws[law.key].coefficients == tuple(2 * c for c in law.coefficients)
-    assert slower.samples == {"s": 2.0} and slower.host == {"op_forward": 4e-6, "loaded": 1.1}
+    assert list(slower.samples.values()) == [2.0] and slower.host == {"op_forward": 4e-6, "loaded": 1.1}
     assert slower.anchor_seconds == 1.0 and "2.000" in slower.notes[-1]
     with pytest.raises(ValueError, match="more than 0"):
         rescale(device, 0.0)
@@ -138,7 +141,7 @@ def test_ops_go_by_the_part_of_the_anchor_that_is_like_them() -> None:
     }  # fmt: skip
     laws = {k: Law(k, form, product if form == "gemm" else stream) for k, form in forms.items()}
     host = {"loaded": 1.1, "op_forward": 1.0, "anchor_in_rank": 1.0, "anchor_passes": 1.0, "anchor_calls": 1.0}
-    device = Device("x", "cpu", {}, 1, 1e10, laws=laws, samples={f"{k}|8|8": 1.0 for k in forms}, host=host)
+    device = Device("x", "cpu", {}, 1, 1e10, laws=laws, samples={(k, ((8,),), ((8,),)): 1.0 for k in forms}, host=host)
     found = rescale(device, 2.0, {"products": 5.0, "passes": 3.0, "calls": 4.0})
     expected = [5.0, 2.0, 5.0, 3.0, 3.0, 3.0]  # of convolutions nothing is known: they go by the whole
     assert list(found.samples.values()) == expected
