@@ -132,7 +132,7 @@ def rescale(device: Device, ratio: float, parts: Mapping[str, float] | None = No
         return parts.get(key.removeprefix("anchor_"), ratio)
 
     laws = {k: replace(v, coefficients=tuple(c * of(k) for c in v.coefficients)) for k, v in device.laws.items()}
-    ratios = {"oversubscription", "loaded", "skew"}
+    ratios = {"loaded", "skew"}
     return replace(
         device,
         laws=laws,

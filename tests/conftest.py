@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Iterator
 
 import pytest
 from hypothesis import settings
+
+# Files of tests run beside each other: threads of several processes that wait for one another on the same cores take a
+# tick of the scheduler, 4 ms, for what takes microseconds. Before torch is imported.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # No test asserts a wall clock, so no example has a deadline either.
 settings.register_profile("parplan", deadline=None)

@@ -323,13 +323,8 @@ def _host(main: list[dict[str, Any]], results: dict[int, list[dict[str, Any]]], 
         host[key] = statistics.median(r["runtime"][key] for r in main if key in r["runtime"])
     host["skew"] = skew_of(main[0].get("collectives", ()), len(main))
     host["loaded"] = max(statistics.median(r["anchor_loaded"] for r in main) / main[0]["anchor_solo"], 1.0)
-    crowded = [w for w in results if w > cores and "anchor_oversubscribed" in results[w][0]]
-    if crowded:
-        world = min(crowded)
-        slow = statistics.fmean(r["anchor_oversubscribed"] for r in results[world])
-        alone = statistics.median(r["anchor_loaded"] for r in main)
-        host["oversubscription"] = max(slow / alone / (world / cores), 1.0)
-        pairs = [r["pair_seconds"] for r in (main[0], results[world][0]) if "pair_seconds" in r]
+    if crowded := [w for w in results if w > cores]:
+        pairs = [r["pair_seconds"] for r in (main[0], results[min(crowded)][0]) if "pair_seconds" in r]
         host["crowded_message"] = max(pairs[-1] - pairs[0], 0.0) if len(pairs) == 2 else 0.0
     return {k: float(v) for k, v in host.items()}
 
@@ -373,7 +368,6 @@ HOST_KEYS = {
     "loaded": "ratio: op time with all cores busy / alone; laws and samples are for all cores busy",
     "crowded_message": "per message of a group that is not the whole world, where more ranks than cores run: its ranks "
     "wait for their turns on the cores",
-    "oversubscription": "ratio: loss of throughput when more ranks than cores run, beyond sharing the cores",
 }
 
 

@@ -60,8 +60,6 @@ def main() -> None:
         if job.get("models") is not None:
             result |= measure_ops(job, rank)
             result["runtime"] = {key: anchors * result["reference"] for key, anchors in runtimes.items()}
-        elif job.get("anchor"):
-            result["anchor_oversubscribed"] = loaded_anchor(job["anchor"])
         if job.get("kinds"):
             from validation.calibrate_gloo import measure_collectives, pair_seconds
 
@@ -93,18 +91,6 @@ def together(go_on: bool) -> bool:
     decision = torch.tensor([go_on])
     dist.broadcast(decision, 0)
     return bool(decision)
-
-
-def loaded_anchor(repeats: int) -> float:
-    """Mean seconds of the anchor while every rank runs it."""
-    import torch.distributed as dist
-
-    from validation.anchor import make_anchor
-
-    once = make_anchor(time.thread_time)
-    once()
-    dist.barrier()
-    return statistics.fmean(once() for _ in range(repeats))
 
 
 def measure_ops(job: dict[str, Any], rank: int) -> dict[str, Any]:
