@@ -23,34 +23,68 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 
-def timed(run: Callable[[], Any], runs: int, per: int = 1) -> dict[str, float]:
-    """Seconds of `run` over `per` things that it does."""
+def timed(
+    run: Callable[[], Any], runs: int, per: int = 1, before: Callable[[], Any] = lambda: None
+) -> dict[str, float]:
+    """Seconds of `run` over `per` things that it does, each time after `before`."""
     seconds = []
     for _ in range(runs):
+        before()
         began = time.perf_counter()
         run()
         seconds.append((time.perf_counter() - began) / per)
     return {"median": statistics.median(seconds), "lowest": min(seconds), "highest": max(seconds), "runs": runs}
 
 
+def priced(device: Any, shapes: list[Any], runs: int, what: str) -> dict[str, dict[str, float]]:
+    """Seconds an op of different ones, nothing cached but what the device keeps of its constants: all in one call, and
+    in a call each."""
+    from costmodels.ops import price, price_many
+
+    price_many(device, shapes)  # compiles, and finds whose constants serve
+
+    def forget() -> None:
+        for shape in shapes:
+            device.cache.pop(shape, None)
+
+    def together() -> None:
+        price_many(device, shapes)
+
+    def alone() -> None:
+        for shape in shapes:
+            price(device, shape)
+
+    return {
+        f"{what}, many at once": timed(together, runs, len(shapes), forget),
+        f"{what}, one by one": timed(alone, runs, len(shapes), forget),
+    }
+
+
 def prices(runs: int) -> dict[str, dict[str, float]]:
-    """Seconds an op, nothing cached: 2,000 different products at once, and all ops of a step of Llama-405B."""
+    """Seconds an op of kinds of ops on an H100, 1,000 different ones of each, and of a step of Llama-405B."""
     from costmodels.device import load_device
     from costmodels.ops import OpShape, price_many, shape_of
     from opgraph.batch import trace_workload
     from opgraph.models import load_workload
 
     device = load_device("h100-sxm")
-
-    def product(m: int, n: int, k: int) -> OpShape:
-        sizes = 2 * m * n * k, 2 * (m + n) * k, 2 * m * n
-        return OpShape("aten.mm", "forward", ((m, k), (k, n)), ((m, n),), "bfloat16", *sizes)
-
-    products = [product(17 + i, 1000 + 8 * i, 4096) for i in range(2000)]
+    times = range(1, 1001)
+    kinds = {
+        "product": [("mm", ((16 + i, 4096), (4096, 1000 + 8 * i)), (16 + i, 1000 + 8 * i)) for i in times],
+        "convolution": [("convolution", ((2, 64, 28, 28), (i, 64, 3, 3)), (2, i, 28, 28)) for i in times],
+        "attention": [("_scaled_dot_product_flash_attention", ((2, 16, 64 * i, 128),) * 3, (2, 16, 64 * i, 128))
+                      for i in times],
+        "layer norm": [("native_layer_norm", ((i, 4096), (4096,), (4096,)), (i, 4096)) for i in times],
+        "addition": [("add", ((i, 4096),) * 2, (i, 4096)) for i in times],
+    }  # fmt: skip
+    rows: dict[str, dict[str, float]] = {}
+    for what, ops in kinds.items():
+        dtype = "float32" if what == "convolution" else "bfloat16"
+        shapes = [OpShape(name, "forward", ins, (out,), dtype, 10**9, 10**6, 10**6) for name, ins, out in ops]
+        rows |= priced(device, shapes, runs, what)
     graph = trace_workload(load_workload("llama3-405b"))
     shapes = [shape_of(graph, op) for op in graph.ops]
-    return {
-        "product": timed(lambda: price_many(replace(device, cache={}), products), runs, len(products)),
+    return rows | {
         "llama3-405b step": timed(lambda: price_many(replace(device, cache={}), shapes), runs),
         "llama3-405b step, shapes included": timed(
             lambda: price_many(replace(device, cache={}), [shape_of(graph, op) for op in graph.ops]), runs
@@ -62,7 +96,7 @@ def cpu_prices(runs: int) -> dict[str, dict[str, float]]:
     """The same of all ops of two models at six batch sizes on this CPU, where it is calibrated."""
     from costmodels.context import in_context
     from costmodels.device import load_device, local_path
-    from costmodels.ops import price_many, shape_of
+    from costmodels.ops import shape_of
     from opgraph.batch import rescaled, trace_workload
     from opgraph.models import load_workload
 
@@ -74,9 +108,7 @@ def cpu_prices(runs: int) -> dict[str, dict[str, float]]:
         for batch in (1, 2, 3, 5, 9, 16):
             sized = rescaled(graph, batch)
             shapes += in_context([shape_of(sized, op) for op in sized.ops])
-    distinct = list(dict.fromkeys(shapes))
-    price_many(device, distinct[:1])  # reads what was measured
-    return {"op of this CPU": timed(lambda: price_many(replace(device, cache={}), distinct), runs, len(distinct))}
+    return priced(device, list(dict.fromkeys(shapes)), runs, "op of this CPU")
 
 
 def allocator(runs: int) -> dict[str, float]:

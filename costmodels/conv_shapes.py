@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,8 +18,7 @@ if TYPE_CHECKING:
 Array = NDArray[np.float64]
 
 
-@dataclass(frozen=True, slots=True)
-class Conv:
+class Conv(NamedTuple):
     """One convolution. channels, filters: per group, in and out. in_pixels, out_pixels: per image. taps: of one filter;
     side: its longer edge. height, width: of the output (1 where there is none). winograd: 3x3, stride 1, two dims, one
     group. weight: it is the gradient of a weight."""
@@ -40,31 +38,9 @@ class Conv:
     weight: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Convs:
-    """Many convolutions, one array per field of `Conv`."""
-
-    batch: Array
-    channels: Array
-    filters: Array
-    groups: Array
-    in_pixels: Array
-    out_pixels: Array
-    taps: Array
-    side: Array
-    height: Array
-    width: Array
-    unit_stride: NDArray[np.bool_]
-    winograd: NDArray[np.bool_]
-    weight: NDArray[np.bool_]
-
-
-def stacked(convs: Sequence[Conv]) -> Convs:
-    """Many convolutions as arrays."""
-    names = Conv.__dataclass_fields__
-    columns = {name: [getattr(c, name) for c in convs] for name in names}
-    flags = ("unit_stride", "winograd", "weight")
-    return Convs(**{n: np.array(v, bool if n in flags else float) for n, v in columns.items()})
+def rows_of(convs: Sequence[Conv]) -> Array:
+    """Many convolutions as rows of numbers, a column per field of `Conv`."""
+    return np.array(convs, float)
 
 
 @lru_cache(maxsize=4096)

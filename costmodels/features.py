@@ -11,6 +11,7 @@ nothing to a tier of which calibration had seen little, and were half too low th
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 from math import prod
 from typing import TYPE_CHECKING
 
@@ -109,6 +110,7 @@ def touched(shape: OpShape) -> int:
     return shape.bytes_read + shape.bytes_written
 
 
+@lru_cache(maxsize=4096)
 def gathers(name: str) -> bool:
     """Whether an op reads only those rows of its first input that it writes."""
     return base_name(name) in GATHERS

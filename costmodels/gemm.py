@@ -6,25 +6,30 @@ table of its own borrow constants (`costmodels.relatives`) and are called extrap
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import prod
+from operator import le
 
 import numpy as np
 
 from costmodels.device import Device
 from costmodels.families import base_name, family
 from costmodels.features import gemm_dims
-from costmodels.gemm_correction import Correction, correction_from, factors
+from costmodels.gemm_correction import Packed, correction_from, factors_of
+from costmodels.gemm_correction import packed as packed_table
 from costmodels.gemm_law import (
     Array,
     Constants,
     Hardware,
     Menu,
+    candidates_of,
     constants_from,
+    fastest,
     hardware_of,
-    law_seconds,
     menu,
+    packed,
 )
 from costmodels.ops import OpShape, Price
 from costmodels.relatives import SAME, Section, measured, same_generation, section_for, vendor
@@ -46,16 +51,19 @@ OUTSIDE = 2.0  # outside the fitted range an error is taken to be twice as large
 @dataclass(frozen=True, slots=True, eq=False)
 class Pricing:
     """All that prices products of one dtype on one device. low, high: the fitted range of (batches, m, n, k).
-    errors: mean relative error by region of m. borrowed: whether the constants are another device's or dtype's."""
+    errors: mean relative error by region of m. borrowed: whether the constants are another device's or dtype's.
+    law, candidates: constants, hardware and menu as the compiled law takes them."""
 
     constants: Constants
     hardware: Hardware
     menu: Menu
-    correction: Correction | None
-    low: Array
-    high: Array
+    correction: Packed | None
+    low: tuple[float, ...]
+    high: tuple[float, ...]
     errors: tuple[float, ...]
     borrowed: bool
+    law: Array
+    candidates: Array
 
 
 def gemm_price(device: Device, shape: OpShape) -> Price | None:
@@ -74,20 +82,21 @@ def gemm_prices(device: Device, shapes: Sequence[OpShape]) -> list[Price | None]
     for (dtype, batched), members in groups.items():
         pricing = pricing_of(device, dtype, batched)
         if pricing is not None:
-            found = _evaluate(pricing, np.array([dims[i] for i in members], float))
+            found = _evaluate(pricing, [dims[i] for i in members])
             for i, price in zip(members, found):
                 prices[i] = price
     return prices
 
 
-def _evaluate(pricing: Pricing, dims: Array) -> list[Price]:
-    seconds = law_seconds(pricing.constants, pricing.hardware, pricing.menu, dims)
+def _evaluate(pricing: Pricing, dims: Sequence[tuple[int, int, int, int]]) -> list[Price]:
+    rows = np.array(dims, float)
+    seconds = fastest(pricing.law, pricing.candidates, rows)
     if pricing.correction is not None:
-        seconds = seconds * factors(pricing.correction, dims)
-    inside = np.logical_and(dims >= pricing.low, dims <= pricing.high).all(axis=1)
-    errors = np.array(pricing.errors)[np.searchsorted(REGIONS, dims[:, 1], side="right")]
+        seconds *= factors_of(pricing.correction, rows)
     prices = []
-    for value, within, error in zip(seconds.tolist(), np.asarray(inside).tolist(), errors.tolist()):
+    for value, product in zip(seconds.tolist(), dims):
+        error = pricing.errors[bisect_right(REGIONS, product[1])]
+        within = all(map(le, pricing.low, product)) and all(map(le, product, pricing.high))
         if pricing.borrowed:
             prices.append(Price(value, "extrapolated", error))
         else:
@@ -115,15 +124,19 @@ def _pricing(device: Device, dtype: str, section: Section) -> Pricing:
         constants = replace(constants, compute=constants.compute * sustained(device, section, dtype))
     elif whose != "own":
         constants = borrowed_constants(device, dtype, constants)
+    hardware, choices = hardware_of(device, dtype, WIDTH.get(dtype, 1)), menu(values["tiles"], values["splits"])
+    correction = correction_from(values) if whose in ("own", "generation") else None
     return Pricing(
         constants=constants,
-        hardware=hardware_of(device, dtype, WIDTH.get(dtype, 1)),
-        menu=menu(values["tiles"], values["splits"]),
-        correction=correction_from(values) if whose in ("own", "generation") else None,
-        low=np.array(values["low"], float),
-        high=np.array(values["high"], float),
+        hardware=hardware,
+        menu=choices,
+        correction=packed_table(correction) if correction else None,
+        low=tuple(map(float, values["low"])),
+        high=tuple(map(float, values["high"])),
         errors=tuple(values["errors"]) if whose == "own" else (BORROWED_ERROR[whose],) * (len(REGIONS) + 1),
         borrowed=whose != "own",
+        law=packed(constants, hardware),
+        candidates=candidates_of(constants, hardware, choices),
     )
 
 

@@ -10,13 +10,15 @@ import base64
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import product
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from costmodels.compiled import compiled
+
 Array = NDArray[np.float64]
+Indices = NDArray[np.int64]
 STEP = 0.01  # ln units of one step of the stored bytes
 FADE = float(np.log(4.0))  # the table has faded where the dims are off by this factor in all
 LINE = 100  # characters of one line of the stored text
@@ -30,35 +32,77 @@ class Correction:
     values: Array
 
 
-def corners(axes: Sequence[Array], logs: Array) -> tuple[NDArray[np.int64], Array]:
+@dataclass(frozen=True, slots=True, eq=False)
+class Packed:
+    """A correction as the compiled code takes it: the nodes of all axes in one row, where each axis begins and ends,
+    and the values."""
+
+    nodes: Array
+    ends: Indices
+    values: Array
+
+
+def packed(table: Correction) -> Packed:
+    """The table for `factors_of`."""
+    ends = np.cumsum([0, *(len(axis) for axis in table.axes)])
+    return Packed(np.concatenate(table.axes), ends, np.ascontiguousarray(table.values, float))
+
+
+def corners(axes: Sequence[Array], logs: Array) -> tuple[Indices, Array]:
     """Flat indices and weights of the nodes around each point: (points, corners) each; weights add up to 1."""
-    lower, share = [], []
-    for axis, x in zip(axes, logs.T):
-        i = np.clip(np.searchsorted(axis, x, side="right") - 1, 0, max(len(axis) - 2, 0))
-        width = axis[np.minimum(i + 1, len(axis) - 1)] - axis[i]
-        lower.append(i)
-        share.append(np.clip((x - axis[i]) / np.where(width > 0, width, 1.0), 0.0, 1.0))
-    indices, weights = [], []
-    for corner in product(*((0, 1) if len(axis) > 1 else (0,) for axis in axes)):
-        index, weight = np.zeros(len(logs), np.int64), np.ones(len(logs))
-        for bit, axis, i, f in zip(corner, axes, lower, share):
-            index = index * len(axis) + i + bit
-            weight = weight * (f if bit else 1 - f if len(axis) > 1 else 1.0)
-        indices.append(index)
-        weights.append(weight)
-    return np.stack(indices, axis=1), np.stack(weights, axis=1)
+    ends = np.cumsum([0, *(len(axis) for axis in axes)])
+    return _corners(np.concatenate(axes), ends, np.ascontiguousarray(logs, float))
 
 
 def factors(table: Correction, dims: Array) -> Array:
     """measured / law that the table expects for rows of (batches, m, n, k)."""
+    return factors_of(packed(table), dims)
+
+
+def factors_of(table: Packed, dims: Array) -> Array:
+    """The same by a table that is packed already."""
+    return _factors(table.nodes, table.ends, table.values, dims)
+
+
+@compiled
+def _factors(nodes: Array, ends: Indices, values: Array, dims: Array) -> Array:
     logs = np.log(dims)
-    indices, weights = corners(table.axes, logs)
-    value = (table.values[indices] * weights).sum(axis=1)
-    beyond = np.zeros(len(dims))
-    for axis, x in zip(table.axes, logs.T):
-        beyond += np.maximum(x - axis[-1], 0.0) + np.maximum(axis[0] - x, 0.0)
-    result: Array = np.exp(value * np.clip(1 - beyond / FADE, 0.0, 1.0))
-    return result
+    indices, weights = _corners(nodes, ends, logs)
+    found = np.empty(len(logs))
+    for i in range(len(logs)):
+        value = beyond = 0.0
+        for j in range(indices.shape[1]):
+            value += values[indices[i, j]] * weights[i, j]
+        for a in range(len(ends) - 1):
+            x = logs[i, a]
+            beyond += max(x - nodes[ends[a + 1] - 1], 0.0) + max(nodes[ends[a]] - x, 0.0)
+        found[i] = np.exp(value * min(max(1 - beyond / FADE, 0.0), 1.0))
+    return found
+
+
+@compiled
+def _corners(nodes: Array, ends: Indices, logs: Array) -> tuple[Indices, Array]:
+    """An axis of one node has no width, so no corners of its own."""
+    count = 1
+    for a in range(len(ends) - 1):
+        count *= 2 if ends[a + 1] - ends[a] > 1 else 1
+    indices, weights = np.zeros((len(logs), count), np.int64), np.ones((len(logs), count))
+    for i in range(len(logs)):
+        many = 1  # corners so far
+        for a in range(len(ends) - 1):
+            axis = nodes[ends[a] : ends[a + 1]]
+            x, size = logs[i, a], len(axis)
+            if size == 1:
+                continue
+            low = min(max(np.searchsorted(axis, x, side="right") - 1, 0), size - 2)
+            width = axis[low + 1] - axis[low]
+            share = min(max((x - axis[low]) / (width if width > 0 else 1.0), 0.0), 1.0)
+            for j in range(many - 1, -1, -1):
+                index, weight = indices[i, j] * size + low, weights[i, j]
+                indices[i, 2 * j], weights[i, 2 * j] = index, weight * (1 - share)
+                indices[i, 2 * j + 1], weights[i, 2 * j + 1] = index + 1, weight * share
+            many *= 2
+    return indices, weights
 
 
 def section_of(table: Correction) -> dict[str, Any]:

@@ -21,6 +21,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from costmodels.compiled import compiled
+
 if TYPE_CHECKING:
     from costmodels.device import Device
 
@@ -28,7 +30,6 @@ Array = NDArray[np.float64]
 FULL_TILE = 128 * 256  # elements of the tile whose rate `compute` states
 THROTTLE_FROM, THROTTLE_DECADES = 1e-4, 3.0  # seconds at the peak from which clocks sink; decades that tables reach
 UNITS_JOIN = 3.0  # exponent of the norm that joins a unit's waves with what a lone block takes; fits give 2.5 to 4
-CHUNK = 64  # products priced at once: their candidates stay in a core's own cache (1024: twice as slow)
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,8 +119,19 @@ def hardware_of(device: Device, dtype: str, operand_bytes: float) -> Hardware:
 
 def law_seconds(c: Constants, hw: Hardware, candidates: Menu, dims: Array) -> Array:
     """Seconds of products, `dims` = rows of (batches, m, n, k)."""
-    parts = [_fastest(c, hw, candidates, dims[i : i + CHUNK]) for i in range(0, len(dims), CHUNK)]
-    return np.concatenate(parts) if parts else np.zeros(0)
+    return fastest(packed(c, hw), candidates_of(c, hw, candidates), dims)
+
+
+def packed(c: Constants, hw: Hardware) -> Array:
+    """Constants and hardware as the compiled law takes them."""
+    return np.array([*(getattr(c, name) for name in CONSTANTS), *(getattr(hw, f.name) for f in fields(hw))], float)
+
+
+def candidates_of(c: Constants, hw: Hardware, cand: Menu) -> Array:
+    """f8[4, candidates]: rows, columns, parts, and the seconds of one step of k of a whole wave of such tiles."""
+    area = cand.rows * cand.columns
+    rate = hw.peak / hw.units * c.compute * np.minimum(1.0, area / FULL_TILE) ** c.area
+    return np.array([cand.rows, cand.columns, cand.parts, 2 * area / rate])
 
 
 def slowdown(c: Constants, hw: Hardware, fewer: Hardware, cand: Menu, dims: Array, static: bool = False) -> Array:
@@ -129,12 +141,11 @@ def slowdown(c: Constants, hw: Hardware, fewer: Hardware, cand: Menu, dims: Arra
 
     `static`: a kernel starts one block a unit and gives each its tiles beforehand, so the blocks that find no unit wait
     until the first have done all theirs: twice the time, however few units are missing."""
-    chosen = _every_tile(c, hw, cand, dims).argmin(axis=1)[:, None]
-    whole = replace(c, smooth=0.0)
-    free, busy = _every_tile(whole, hw, cand, dims), _every_tile(whole, fewer, cand, dims)
-    alone, beside = (np.take_along_axis(x, chosen, 1)[:, 0] for x in (free, busy))
+    whole, all_of_them = replace(c, smooth=0.0), candidates_of(c, hw, cand)
+    tile = chosen(packed(c, hw), all_of_them, dims)
+    alone = seconds_in(packed(whole, hw), all_of_them, tile, dims)
+    beside = seconds_in(packed(whole, fewer), candidates_of(whole, fewer, cand), tile, dims)
     if static:
-        tile = chosen[:, 0]
         across = np.ceil(dims[:, 2] / cand.columns[tile])
         blocks = dims[:, 0] * np.ceil(dims[:, 1] / cand.rows[tile]) * across * cand.parts[tile]
         beside = np.maximum(beside, alone * np.ceil(np.minimum(blocks, hw.units) / fewer.units))
@@ -142,58 +153,111 @@ def slowdown(c: Constants, hw: Hardware, fewer: Hardware, cand: Menu, dims: Arra
     return ratio
 
 
-def _fastest(c: Constants, hw: Hardware, cand: Menu, dims: Array) -> Array:
-    fastest: Array = _every_tile(c, hw, cand, dims).min(axis=1) + c.floor
-    return fastest
+# Places in what `packed` makes: the constants in their order, then the hardware.
+(
+    _COMPUTE, _AREA, _PROLOGUE, _SMOOTH, _STREAM, _IN_FLIGHT, _REREAD, _OVERLAP, _FLOOR, _SPLIT_FLOOR, _SPLIT_BYTES,
+    _THROTTLE, _ODD, _RESIDENT, _HOT, _K_STEP, _ALONE, _UNITS, _PEAK, _BANDWIDTH, _CACHE, _OPERAND, _RESULT,
+) = range(len(CONSTANTS) + len(fields(Hardware)))  # fmt: skip
 
 
-def _every_tile(c: Constants, hw: Hardware, cand: Menu, dims: Array) -> Array:
-    """Seconds of every product with every tile and split of the menu, without the floor."""
-    b, m, n, k = (dims[:, i : i + 1] for i in range(4))
-    down, across = np.ceil(m / cand.rows), np.ceil(n / cand.columns)
-    blocks = b * down * across * cand.parts
-    fill = blocks / hw.units
-    compute = _compute(c, hw, cand, fill, dims)
-    operands = b * (m + n) * k * hw.operand_bytes
-    results = b * m * n * hw.result_bytes
-    moved = operands + results
-    if c.reread:
-        moved = moved + c.reread * _repeated(hw, cand, b * (down * n + across * m) * k, operands, fill, dims)
-    reach = np.minimum(1.0, fill * (cand.rows + cand.columns) / c.in_flight)
-    held = 1.0 / (1.0 + np.square(np.square(moved / (c.resident * hw.cache)))) if c.resident else 0.0
-    memory = moved / (hw.bandwidth * c.stream * reach * (1.0 + (c.hot - 1.0) * held))
-    partial = 8 * cand.parts * b * m * n / hw.bandwidth  # float32 sums, there and back
-    extra = np.where(cand.parts > 1, c.split_floor + c.split_bytes * partial, 0.0)
-    larger, smaller = np.maximum(compute, memory), np.minimum(compute, memory)
-    joined = larger * (1.0 + (smaller / larger) ** c.overlap) ** (1.0 / c.overlap)
-    seconds: Array = joined + extra
-    return seconds
+@compiled
+def fastest(p: Array, cand: Array, dims: Array) -> Array:
+    """Seconds of products by the fastest candidate; `p` as `packed`, `cand` as `candidates_of` makes it."""
+    found = np.empty(len(dims))
+    for i in range(len(dims)):
+        found[i] = _choose(p, cand, dims[i])[1] + p[_FLOOR]
+    return found
 
 
-def _compute(c: Constants, hw: Hardware, cand: Menu, fill: Array, dims: Array) -> Array:
-    """Seconds of the waves of tiles."""
-    b, m, n, k = (dims[:, i : i + 1] for i in range(4))
-    rate = hw.peak / hw.units * c.compute * np.minimum(1.0, cand.rows * cand.columns / FULL_TILE) ** c.area
-    steps = np.ceil(k / cand.parts / c.k_step) * c.k_step + c.prologue
-    waves = (1 - c.smooth) * np.ceil(fill) + c.smooth * fill
-    if c.alone:
-        waves = (waves**UNITS_JOIN + c.alone**UNITS_JOIN) ** (1 / UNITS_JOIN)
+@compiled
+def chosen(p: Array, cand: Array, dims: Array) -> NDArray[np.int64]:
+    """Which candidate is the fastest for each product."""
+    found = np.empty(len(dims), np.int64)
+    for i in range(len(dims)):
+        found[i] = _choose(p, cand, dims[i])[0]
+    return found
+
+
+@compiled
+def seconds_in(p: Array, cand: Array, tiles: NDArray[np.int64], dims: Array) -> Array:
+    """Seconds of products, each in the candidate given for it, without the floor."""
+    found = np.empty(len(dims))
+    for i in range(len(dims)):
+        slower = _slower(p, dims[i])
+        compute, memory, extra = _parts(p, cand, tiles[i], dims[i], slower)
+        found[i] = _joined(compute, memory, p[_OVERLAP]) + extra
+    return found
+
+
+@compiled
+def _choose(p: Array, cand: Array, dims: Array) -> tuple[int, float]:
+    """The fastest candidate and its seconds without the floor."""
+    best, least, slower = 0, np.inf, _slower(p, dims)
+    for j in range(cand.shape[1]):
+        compute, memory, extra = _parts(p, cand, j, dims, slower)
+        if max(compute, memory) + extra < least:  # what it takes at least; powers are slow
+            seconds = _joined(compute, memory, p[_OVERLAP]) + extra
+            if seconds < least:
+                best, least = j, seconds
+    return best, least
+
+
+@compiled
+def _parts(p: Array, cand: Array, j: int, dims: Array, slower: float) -> tuple[float, float, float]:
+    """Seconds of the waves of tiles, of memory, and of what a split adds, of one product in one candidate."""
+    b, m, n, k = dims[0], dims[1], dims[2], dims[3]
+    rows, columns, parts, step = cand[0, j], cand[1, j], cand[2, j], cand[3, j]
+    down, across = np.ceil(m / rows), np.ceil(n / columns)
+    fill = b * down * across * parts / p[_UNITS]
+    steps = np.ceil(k / parts / p[_K_STEP]) * p[_K_STEP] + p[_PROLOGUE]
+    waves = (1 - p[_SMOOTH]) * np.ceil(fill) + p[_SMOOTH] * fill
+    if p[_ALONE] > 0:
+        waves = (waves**UNITS_JOIN + p[_ALONE] ** UNITS_JOIN) ** (1 / UNITS_JOIN)
     else:
-        waves = np.maximum(waves, 1.0)
-    decades = np.clip(np.log10(2 * b * m * n * k / (hw.peak * THROTTLE_FROM)), 0.0, THROTTLE_DECADES)
-    vector = 16 / hw.operand_bytes
-    slower = (1 + c.throttle * decades) * (1 + c.odd * ((n % vector != 0) | (k % vector != 0)))
-    seconds: Array = waves * steps * (2 * cand.rows * cand.columns / rate) * slower
-    return seconds
+        waves = max(waves, 1.0)
+    compute = waves * steps * step * slower
+
+    moved = operands = b * (m + n) * k * p[_OPERAND]
+    moved += b * m * n * p[_RESULT]
+    if p[_REREAD] > 0:
+        every_tile = b * (down * n + across * m) * k
+        moved += p[_REREAD] * _repeated(p, rows * columns, parts, every_tile, operands, fill, dims)
+    reach = min(1.0, fill * (rows + columns) / p[_IN_FLIGHT])
+    held = 1.0
+    if p[_RESIDENT] > 0:
+        over = moved / (p[_RESIDENT] * p[_CACHE])
+        held += (p[_HOT] - 1.0) / (1.0 + over * over * over * over)
+    memory = moved / (p[_BANDWIDTH] * p[_STREAM] * reach * held)
+    extra = 0.0
+    if parts > 1:  # float32 sums, there and back
+        extra = p[_SPLIT_FLOOR] + p[_SPLIT_BYTES] * 8 * parts * b * m * n / p[_BANDWIDTH]
+    return compute, memory, extra
 
 
-def _repeated(hw: Hardware, cand: Menu, every_tile: Array, operands: Array, fill: Array, dims: Array) -> Array:
+@compiled
+def _slower(p: Array, dims: Array) -> float:
+    """How many times the waves of a product take by lower clocks and by rows that are not aligned."""
+    b, m, n, k = dims[0], dims[1], dims[2], dims[3]
+    decades = min(max(np.log10(2 * b * m * n * k / (p[_PEAK] * THROTTLE_FROM)), 0.0), THROTTLE_DECADES)
+    vector = 16 / p[_OPERAND]
+    odd = p[_ODD] if n % vector != 0 or k % vector != 0 else 0.0
+    return (1 + p[_THROTTLE] * decades) * (1 + odd)
+
+
+@compiled
+def _repeated(
+    p: Array, area: float, parts: float, every_tile: float, operands: float, fill: float, dims: Array
+) -> float:
     """Bytes of operands read again: a wave of tiles, laid out as a square, shares its rows and columns of the operands;
     the next wave finds them in the last cache as far as the smaller operand fits there."""
-    _, m, n, k = (dims[:, i : i + 1] for i in range(4))
-    at_once = np.minimum(fill / cand.parts, 1.0) * hw.units
-    wave = np.maximum(fill, 1.0) * 2 * np.sqrt(at_once * cand.rows * cand.columns) * k
-    reads = np.minimum(wave, every_tile) * hw.operand_bytes
-    missed = np.minimum(1.0, np.minimum(m, n) * k * hw.operand_bytes / hw.cache)
-    more: Array = np.maximum(reads - operands, 0.0) * missed
-    return more
+    at_once = min(fill / parts, 1.0) * p[_UNITS]
+    wave = max(fill, 1.0) * 2 * np.sqrt(at_once * area) * dims[3]
+    missed = min(1.0, min(dims[1], dims[2]) * dims[3] * p[_OPERAND] / p[_CACHE])
+    return max(min(wave, every_tile) * p[_OPERAND] - operands, 0.0) * missed
+
+
+@compiled
+def _joined(compute: float, memory: float, power: float) -> float:
+    """Two times that overlap partly: their norm, between the larger (power infinite) and the sum (1)."""
+    larger, smaller = max(compute, memory), min(compute, memory)
+    return larger * (1.0 + (smaller / larger) ** power) ** (1.0 / power)

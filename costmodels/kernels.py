@@ -30,9 +30,11 @@ def kernel_price(device: Device, shape: OpShape) -> Price | None:
 def kernel_prices(device: Device, shapes: Sequence[OpShape]) -> list[Price | None]:
     """`[kernel_price(device, s) for s in shapes]`, with all ops of one law priced at once. A CPU follows the laws that
     `parplan calibrate` measures, so no kernel law speaks for it."""
-    prices: list[Price | None] = [None] * len(shapes)
     if device.kind == "cpu":
-        return prices
+        return [None] * len(shapes)
+    if len(shapes) == 1:
+        return _law(_MODULE_OF_FAMILY.get(family(shapes[0].name), "rowwise"))(device, shapes)
+    prices: list[Price | None] = [None] * len(shapes)
     groups: dict[str, list[int]] = {}
     for i, shape in enumerate(shapes):
         groups.setdefault(_MODULE_OF_FAMILY.get(family(shape.name), "rowwise"), []).append(i)

@@ -15,10 +15,10 @@ Xeon, 112 models, with the laws and both Gaussians of now: 9.6 % in the mean ove
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from math import exp, log, prod
+from functools import cache, cached_property, lru_cache
+from math import log, prod
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -30,19 +30,15 @@ if TYPE_CHECKING:
     from costmodels.ops import OpShape
 
 WIDTH = 1.5  # doublings of one dim
+IN_LOGS = WIDTH * log(2)
 SAME = 3.0  # weight of the narrow Gaussian, whose width is that of the wide one over the root of ten
 ALONE = 0.1
-LEAST = -80.0  # logarithm of the least weight: from -88 on exp makes denormals, up to 7 times as slow (measured)
-NARROWEST = np.float32(exp(LEAST / 10))
-AT_ONCE = 8192  # weights: they stay in a cache, and so small a product gets no second thread from BLAS
 FARTHEST = 1.5  # ln of a measured time over its law beyond which an op is taken for one that was disturbed
-UNIT = 2**19  # bytes: context in halves of a MiB, see `costmodels.context`
-CONTEXT = slice(18, 20)  # of a point
+UNIT = 2.0**19  # bytes: context in halves of a MiB, see `costmodels.context`
 NOTHING = (0, 0, 0, 0)
 Floats = NDArray[np.float64]
 Singles = NDArray[np.float32]  # prices of 1,407 ops came out within 5e-6 of those by doubles
 Group = tuple[str, tuple[int, ...]]
-_Measured = tuple[Singles, Singles, Singles]
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,68 +48,49 @@ class Neighbours:
     ratios: Mapping[str, float]
 
     @cached_property
-    def groups(self) -> dict[Group, _Measured]:
-        """What was measured of each kernel's ops with operands of the same ranks."""
-        rows: dict[Group, tuple[list[list[int]], list[float]]] = {}
+    def groups(self) -> dict[Group, tuple[Singles, Singles]]:
+        """What was measured of each kernel's ops with operands of the same ranks: points f4[dims, m], and logarithms of
+        their ratios f4[m]."""
+        from costmodels.nearest import points_of
+
+        rows: dict[Group, tuple[list[tuple[int, ...]], list[float]]] = {}
         for text, ratio in self.ratios.items():
             kernel, ins, outs, place = _parsed(text)
             numbers, ratios = rows.setdefault(_group(kernel, ins), ([], []))
             numbers.append(_numbers(ins, outs, *place))
             ratios.append(ratio)
-        clipped = {key: np.clip(np.log(ratios), -FARTHEST, FARTHEST) for key, (_, ratios) in rows.items()}
-        return {key: _measured(_points(numbers), clipped[key]) for key, (numbers, _) in rows.items()}
+        return {
+            key: (
+                np.ascontiguousarray(points_of(np.array(numbers, float), UNIT, IN_LOGS).T),
+                np.clip(np.log(ratios), -FARTHEST, FARTHEST).astype(np.float32),
+            )
+            for key, (numbers, ratios) in rows.items()
+        }
 
-    def factors(self, kernel: str, shapes: Sequence[OpShape]) -> Floats:
-        """How many times their law ops take that are all of one `costmodels.ops.kernel_key`: f8[2, n], where they are
-        and in full caches."""
-        found = np.ones((2, len(shapes)))
+    def factors(self, kernel: str, shapes: Sequence[OpShape]) -> tuple[list[float], list[float]]:
+        """How many times their law ops take that are all of one `costmodels.ops.kernel_key`: where they are, and in
+        full caches."""
+        found = [1.0] * len(shapes), [1.0] * len(shapes)
         members: dict[Group, list[int]] = {}
         for i, shape in enumerate(shapes):
             members.setdefault(_group(kernel, shape.in_shapes), []).append(i)
         for key, at in members.items():
             if measured := self.groups.get(key):
                 ops = [shapes[i] for i in at]
-                alike: dict[tuple[tuple[Shape, ...], tuple[Shape, ...], int], int] = {}  # in whatever context
-                which = [alike.setdefault((s.in_shapes, s.out_shapes, s.runs), len(alike)) for s in ops]
-                full = _points([_numbers(*op, 0, 0) for op in alike])
-                placed = [i for i, s in enumerate(ops) if s.swept or s.since]
-                here = full[[which[i] for i in placed]]
-                here[:, CONTEXT] = _context([(ops[i].swept, ops[i].since) for i in placed])
-                ratios = _mean_ratio(np.concatenate((full, here)), *measured)
-                found[:, at] = ratios[which]
-                found[0, [at[i] for i in placed]] = ratios[len(alike) :]
+                numbers = [_numbers(s.in_shapes, s.out_shapes, s.runs, s.swept, s.since) for s in ops]
+                rows = _loop()(np.array(numbers, float), UNIT, IN_LOGS, *measured, SAME, ALONE)
+                for ratios, row in zip(found, rows.tolist()):
+                    for i, ratio in zip(at, row):
+                        ratios[i] = ratio
         return found
 
 
-def _measured(points: Singles, logs: Floats) -> _Measured:
-    """Of measured ops at `points`: those with dims first, the halves of their squared lengths, and what is summed."""
-    summed = np.column_stack((logs, np.ones(len(logs)))).astype(np.float32)
-    return np.ascontiguousarray(points.T), (points**2).sum(1) / 2, summed
+@cache
+def _loop() -> Callable[..., Floats]:
+    """The compiled loop, imported when an op first needs it."""
+    from costmodels.nearest import mean_ratios
 
-
-def _mean_ratio(at: Singles, points: Singles, halves: Singles, summed: Singles) -> Floats:
-    """The weighed geometric mean of the ratios around each point of `at`; the rest as `_measured` gives it."""
-    sums = np.empty((len(at), 2), np.float32)
-    squares = np.einsum("ij,ij->i", at, at)[:, None] / 2
-    rows = max(AT_ONCE // len(halves), 1)
-    for first in range(0, len(at), rows):
-        part = slice(first, first + rows)
-        weights = at[part] @ points  # minus the halves of both squares: minus half of the squared distance
-        weights -= halves
-        weights -= squares[part]
-        np.clip(weights, LEAST, 0.0, out=weights)
-        np.exp(weights, out=weights)
-        narrow = np.maximum(weights, NARROWEST)  # its tenth power, which is no denormal
-        narrow *= narrow
-        eighth = narrow * narrow
-        eighth *= eighth
-        narrow *= eighth
-        narrow *= SAME
-        weights += narrow
-        np.matmul(weights, summed, out=sums[part])
-    logs, total = sums.T.astype(float)
-    found: Floats = np.exp(logs / (total + ALONE))
-    return found
+    return mean_ratios
 
 
 def label(signature: Signature, shape: OpShape) -> str:
@@ -137,30 +114,28 @@ def _group(kernel: str, ins: Sequence[Shape]) -> Group:
     return kernel, tuple([len(s) for s in ins[:3] if s])
 
 
-def _numbers(ins: Sequence[Shape], outs: Sequence[Shape], runs: int, swept: int, since: int) -> list[int]:
+def _numbers(ins: Sequence[Shape], outs: Sequence[Shape], runs: int, swept: int, since: int) -> tuple[int, ...]:
     """All elements, the last four dims of three inputs and of the first result, further stretches, and context."""
-    elements = sum([prod(s) for s in ins if s]) + sum([prod(s) for s in outs if s])
-    first, second, third, *_ = (*ins, (), (), ()) if len(ins) < 3 else ins
-    result = outs[0] if outs else ()
-    return [
-        elements, *NOTHING[len(first) :], *first[-4:], *NOTHING[len(second) :], *second[-4:], *NOTHING[len(third) :],
-        *third[-4:], *NOTHING[len(result) :], *result[-4:], max(runs, 1) - 1, swept, since,
-    ]  # fmt: skip
+    elements = 0
+    dims: tuple[int, ...] = ()
+    for shape in ins:
+        each, last = _described(shape)
+        elements += each
+        if len(dims) < 12:
+            dims += last
+    if len(ins) < 3:
+        dims += NOTHING * (3 - len(ins))
+    for shape in outs:
+        each, last = _described(shape)
+        elements += each
+        if len(dims) < 16:
+            dims += last
+    if not outs:
+        dims += NOTHING
+    return elements, *dims, max(runs, 1) - 1, swept, since
 
 
-def _points(numbers: Sequence[Sequence[int]]) -> Singles:
-    """Their logarithms in widths, as distances count them: f4[n, dims]."""
-    points = np.array(numbers, np.float32)
-    points[:, CONTEXT] /= UNIT
-    return _in_widths(points)
-
-
-def _context(places: Sequence[tuple[int, int]]) -> Singles:
-    """What stands in a point of these `swept` and `since`."""
-    return _in_widths(np.array(places, np.float32).reshape(-1, 2) / np.float32(UNIT))
-
-
-def _in_widths(numbers: Singles) -> Singles:
-    np.log1p(numbers, out=numbers)
-    numbers /= WIDTH * log(2)
-    return numbers
+@lru_cache(maxsize=65536)
+def _described(shape: Shape) -> tuple[int, tuple[int, ...]]:
+    """Elements (none of a scalar) and the last four dims."""
+    return prod(shape) if shape else 0, (*NOTHING[len(shape) :], *shape[-4:])

@@ -5,11 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from operator import le
+from operator import le, mul
 from typing import TYPE_CHECKING, Any, Literal
-
-import numpy as np
-from numpy.typing import NDArray
 
 from costmodels.context import Layout, is_stream, runs_of
 from costmodels.conv_cpu import way
@@ -40,7 +37,8 @@ ROOFLINE_ERROR = 0.30  # mean error of a roofline with assumed shares: shared/fa
 PRODUCTS = frozenset({"mm", "addmm", "bmm", "baddbmm"})
 ARITHMETIC = frozenset({"add", "sub", "mul", "div", "maximum", "minimum"})
 SLOWED = COMPUTE - {"rnn", "rnn_backward"}
-IN_CONTEXT = {form: [name in CONTEXT for name in names] for form, names in FORMS.items()}
+# Features of what ran before, by form: they stand beside each other.
+AFTER = {form: slice(1, 1 + sum(name in CONTEXT for name in names)) for form, names in FORMS.items()}
 EXTRAPOLATION_FACTOR = 2.0  # an extrapolated law is taken to be twice as wrong as on its held-out half
 
 
@@ -163,7 +161,11 @@ def signature(shape: OpShape, kernel: str = "") -> Signature:
 
 def price(device: Device, shape: OpShape) -> Price:
     """The time of one op; cached on the device."""
-    return device.cache.get(shape) or price_many(device, [shape])[0]
+    if found := device.cache.get(shape):
+        known: Price = found
+        return known
+    (priced,) = _kernel(device, kernel_key(shape) if device.laws else "", [shape])
+    return _keep(device, shape, priced)
 
 
 def price_many(device: Device, shapes: Sequence[OpShape]) -> list[Price]:
@@ -194,7 +196,7 @@ def _kernel(device: Device, kernel: str, shapes: Sequence[OpShape]) -> Iterable[
         each = zip(unknown, kernel_prices(device, unknown))
         computed = iter([by_kernel or _roofline(device, shape) for shape, by_kernel in each])
     else:
-        seconds = law_seconds(device.neighbours, law, kernel, unknown).tolist() if unknown else []
+        seconds = law_seconds(device.neighbours, law, kernel, unknown) if unknown else []
         computed = iter([_from_law(law, shape, value) for shape, value in zip(unknown, seconds)])
     return (seen or next(computed) for seen in known)
 
@@ -231,17 +233,20 @@ def _known(device: Device, shape: OpShape, law: Law | None, kernel: str) -> Pric
     return None
 
 
-def law_seconds(neighbours: Neighbours, law: Law, kernel: str, shapes: Sequence[OpShape]) -> NDArray[np.float64]:
-    """Seconds f8[n] of ops of one `kernel_key` by a law and by what the nearest measured ops say of it. An op never
-    takes less time after others have emptied the caches than in full ones, whatever its neighbours took: lower bounds
-    rest on that."""
-    design = np.array([features(s, law.form) for s in shapes])
-    here = np.array(law.coefficients)
-    by_law: NDArray[np.float64] = np.array([here, np.where(IN_CONTEXT[law.form], 0.0, here)]) @ design.T
+def law_seconds(neighbours: Neighbours, law: Law, kernel: str, shapes: Sequence[OpShape]) -> list[float]:
+    """Seconds of ops of one `kernel_key` by a law and by what the nearest measured ops say of it. An op never takes
+    less time after others have emptied the caches than in full ones, whatever its neighbours took: lower bounds rest on
+    that."""
+    after, weights = AFTER[law.form], law.coefficients
+    by_law = []
+    for shape in shapes:
+        values = features(shape, law.form)
+        here = sum(map(mul, weights, values))
+        by_law.append((here, here - sum(map(mul, weights[after], values[after]))))
     if not neighbours.ratios:
-        return by_law[0]
-    found: NDArray[np.float64] = (by_law * neighbours.factors(kernel, shapes)).max(axis=0)
-    return found
+        return [here for here, _ in by_law]
+    factors = zip(*neighbours.factors(kernel, shapes))
+    return [max(here * ratio, full * settled) for (here, full), (ratio, settled) in zip(by_law, factors)]
 
 
 def _roofline(device: Device, shape: OpShape) -> Price:

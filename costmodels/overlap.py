@@ -22,7 +22,7 @@ from costmodels.device import Device, load_device
 from costmodels.families import COMPUTE, FREE, family
 from costmodels.features import touched
 from costmodels.gemm import WIDTH, pricing_of, product_dims
-from costmodels.gemm_law import CHUNK, slowdown
+from costmodels.gemm_law import slowdown
 from costmodels.nccl_fabric import Group, group_of
 from costmodels.nccl_tuner import ring_rate
 from costmodels.ops import ASSUMED_EFFICIENCY, OpShape
@@ -113,11 +113,8 @@ def slowdowns(device: Device, shapes: Sequence[OpShape], seconds: Sequence[float
             bandwidth=max(hardware.bandwidth - other.bandwidth, hardware.bandwidth / 2),
         )
         dims = np.array([product_dims(shapes[i]) for i in members], float)
-        parts = [
-            slowdown(pricing.constants, hardware, fewer, pricing.menu, dims[j : j + CHUNK], other.static and narrow)
-            for j in range(0, len(dims), CHUNK)
-        ]
-        for i, value in zip(members, np.concatenate(parts).tolist()):
+        slower = slowdown(pricing.constants, hardware, fewer, pricing.menu, dims, other.static and narrow)
+        for i, value in zip(members, slower.tolist()):
             found[i] = max(value, 1.0)
     return found
 

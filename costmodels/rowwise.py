@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from costmodels.compiled import compiled
 from costmodels.device import Device
 from costmodels.families import FREE, base_name, family
 from costmodels.features import touched
@@ -133,41 +134,64 @@ def _optimizer_launches(shape: OpShape) -> int:
 def seconds_of(constants: Mapping[str, Any], device: Device, kind: str, work: Array) -> Array:
     """Seconds of ops of one kind; `work` has rows bytes, rows, columns, launches (`work_of`)."""
     moved, rows, columns, launches = work
-    launch = launches * float(constants.get("launch", LAUNCH))
-    cache = float(device.l2_bytes)
+    launch, bandwidth = launches * float(constants.get("launch", LAUNCH)), device.memory_bandwidth
     if kind == "stream":
-        streamed: Array = launch + _streamed(constants, cache, moved) / device.memory_bandwidth
-        return streamed
-    terms = norm_terms(moved, rows, columns, cache) if kind == "norm" else softmax_terms(moved, rows, columns, cache)
-    busy = np.minimum(rows / (BLOCKS_A_UNIT * device.units), 1.0)
-    held: Array = launch + np.array(constants[kind]) @ terms / device.memory_bandwidth / busy
-    return held
+        stream, kept = float(constants["stream"]), float(constants.get("kept", 1.0))
+        cached = float(constants.get("cached", stream))
+        return launch + _streamed(moved, stream, cached, kept * device.l2_bytes) / bandwidth
+    terms = (norm_terms if kind == "norm" else softmax_terms)(moved, rows, columns, float(device.l2_bytes))
+    return launch + _held(np.array(constants[kind], float), terms, rows, BLOCKS_A_UNIT * device.units) / bandwidth
 
 
-def _streamed(constants: Mapping[str, Any], cache: float, moved: Array) -> Array:
-    """Bytes at the data sheet's bandwidth that take as long as `moved`: up to half of `kept` times the last cache is
-    served by it at the rate `cached`, nothing of what exceeds `kept` times the cache, and a share in between."""
-    stream = float(constants["stream"])
-    cached = float(constants.get("cached", stream))
-    held = np.clip(2 * (1 - moved / max(float(constants.get("kept", 1.0)) * cache, 1.0)), 0, 1)
-    seconds: Array = moved * ((1 - held) / stream + held / cached)
-    return seconds
+@compiled
+def _streamed(moved: Array, stream: float, cached: float, kept: float) -> Array:
+    """Bytes at the data sheet's bandwidth that take as long as `moved`: what takes up to half of the `kept` bytes of
+    the last cache is served by it at the rate `cached`, nothing of what exceeds them, and a share in between."""
+    found = np.empty(len(moved))
+    for i in range(len(moved)):
+        held = min(max(2 * (1 - moved[i] / max(kept, 1.0)), 0.0), 1.0)
+        found[i] = moved[i] * ((1 - held) / stream + held / cached)
+    return found
 
 
+@compiled
+def _held(weights: Array, terms: Array, rows: Array, blocks: float) -> Array:
+    """Bytes at the data sheet's bandwidth that take as long as rows held by the chip; fewer than so many `blocks` do
+    not reach it."""
+    found = np.zeros(len(rows))
+    for i in range(len(rows)):
+        for j in range(len(weights)):
+            found[i] += weights[j] * terms[j, i]
+        found[i] /= min(rows[i] / blocks, 1.0)
+    return found
+
+
+@compiled
 def norm_terms(moved: Array, rows: Array, columns: Array, cache: float) -> Array:
     """Terms of layer, group and RMS normalisation, in bytes: all; per row; per 512 columns of a row; what of a row
     exceeds 1024, 2048 and 4096 columns, which a block reads again; what exceeds the last cache."""
-    beyond = [moved * np.maximum(1 - width / columns, 0) for width in (1024, 2048, 4096)]
-    blocks = rows * np.ceil(columns / 512)
-    return np.stack([moved, rows, blocks, *beyond, np.maximum(moved - cache, 0)])
+    terms = np.empty((7, len(moved)))
+    for i in range(len(moved)):
+        terms[0, i], terms[1, i], terms[2, i] = moved[i], rows[i], rows[i] * np.ceil(columns[i] / 512)
+        for j in range(3):
+            terms[3 + j, i] = moved[i] * max(1 - 1024 * 2**j / columns[i], 0.0)
+        terms[6, i] = max(moved[i] - cache, 0.0)
+    return terms
 
 
+@compiled
 def softmax_terms(moved: Array, rows: Array, columns: Array, cache: float) -> Array:
     """Terms of a softmax, in bytes: rows of up to 1024 columns, which one warp holds in its registers; longer rows
     with 16-byte aligned rows, by byte and by row; longer rows otherwise, likewise; what of a row exceeds 2048 and 4096
     columns; what exceeds the last cache. The three kernels are torch's (SoftMax.cu)."""
-    short = columns <= 1024
-    aligned, odd = ~short & (columns % 4 == 0), ~short & (columns % 4 != 0)
-    beyond = [moved * np.maximum(1 - width / columns, 0) for width in (2048, 4096)]
-    kernels = [moved * short, moved * aligned, rows * aligned, moved * odd, rows * odd]
-    return np.stack([*kernels, *beyond, np.maximum(moved - cache, 0)])
+    terms = np.zeros((8, len(moved)))
+    for i in range(len(moved)):
+        if columns[i] <= 1024:
+            terms[0, i] = moved[i]
+        else:
+            first = 1 if columns[i] % 4 == 0 else 3
+            terms[first, i], terms[first + 1, i] = moved[i], rows[i]
+        for j in range(2):
+            terms[5 + j, i] = moved[i] * max(1 - 2048 * 2**j / columns[i], 0.0)
+        terms[7, i] = max(moved[i] - cache, 0.0)
+    return terms

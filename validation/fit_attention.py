@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from costmodels.attention import Calls, decode_seconds, flash_seconds
+from costmodels.attention_law import FIELDS, calls_from, decode_seconds, flash_seconds
 from costmodels.device import Device, load_device
 from validation.fit_common import Array, Constant, Fitted, Flags, fit_constants, held_out
 
@@ -137,7 +137,7 @@ def _fit_device(table: Table, rows: pd.DataFrame, decode: pd.DataFrame) -> Fitte
     data = f"{table.framework}/context{'+encoder' if table.encoder else ''} ({SOURCE})"
 
     def again(lent: Mapping[str, Any]) -> Array:
-        calls = masked(calls_of_rows(rows), scored)
+        calls = calls_of_rows(rows)[scored]
         cache = predicted[scored] - flash_seconds(constants, device, DTYPE, calls)
         return cache + flash_seconds(lent, device, DTYPE, calls)
 
@@ -171,14 +171,14 @@ def _law(
     device: Device, rows: pd.DataFrame, widths: list[int], stated: Mapping[str, Any]
 ) -> Callable[[dict[str, float], Flags], Array]:
     """Seconds of the rows under a mask, by the law that prices ops and the writing of keys and values to the cache."""
-    calls = calls_of_rows(rows)
+    calls, causal = calls_of_rows(rows), rows.causal.to_numpy(bool)
     padded = ~rows.head_dim.isin(BUILT_FOR).to_numpy(bool)
     stored = 4.0 * rows.batch_size * rows.isl * rows.num_key_value_heads * rows.head_dim * rows.causal
 
     def law(x: dict[str, float], mask: Flags) -> Array:
         cache = stored.to_numpy(float)[mask] / device.memory_bandwidth / x["cache_stream"]
-        cache = cache + x.get("cache_launch", 0.0) * calls.causal[mask] + x.get("pad_launch", 0.0) * padded[mask]
-        seconds: Array = flash_seconds(section_of(x, widths, stated), device, DTYPE, masked(calls, mask)) + cache
+        cache = cache + x.get("cache_launch", 0.0) * causal[mask] + x.get("pad_launch", 0.0) * padded[mask]
+        seconds: Array = flash_seconds(section_of(x, widths, stated), device, DTYPE, calls[mask]) + cache
         return seconds
 
     return law
@@ -191,16 +191,11 @@ def section_of(x: dict[str, float], widths: list[int], stated: Mapping[str, Any]
     return {**plain, **stated, "head_dims": widths, "rates": [x[f"rate{w}"] for w in widths]}
 
 
-def calls_of_rows(rows: pd.DataFrame) -> Calls:
+def calls_of_rows(rows: pd.DataFrame) -> Array:
     """The table's rows as calls of attention of tokens to themselves."""
     columns = ("batch_size", "num_heads", "num_key_value_heads", "isl", "isl", "head_dim", "head_dim")
     batch, heads, kv_heads, queries, keys, width, values = (rows[c].to_numpy(float) for c in columns)
-    causal = rows.causal.to_numpy(bool)
-    return Calls(batch, heads, kv_heads, queries, keys, width, values, causal, np.zeros(len(rows), bool))
-
-
-def masked(c: Calls, mask: Flags) -> Calls:
-    return Calls(*(getattr(c, name)[mask] for name in Calls.__dataclass_fields__))
+    return calls_from(batch, heads, kv_heads, queries, keys, width, values, rows.causal.to_numpy(bool), False)
 
 
 def _fit_decode(device: Device, rows: pd.DataFrame) -> tuple[dict[str, float], float, int]:
@@ -208,14 +203,12 @@ def _fit_decode(device: Device, rows: pd.DataFrame) -> tuple[dict[str, float], f
     rows = rows[rows.step > 0]
     scored, measured = _scored(rows), rows.latency.to_numpy() * 1e-3
     calls = calls_of_rows(rows.assign(causal=False, isl=rows.step + 1))
-    ones = np.ones(len(rows))
-    calls = Calls(calls.batch, calls.heads, calls.kv_heads, ones, calls.keys, calls.width, calls.value_width,
-                  calls.causal, calls.backward)  # fmt: skip
+    calls[:, FIELDS.index("queries")] = 1.0
     fitting = _some(~scored)
 
     def seconds(x: dict[str, float]) -> Array:
-        return decode_seconds(x, device, DTYPE, masked(calls, fitting))
+        return decode_seconds(x, device, DTYPE, calls[fitting])
 
     found = fit_constants(DECODE, seconds, measured[fitting], DECODE_STARTS)
-    errors = decode_seconds(found, device, DTYPE, masked(calls, scored)) / measured[scored] - 1
+    errors = decode_seconds(found, device, DTYPE, calls[scored]) / measured[scored] - 1
     return found, float(np.abs(errors).mean()), int(scored.sum())

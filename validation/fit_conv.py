@@ -10,15 +10,9 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from costmodels.conv_shapes import Convs
-from costmodels.convolution import (
-    ALGORITHMS,
-    chosen,
-    fused_seconds,
-    implicit_seconds,
-    seconds_by_algorithm,
-    winograd_seconds,
-)
+from costmodels.conv_shapes import Conv, rows_of
+from costmodels.convolution import hardware_of, seconds_by_algorithm
+from costmodels.convolution_law import ALGORITHMS, Algorithm, chosen, kernel_seconds, packed
 from costmodels.device import Device, load_device
 from validation.fit_common import Array, Constant, Fitted, Flags, fit_constants, held_out
 
@@ -88,7 +82,7 @@ def _fit_device(device: Device, stem: str, rows: pd.DataFrame) -> tuple[Fitted, 
 
 
 def algorithm_constants(
-    device: Device, some: Convs, taken: NDArray[np.str_], measured: Array, fitting: Flags, least: int = 1
+    device: Device, some: Array, taken: NDArray[np.str_], measured: Array, fitting: Flags, least: int = 1
 ) -> dict[str, Any]:
     """Constants of each algorithm, from the rows of the fitting half for which cuDNN took it, if there are `least` of
     them. Both Winograd kernels have one name in the table, so the faster of the two is compared. FFT has none of its
@@ -98,22 +92,23 @@ def algorithm_constants(
         mine = fitting & (taken == algorithm)
         if mine.sum() < least:
             continue
-        law = _law(algorithm, device, Convs(*(getattr(some, n)[mine] for n in Convs.__dataclass_fields__)))
+        law = _law(algorithm, device, some[mine])
         starts = STARTS if algorithm == "winograd" else ({},)
         constants |= _tiles_joined(fit_constants(names, law, measured[mine], starts, relative=True))
     return constants
 
 
-def _law(algorithm: str, device: Device, some: Convs) -> Callable[[dict[str, float]], Array]:
-    unit = device.peak_flops["float32"] / device.units
+def _law(algorithm: str, device: Device, some: Array) -> Callable[[dict[str, float]], Array]:
+    hardware = hardware_of(device, "float32")
+
+    def seconds(x: dict[str, float], name: Algorithm) -> Array:
+        return x[HOST[name]] + kernel_seconds(packed(_tiles_joined(x), hardware), ALGORITHMS.index(name), some)
 
     def implicit(x: dict[str, float]) -> Array:
-        return x["implicit_host"] + implicit_seconds(_tiles_joined(x), device, unit, 4.0, some)
+        return seconds(x, "implicit_gemm")
 
     def winograd(x: dict[str, float]) -> Array:
-        c = _tiles_joined(x)
-        steps = c["winograd_host"] + winograd_seconds(c, device, unit, 4.0, some)
-        faster: Array = np.minimum(steps, c["fused_host"] + fused_seconds(c, device, unit, 4.0, some))
+        faster: Array = np.minimum(seconds(x, "winograd"), seconds(x, "winograd_fused"))
         return faster
 
     law: Callable[[dict[str, float]], Array] = implicit if algorithm == "implicit_gemm" else winograd
@@ -139,11 +134,7 @@ def _above_peak(device: Device, rows: pd.DataFrame, seconds: Array) -> float:
     return float((flops.to_numpy() > device.peak_flops["float32"] * np.maximum(seconds, 1e-9)).mean())
 
 
-def convs(rows: pd.DataFrame) -> Convs:
-    """The table's rows: square images, 3x3, stride 1, padding 1."""
-    edge, ones = rows.input_size.to_numpy(float), np.ones(len(rows))
-    yes, no = np.ones(len(rows), bool), np.zeros(len(rows), bool)
-    return Convs(
-        rows.batch.to_numpy(float), rows.in_channels.to_numpy(float), rows.out_channels.to_numpy(float), ones,
-        edge**2, edge**2, 9 * ones, 3 * ones, edge, edge, yes, yes, no,
-    )  # fmt: skip
+def convs(rows: pd.DataFrame) -> Array:
+    """The table's rows as the law takes them: square images, 3x3, stride 1, padding 1."""
+    columns = rows[["batch", "in_channels", "out_channels", "input_size"]].to_numpy().tolist()
+    return rows_of([Conv(b, c, f, 1, edge**2, edge**2, 9, 3, edge, edge, True, True) for b, c, f, edge in columns])

@@ -23,7 +23,7 @@ import pandas as pd
 from costmodels import tomlfile
 from costmodels.device import CATALOGUE, load_device
 from costmodels.gemm import borrowed_pricing
-from costmodels.gemm_correction import factors
+from costmodels.gemm_correction import factors_of
 from costmodels.gemm_law import law_seconds
 from costmodels.relatives import measured, relatives
 from validation.fit_gemm_law import Array, Fit, Mask, calibration_half, fit, in_table, predictions, section_values
@@ -164,7 +164,7 @@ def _library_scores(folder: Path, device: str) -> list[dict[str, Any]]:
         held = ~calibration_half(dims)
         law = law_seconds(pricing.constants, pricing.hardware, pricing.menu, dims[held])
         assert pricing.correction is not None, "a device's own section has a correction"
-        error = law * factors(pricing.correction, dims[held]) / np.array(list(times.values()))[held] - 1
+        error = law * factors_of(pricing.correction, dims[held]) / np.array(list(times.values()))[held] - 1
         rows.append({"device": device, "library": name, "against": "law", "n": len(error),
                      "mean": float(abs(error).mean()), "bias": float(error.mean())})  # fmt: skip
     return rows
@@ -207,7 +207,7 @@ def _borrowed_scores(table: Table) -> list[dict[str, Any]]:
     bare = law_seconds(pricing.constants, pricing.hardware, pricing.menu, table.dims)
     assert pricing.correction is not None, "every fitted section has a correction"
     rows = _scores(table, ~mask, in_table(bare, host, issue), {"split": "shape", "law": "bare", "from": near.name})
-    corrected = in_table(bare * factors(pricing.correction, table.dims), host, issue)
+    corrected = in_table(bare * factors_of(pricing.correction, table.dims), host, issue)
     return rows + _scores(table, ~mask, corrected, {"split": "shape", "law": "corrected", "from": near.name})
 
 

@@ -15,9 +15,11 @@ from typing import Any
 import numpy as np
 
 from costmodels import tomlfile
-from costmodels.attention import Calls, calls_of, flash_seconds
-from costmodels.conv_shapes import convs_of, stacked
-from costmodels.convolution import chosen, seconds_by_algorithm
+from costmodels.attention import calls_of
+from costmodels.attention_law import flash_seconds
+from costmodels.conv_shapes import convs_of, rows_of
+from costmodels.convolution import seconds_by_algorithm
+from costmodels.convolution_law import chosen
 from costmodels.device import Device, load_device, save_device
 from costmodels.families import family
 from costmodels.names import device_named
@@ -25,7 +27,7 @@ from costmodels.ops import OpShape, price_many
 from costmodels.relatives import find
 from costmodels.rowwise import kind_of, norm_terms, seconds_of, softmax_terms, work_of
 from planner.host_thread import MEASURED
-from validation.fit_attention import CONSTANTS, STARTS, masked, section_of
+from validation.fit_attention import CONSTANTS, STARTS, section_of
 from validation.fit_common import Array, Constant, Flags, fit_constants, fit_terms, score
 from validation.fit_conv import algorithm_constants
 from validation.fit_gemm_law import fit, section_values
@@ -188,11 +190,10 @@ def attention_section(device: Device, name: str, rows: Sequence[Row], data: str)
     widths = sorted({int(r["dims"][4]) for r in rows})
     wanted = (*(c for c in CONSTANTS if c.name != "cache_stream"), *(Constant(f"rate{w}", 0.5, True) for w in widths))
 
-    def seconds(x: dict[str, float], some: Calls) -> Array:
+    def seconds(x: dict[str, float], some: Array) -> Array:
         return flash_seconds(section_of(x, widths, {"packs": False}), device, name, some)
 
-    fitting = masked(calls, ~scored)
-    found = fit_constants(wanted, lambda x: seconds(x, fitting), measured[~scored], STARTS[:3])
+    found = fit_constants(wanted, lambda x: seconds(x, calls[~scored]), measured[~scored], STARTS[:3])
     about = _about(data, seconds(found, calls), measured, scored)
     return {**about, **section_of(found, widths, {"packs": False}), "kernel": "FlashAttention-2"}
 
@@ -200,7 +201,7 @@ def attention_section(device: Device, name: str, rows: Sequence[Row], data: str)
 def conv_section(device: Device, name: str, rows: Sequence[Row], data: str) -> dict[str, Any]:
     """Implicit GEMM and Winograd by the kernels' names; an algorithm with too few rows borrows a relative's."""
     measured, scored = _halves(rows)
-    some = stacked([convs_of(shape_of_row(r))[0] for r in rows])
+    some = rows_of([convs_of(shape_of_row(r))[0] for r in rows])
     taken = np.array([r.get("algorithm", "implicit_gemm") for r in rows])
     own = algorithm_constants(device, some, taken, measured, ~scored, LEAST["conv"] // 2)
     if "implicit_rate" not in own:

@@ -7,10 +7,11 @@ that time times rate is the network's work, 39.0 GFLOP an image, and `tests/vali
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from costmodels.conv_shapes import Conv, stacked
-from costmodels.convolution import LAUNCH, fused_seconds
+from costmodels.conv_shapes import Conv, rows_of
+from costmodels.convolution import hardware_of
+from costmodels.convolution_law import FUSED, LAUNCH, kernel_seconds, packed
 from costmodels.device import Device
 
 # Titan X (Maxwell) at its base clock of 1 GHz: 24 SMs of 128 lanes, 336.5 GB/s (from memory).
@@ -61,10 +62,9 @@ def work(batch: int) -> float:
 
 def predicted(row: Row) -> float:
     """Seconds of all layers by the law of fused Winograd kernels: counts of instructions, and nothing fitted."""
-    unit = TITAN_X.peak_flops["float32"] / TITAN_X.units
+    law = packed(CONSTANTS, replace(hardware_of(TITAN_X, "float32"), size=row.bytes))
     convs = [_layer(row.batch, c, k, edge) for c, k, edge, times in LAYERS for _ in range(times)]
-    seconds = fused_seconds(CONSTANTS, TITAN_X, unit, float(row.bytes), stacked(convs))
-    return float(seconds.sum()) + LAUNCH * len(convs)
+    return float(kernel_seconds(law, FUSED, rows_of(convs)).sum()) + LAUNCH * len(convs)
 
 
 def _layer(batch: int, channels: int, filters: int, edge: int) -> Conv:

@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from costmodels.attention import BACKWARD, Calls, flash_seconds
+from costmodels.attention import BACKWARD
+from costmodels.attention_law import FIELDS, calls_from, flash_seconds
 from costmodels.device import Device
 from validation.fit_common import Array, Constant, Flags, fit_constants, held_out
 
@@ -51,9 +52,9 @@ def attention(config: dict[str, Any], device: Device) -> tuple[dict[str, dict[st
     sections, errors = {}, {}
     for op, products, backward in (("sdp_fwd", 2.0, False), ("sdp_bwd", 5.0, True)):
         calls, seconds = _rows(config["accelerator"]["op"][op], products, backward)
-        scored = held_out(calls.heads, calls.kv_heads, calls.queries, calls.width)
+        scored = held_out(*(calls[:, FIELDS.index(name)] for name in ("heads", "kv_heads", "queries", "width")))
         constants = _fit(own, device, calls, seconds, ~scored)
-        error = flash_seconds({**own, **constants}, device, DTYPE, _part(calls, scored)) / seconds[scored] - 1
+        error = flash_seconds({**own, **constants}, device, DTYPE, calls[scored]) / seconds[scored] - 1
         name = DTYPE + (BACKWARD if backward else "")
         errors[name] = float(abs(error).mean())
         about = {"data": f"SimuMax 1.2: {op}", "rows": int((~scored).sum()), "held_out": int(scored.sum()),
@@ -62,7 +63,7 @@ def attention(config: dict[str, Any], device: Device) -> tuple[dict[str, dict[st
     return sections, errors
 
 
-def _rows(op: dict[str, Any], products: float, backward: bool) -> tuple[Calls, Array]:
+def _rows(op: dict[str, Any], products: float, backward: bool) -> tuple[Array, Array]:
     """One row a shape: the median of its layouts' times."""
     found: dict[tuple[int, ...], list[float]] = {}
     for key, share in op["accurate_efficient_factor"].items():
@@ -72,15 +73,14 @@ def _rows(op: dict[str, Any], products: float, backward: bool) -> tuple[Calls, A
         flops = products * b * s * s * max(h, kv) * (width + value)
         found.setdefault(dims, []).append(flops / (float(share) * float(op["tflops"]) * 1e12))
     batch, tokens, heads, kv_heads, widths, values = np.array(list(found), float).T
-    yes = np.ones(len(found), bool)
-    calls = Calls(batch, heads, kv_heads, tokens, tokens, widths, values, yes, yes & backward)
+    calls = calls_from(batch, heads, kv_heads, tokens, tokens, widths, values, True, backward)
     return calls, np.array([float(np.median(s)) for s in found.values()])
 
 
-def _fit(own: Mapping[str, Any], device: Device, calls: Calls, seconds: Array, mask: Flags) -> dict[str, Any]:
-    widths = sorted({int(w) for w in calls.width})
+def _fit(own: Mapping[str, Any], device: Device, calls: Array, seconds: Array, mask: Flags) -> dict[str, Any]:
+    widths = sorted({int(w) for w in calls[:, FIELDS.index("width")]})
     wanted = (*FITTED, *(Constant(f"rate{w}", 0.6, True) for w in widths))
-    part = _part(calls, mask)
+    part = calls[mask]
 
     def section(x: dict[str, float]) -> dict[str, Any]:
         rates = [x[f"rate{w}"] for w in widths]
@@ -90,7 +90,3 @@ def _fit(own: Mapping[str, Any], device: Device, calls: Calls, seconds: Array, m
     starts: tuple[dict[str, float], ...] = ({}, {"launch": 6e-5}, {"tile": 2e-5}, {"join": 0.1})
     x = fit_constants(wanted, lambda x: flash_seconds(section(x), device, DTYPE, part), seconds[mask], starts)
     return {k: v for k, v in section(x).items() if k in ("launch", "tile", "join", "head_dims", "rates")}
-
-
-def _part(calls: Calls, mask: Flags) -> Calls:
-    return Calls(*(getattr(calls, name)[mask] for name in Calls.__dataclass_fields__))

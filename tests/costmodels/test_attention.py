@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import get_args
 
 import pytest
 import torch
@@ -10,16 +11,9 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from costmodels.attention import (
-    HEAD_DIMS,
-    _steps,
-    attention_price,
-    attention_prices,
-    calls_of,
-    head_rate,
-    kernel_of,
-    step_keys,
-)
+from costmodels import attention_law
+from costmodels.attention import Kernel, attention_price, attention_prices, calls_of, kernel_of, law_of
+from costmodels.attention_law import HEAD_DIMS, head_rate, head_table, step_keys, steps_of
 from costmodels.device import Device, load_device
 from costmodels.ops import OpShape, price, shape_of
 from opgraph.trace import trace
@@ -116,11 +110,9 @@ def test_one_query_reads_the_cache_once() -> None:
 
 
 def test_rates_between_and_beyond_the_tables_head_dims() -> None:
-    import numpy as np
-
-    constants = {"head_dims": [64, 128], "rates": [0.5, 0.7]}
-    widths = np.array([64.0, 96.0, 128.0, 256.0, 32.0, 16.0])
-    rates = head_rate(constants, widths)
+    heads = head_table({"head_dims": [64, 128], "rates": [0.5, 0.7]})
+    widths = [64.0, 96.0, 128.0, 256.0, 32.0, 16.0]
+    rates = [head_rate(heads, width) for width in widths]
     assert rates[:3] == pytest.approx([0.5, 0.6, 0.7])
     assert 0.7 < rates[3] < 0.8 and 0.2 < rates[4] < 0.3 and rates[5] == pytest.approx(rates[4] / 2)
     assert widths[4] == HEAD_DIMS[0]
@@ -163,21 +155,20 @@ def test_traced_attentions_know_their_mask(causal: bool) -> None:
 @pytest.mark.parametrize("rows, keys", [(128, 64), (64, 256), (64, 128), (64, 64)])
 @pytest.mark.parametrize("tokens", [1, 63, 64, 65, 300, 1024, 1025])
 def test_steps_under_a_causal_mask_are_those_of_a_count(rows: int, keys: int, tokens: int) -> None:
-    section = {"tile_rows": rows, "head_dims": [128], "tile_keys": [keys]}
-    calls = calls_of([call(1, 1, tokens, 128, causal=c) for c in (True, False)])
-    steps, longest = _steps(section, calls)
+    (masked, longest), full = (steps_of(float(rows), float(keys), float(tokens), float(tokens), c) for c in (1, 0))
     tiles, along = -(-tokens // rows), -(-tokens // keys)
     # A tile walks to the end of its last row, by whole steps, but never past the keys.
     counted = sum(min(-(-(i + 1) * rows // keys), along) for i in range(tiles))
-    assert longest.tolist() == [along, along] and steps[1] == tiles * along
-    assert counted <= steps[0] <= counted + max(rows // keys - 1, 0)
+    assert longest == along and full == (tiles * along, along)
+    assert counted <= masked <= counted + max(rows // keys - 1, 0)
 
 
 def test_head_dims_have_their_own_steps_and_default_to_64_keys() -> None:
-    calls = calls_of([call(1, 1, 128, width) for width in (32, 64, 96, 128, 256, 512)])
-    section = {"head_dims": [64, 128, 256], "tile_keys": [256, 128, 64]}
-    assert step_keys(section, calls).tolist() == [256, 256, 128, 128, 64, 64]
-    assert step_keys({}, calls).tolist() == [64] * 6
+    plain = {"head_dims": [64, 128, 256], "rates": [0.5, 0.6, 0.7]}
+    widths = (32.0, 64.0, 96.0, 128.0, 256.0, 512.0)
+    own, usual = head_table({**plain, "tile_keys": [256, 128, 64]}), head_table(plain)
+    assert [step_keys(own, width) for width in widths] == [256, 256, 128, 128, 64, 64]
+    assert [step_keys(usual, width) for width in widths] == [64] * 6
 
 
 def test_a_paged_kernel_computes_whole_steps_of_its_keys() -> None:
@@ -185,3 +176,20 @@ def test_a_paged_kernel_computes_whole_steps_of_its_keys() -> None:
     l40s = load_device("l40s")
     times = [seconds(l40s, call(8, 32, 64, 64, keys=keys)) for keys in (64, 256, 512)]
     assert times[0] == pytest.approx(times[1]) and times[2] > 1.1 * times[1]
+
+
+@pytest.mark.parametrize("name", ["h100-sxm", "l40s"])  # packs heads; has tiles of its own
+def test_compiled_and_plain_python_agree(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    device = load_device(name)
+    dims = [(2, 16, 8, 2048, 2048, 128), (1, 8, 1, 24, 24, 80), (3, 32, 32, 100, 700, 256), (64, 32, 8, 1, 8192, 32)]
+    ways = [(causal, backward) for causal in (False, True) for backward in (False, True)]
+    calls = calls_of([
+        call(b, h, q, w, causal=c, kv_heads=kv, keys=k, backward=back) for b, h, kv, q, k, w in dims for c, back in ways
+    ])  # fmt: skip
+    laws = [law_of(device.kernels["attention"]["bfloat16"], device, "bfloat16", kernel)
+            for kernel in get_args(Kernel)]  # fmt: skip
+    compiled = [law.seconds(calls) for law in laws]
+    for function, found in vars(attention_law).copy().items():
+        monkeypatch.setattr(attention_law, function, getattr(found, "py_func", found))
+    for law, seconds_compiled in zip(laws, compiled):
+        assert (seconds_compiled > 0).all() and law.seconds(calls) == pytest.approx(seconds_compiled, rel=1e-12)

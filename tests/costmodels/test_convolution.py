@@ -5,17 +5,21 @@ from __future__ import annotations
 from dataclasses import replace
 from math import prod
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from costmodels.conv_shapes import convs_of
+from costmodels import convolution_law
+from costmodels.conv_shapes import convs_of, rows_of
 from costmodels.convolution import (
     algorithm_of,
     conv_price,
     conv_prices,
     direct_flops,
     on_tensor_cores,
+    pricing_of,
+    seconds_by_algorithm,
     workspace_bytes,
 )
 from costmodels.device import Device, load_device
@@ -150,6 +154,33 @@ def test_many_prices_are_the_single_ones() -> None:
     missing = OpShape("aten.convolution.default", "forward", ((8, 8),), (), "float32", 0, 0, 0)
     assert conv_prices(A100, [*shapes, missing]) == [*(conv_price(A100, s) for s in shapes), None]
     assert price(A100, shapes[0]) == conv_price(A100, shapes[0])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_the_compiled_law_is_the_plain_one(monkeypatch: pytest.MonkeyPatch, dtype: str) -> None:
+    forward = [
+        conv(8, 64, 128, 28, dtype=dtype), conv(8, 64, 128, 28, kernel=9, dtype=dtype), conv(2, 3, 64, 224, 7, 2),
+        conv(8, 64, 64, 56, groups=64),
+    ]  # fmt: skip
+    rows, pricing = rows_of([c for s in forward for c in (*convs_of(s), *convs_of(backward(s)))]), pricing_of(T4, dtype)
+    assert pricing is not None
+    compiled = convolution_law.by_algorithm(pricing.law, rows), convolution_law.fastest(pricing.law, rows)
+    for name, value in list(vars(convolution_law).items()):  # those that the outer ones call, too
+        monkeypatch.setattr(convolution_law, name, getattr(value, "py_func", value))
+    plain = convolution_law.by_algorithm(pricing.law, rows), convolution_law.fastest(pricing.law, rows)
+    assert np.isfinite(plain[0]).any(axis=1).all() == (dtype == "float32")  # every algorithm is run there
+    for one, other in zip(compiled, plain):
+        np.testing.assert_allclose(one, other, rtol=1e-12)
+
+
+def test_an_algorithm_without_constants_is_not_run() -> None:
+    constants = T4.kernels["conv"]["float32"]
+    some = {name: value for name, value in constants.items() if not name.startswith(("product", "fused"))}
+    rows = rows_of(convs_of(conv(8, 64, 128, 28)))
+    times, all_times = (seconds_by_algorithm(c, T4, "float32", rows) for c in (some, constants))
+    assert times[0] == all_times[0] and np.isinf(times[1:]).all() and np.isfinite(all_times[1:3]).all()
+    with pytest.raises(ValueError, match="implicit_tiles"):
+        seconds_by_algorithm({**constants, "implicit_tiles": [0.5]}, T4, "float32", rows)
 
 
 def test_a_borrowed_rate_is_scaled_by_what_products_reach() -> None:

@@ -10,7 +10,8 @@ import pandas as pd
 import pytest
 
 from costmodels import tomlfile
-from costmodels.convolution import ALGORITHMS, chosen, seconds_by_algorithm
+from costmodels.convolution import seconds_by_algorithm
+from costmodels.convolution_law import ALGORITHMS, chosen
 from costmodels.device import Device, load_device
 from costmodels.rowwise import seconds_of
 from validation import fit_attention, fit_common, fit_conv, fit_kernels, fit_rowwise, lavin_gray

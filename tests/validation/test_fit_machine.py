@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from costmodels.attention import Calls, flash_seconds
+from costmodels.attention_law import calls_from, flash_seconds
 from costmodels.cluster import machine_tables
 from costmodels.device import load_device, on_machine
 from costmodels.ops import OpShape, price
@@ -78,10 +78,9 @@ def test_attention_of_a_machine_is_fitted_to_half_of_its_rows() -> None:
     law = device.kernels["attention"]["bfloat16"]
     heads = np.array([4.0, 8, 16, 32, 64, 128] * 3)
     tokens = np.repeat([2048.0, 4096, 8192], 6)
-    ones, yes = np.ones(18), np.ones(18, bool)
     ops = {}
     for name, count, backward in (("sdp_fwd", 2, False), ("sdp_bwd", 5, True)):
-        calls = Calls(ones, heads, heads, tokens, tokens, 128 * ones, 128 * ones, yes, yes & backward)
+        calls = calls_from(1, heads, heads, tokens, tokens, 128, 128, True, backward)
         seconds = 1.5 * flash_seconds(law, device, "bfloat16", calls)  # a machine that is slower throughout
         share = count * tokens**2 * heads * 256 / seconds / 1e15
         names = [f"batch=1, seq_len={t:.0f}, head_num={h:.0f}, kv_head_num={h:.0f}, qk_head_dim=128, v_head_dim=128"

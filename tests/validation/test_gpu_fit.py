@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from costmodels import tomlfile
-from costmodels.attention import calls_of, flash_seconds
+from costmodels.attention import calls_of
+from costmodels.attention_law import flash_seconds
 from costmodels.device import Device, load_device, save_device
 from costmodels.gemm_law import Constants, hardware_of, law_seconds, menu
 from costmodels.ops import OpShape, price_many
