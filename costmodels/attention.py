@@ -17,7 +17,8 @@ import numpy as np
 from costmodels.attention_law import Array, Law, decode_law, flash_law, math_law
 from costmodels.device import Device
 from costmodels.families import base_name, family
-from costmodels.ops import OpShape, Price
+from costmodels.ops import OpShape
+from costmodels.price import Price
 from costmodels.relatives import Found, find, section_for
 
 Kernel = Literal["flash", "flash2", "efficient", "math", "decode"]

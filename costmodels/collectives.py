@@ -17,7 +17,7 @@ from costmodels import gloo, hockney, nccl, torus
 from costmodels.cluster import Cluster
 from costmodels.nccl_fabric import group_of
 from costmodels.nccl_law import Laws, error_of, shipped
-from costmodels.ops import Source
+from costmodels.price import Source
 from costmodels.sharing import Firsts, shared_group, slowed_by_likes
 
 KINDS = ("all_reduce", "all_gather", "reduce_scatter", "broadcast", "reduce", "send", "all_to_all", "barrier")

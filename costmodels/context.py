@@ -21,7 +21,8 @@ from costmodels.features import SINCE, SWEPT, touched
 
 if TYPE_CHECKING:
     from costmodels.device import Device
-    from costmodels.ops import OpShape, Price
+    from costmodels.ops import OpShape
+    from costmodels.price import Price
 
 LEAST_SWEPT = 2**19  # bytes: what is less counts as nothing
 NEVER = 2**40

@@ -26,7 +26,8 @@ from costmodels.convolution_law import (
     packed,
 )
 from costmodels.device import Device
-from costmodels.ops import OpShape, Price, Source
+from costmodels.ops import OpShape
+from costmodels.price import Price, Source
 from costmodels.relatives import Found, find, relatives
 
 # ASSUMPTIONS. Tensor cores run implicit GEMM alone, at this share of the rate of a plain product.

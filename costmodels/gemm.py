@@ -10,7 +10,6 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import prod
-from operator import le
 
 import numpy as np
 
@@ -31,7 +30,8 @@ from costmodels.gemm_law import (
     menu,
     packed,
 )
-from costmodels.ops import OpShape, Price
+from costmodels.ops import OpShape
+from costmodels.price import Price
 from costmodels.relatives import SAME, Section, measured, same_generation, section_for, vendor
 
 WIDTH = {"float64": 8, "float32": 4, "tf32": 4, "float16": 2, "bfloat16": 2, "int8": 1}
@@ -96,13 +96,10 @@ def _evaluate(pricing: Pricing, dims: Sequence[tuple[int, int, int, int]]) -> li
     prices = []
     for value, product in zip(seconds.tolist(), dims):
         error = pricing.errors[bisect_right(REGIONS, product[1])]
-        within = all(map(le, pricing.low, product)) and all(map(le, product, pricing.high))
-        if pricing.borrowed:
-            prices.append(Price(value, "extrapolated", error))
+        if not pricing.borrowed and all(low <= x <= high for low, x, high in zip(pricing.low, product, pricing.high)):
+            prices.append(Price(value, "interpolated", error))
         else:
-            prices.append(
-                Price(value, "interpolated" if within else "extrapolated", error * (1 if within else OUTSIDE))
-            )
+            prices.append(Price(value, "extrapolated", error * (1 if pricing.borrowed else OUTSIDE)))
     return prices
 
 

@@ -11,7 +11,8 @@ from costmodels.device import Device
 from costmodels.families import family
 
 if TYPE_CHECKING:
-    from costmodels.ops import OpShape, Price
+    from costmodels.ops import OpShape
+    from costmodels.price import Price
 
     Law = Callable[[Device, Sequence[OpShape]], list[Price | None]]
 
@@ -24,7 +25,9 @@ _LAW_OF_MODULE = {"gemm": "gemm", "attention": "attention", "convolution": "conv
 
 def kernel_price(device: Device, shape: OpShape) -> Price | None:
     """The price of one op by the kernel law of its family; None where no law knows the device or the op."""
-    return kernel_prices(device, [shape])[0]
+    if device.kind == "cpu":
+        return None
+    return _law(_MODULE_OF_FAMILY.get(family(shape.name), "rowwise"))(device, [shape])[0]
 
 
 def kernel_prices(device: Device, shapes: Sequence[OpShape]) -> list[Price | None]:
@@ -32,8 +35,6 @@ def kernel_prices(device: Device, shapes: Sequence[OpShape]) -> list[Price | Non
     `parplan calibrate` measures, so no kernel law speaks for it."""
     if device.kind == "cpu":
         return [None] * len(shapes)
-    if len(shapes) == 1:
-        return _law(_MODULE_OF_FAMILY.get(family(shapes[0].name), "rowwise"))(device, shapes)
     prices: list[Price | None] = [None] * len(shapes)
     groups: dict[str, list[int]] = {}
     for i, shape in enumerate(shapes):

@@ -6,21 +6,20 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from operator import le, mul
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from costmodels.context import Layout, is_stream, runs_of
 from costmodels.conv_cpu import way
 from costmodels.device import Device, Law
 from costmodels.families import COMPUTE, FREE, base_name, family
 from costmodels.features import CONTEXT, FORMS, extent, features, form_of, touched
-from costmodels.kernels import kernel_prices
+from costmodels.kernels import kernel_price, kernel_prices
 from costmodels.neighbours import Neighbours
+from costmodels.price import Price
 from costmodels.signature import SCALAR, Signature
 
 if TYPE_CHECKING:
     from opgraph.graph import Op, OpGraph
-
-Source = Literal["measured", "interpolated", "extrapolated", "roofline"]
 
 # Shares of the data-sheet peak where nothing was measured: ASSUMPTIONS.
 # gemm, conv: plateau of NeuSight's fp32 linears (A100 .84-.93, H100 .77) and best measured bf16 (stas00, .80-.87).
@@ -66,15 +65,6 @@ class OpShape:
 
     def __hash__(self) -> int:  # of what tells nearly all ops apart: of all fields it takes twice as long
         return hash((self.name, self.in_shapes, self.swept, self.since))
-
-
-@dataclass(frozen=True, slots=True)
-class Price:
-    """Device seconds of one op, where they come from, and the expected relative error (0.1 is 10 %)."""
-
-    seconds: float
-    source: Source
-    error: float
 
 
 def shape_of(graph: OpGraph, op: Op) -> OpShape:
@@ -164,7 +154,10 @@ def price(device: Device, shape: OpShape) -> Price:
     if found := device.cache.get(shape):
         known: Price = found
         return known
-    (priced,) = _kernel(device, kernel_key(shape) if device.laws else "", [shape])
+    if device.laws:
+        (priced,) = _kernel(device, kernel_key(shape), [shape])
+    else:
+        priced = _known(device, shape, None, "") or kernel_price(device, shape) or _roofline(device, shape)
     return _keep(device, shape, priced)
 
 

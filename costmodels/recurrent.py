@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING
 
 from costmodels.device import Device
 from costmodels.families import family
+from costmodels.price import Price
 
 if TYPE_CHECKING:
-    from costmodels.ops import OpShape, Price
+    from costmodels.ops import OpShape
 
 ERROR = 0.40
 LAUNCH = 2e-6  # s of the cell's kernel, as in `costmodels.rowwise`
@@ -32,8 +33,6 @@ def layer_price(device: Device, shape: OpShape) -> Price | None:
     and of the state (gates, hidden), and of a projection (out, hidden) where there is one. A call of all layers
     (`_cudnn_rnn`) has the states (layers, batch, hidden) too, which tell the batch where that comes first.
     """
-    from costmodels.ops import Price
-
     x, cells = shape.in_shapes[0] if shape.in_shapes else (), _cells(shape.in_shapes[1:])
     if len(x) != 3 or not cells or 0 in x or cells[0].inputs != x[2]:
         return None

@@ -11,12 +11,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from math import log
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from costmodels.device import CATALOGUE, Device, load_device
-
-if TYPE_CHECKING:
-    from costmodels.ops import Price
+from costmodels.price import Price
 
 Whose = Literal["own", "dtype", "relative"]
 
@@ -71,8 +69,6 @@ class Found:
 
     def price(self, seconds: float) -> Price:
         """Seconds by these constants as a price."""
-        from costmodels.ops import Price
-
         return Price(seconds, "interpolated" if self.whose == "own" else "extrapolated", self.error)
 
 

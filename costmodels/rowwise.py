@@ -13,6 +13,7 @@ The eager launch on the host is no part of a price: the tables' share of it is k
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from math import ceil, prod
 from typing import TYPE_CHECKING, Any
 
@@ -23,11 +24,12 @@ from costmodels.compiled import compiled
 from costmodels.device import Device
 from costmodels.families import FREE, base_name, family
 from costmodels.features import touched
+from costmodels.price import Price
 from costmodels.recurrent import layer_price
-from costmodels.relatives import find
+from costmodels.relatives import Found, find
 
 if TYPE_CHECKING:
-    from costmodels.ops import OpShape, Price
+    from costmodels.ops import OpShape
 
 Array = NDArray[np.float64]
 
@@ -58,6 +60,14 @@ TENSORS_A_LAUNCH, BLOCKS_A_LAUNCH, BLOCK = 128, 320, 65536
 BLOCKS_A_UNIT = 0.5  # rows per unit that reach the bandwidth: half of the units suffice. ASSUMPTION
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Pricing:
+    """All that prices ops of one kind and dtype on one device. law: what `_seconds` takes before the ops."""
+
+    law: tuple[int, Array, Array]
+    found: Found
+
+
 def rowwise_prices(device: Device, shapes: Sequence[OpShape]) -> list[Price | None]:
     """The prices of memory-bound ops and of recurrent layers; None where no device of this kind was measured."""
     prices: list[Price | None] = [None] * len(shapes)
@@ -68,18 +78,27 @@ def rowwise_prices(device: Device, shapes: Sequence[OpShape]) -> list[Price | No
         elif family(shape.name) in ("rnn", "rnn_backward"):
             prices[i] = layer_price(device, shape)
     for (kind, dtype), members in groups.items():
-        found = find(device, "rowwise", dtype, kind)
-        if found is not None:
-            work = np.array([work_of(shapes[i], kind) for i in members]).T
-            seconds = seconds_of(found.constants, device, kind, work)
-            for i, value in zip(members, seconds.tolist()):
-                prices[i] = found.price(value)
+        pricing = _pricing_of(device, kind, dtype)
+        if pricing is not None:
+            rows = np.array([work_of(shapes[i], kind) for i in members])
+            for i, value in zip(members, _seconds(*pricing.law, rows).tolist()):
+                prices[i] = pricing.found.price(value)
     return prices
 
 
 def rowwise_price(device: Device, shape: OpShape) -> Price | None:
     """The price of one memory-bound op."""
     return rowwise_prices(device, [shape])[0]
+
+
+def _pricing_of(device: Device, kind: str, dtype: str) -> Pricing | None:
+    """What prices ops of a kind on a device; kept in the device's cache."""
+    key = ("rowwise law", kind, dtype)
+    if key not in device.cache:
+        found = find(device, "rowwise", dtype, kind)
+        device.cache[key] = None if found is None else Pricing(_packed(found.constants, device, kind), found)
+    kept: Pricing | None = device.cache[key]
+    return kept
 
 
 def kind_of(name: str) -> str:
@@ -133,37 +152,54 @@ def _optimizer_launches(shape: OpShape) -> int:
 
 def seconds_of(constants: Mapping[str, Any], device: Device, kind: str, work: Array) -> Array:
     """Seconds of ops of one kind; `work` has rows bytes, rows, columns, launches (`work_of`)."""
-    moved, rows, columns, launches = work
-    launch, bandwidth = launches * float(constants.get("launch", LAUNCH)), device.memory_bandwidth
+    return _seconds(*_packed(constants, device, kind), np.ascontiguousarray(work.T, float))
+
+
+_STREAM, _NORM, _SOFTMAX = range(3)
+_LAUNCH, _RATE, _CACHED, _KEPT, _BANDWIDTH, _CACHE, _BLOCKS = range(7)  # places in what `_packed` makes
+NO_TERMS = np.zeros(0)
+
+
+def _packed(constants: Mapping[str, Any], device: Device, kind: str) -> tuple[int, Array, Array]:
+    """Kind, numbers, and weights of the terms of rows, as the compiled law takes them."""
+    launch, cache = float(constants.get("launch", LAUNCH)), float(device.l2_bytes)
+    device_numbers = [device.memory_bandwidth, cache, BLOCKS_A_UNIT * device.units]
     if kind == "stream":
-        stream, kept = float(constants["stream"]), float(constants.get("kept", 1.0))
-        cached = float(constants.get("cached", stream))
-        return launch + _streamed(moved, stream, cached, kept * device.l2_bytes) / bandwidth
-    terms = (norm_terms if kind == "norm" else softmax_terms)(moved, rows, columns, float(device.l2_bytes))
-    return launch + _held(np.array(constants[kind], float), terms, rows, BLOCKS_A_UNIT * device.units) / bandwidth
+        rate = float(constants["stream"])
+        kept = float(constants.get("kept", 1.0)) * cache
+        return _STREAM, np.array([launch, rate, float(constants.get("cached", rate)), kept, *device_numbers]), NO_TERMS
+    which = _NORM if kind == "norm" else _SOFTMAX
+    return which, np.array([launch, 1.0, 1.0, 0.0, *device_numbers]), np.array(constants[kind], float)
 
 
 @compiled
-def _streamed(moved: Array, stream: float, cached: float, kept: float) -> Array:
-    """Bytes at the data sheet's bandwidth that take as long as `moved`: what takes up to half of the `kept` bytes of
-    the last cache is served by it at the rate `cached`, nothing of what exceeds them, and a share in between."""
-    found = np.empty(len(moved))
-    for i in range(len(moved)):
-        held = min(max(2 * (1 - moved[i] / max(kept, 1.0)), 0.0), 1.0)
-        found[i] = moved[i] * ((1 - held) / stream + held / cached)
-    return found
-
-
-@compiled
-def _held(weights: Array, terms: Array, rows: Array, blocks: float) -> Array:
-    """Bytes at the data sheet's bandwidth that take as long as rows held by the chip; fewer than so many `blocks` do
-    not reach it."""
-    found = np.zeros(len(rows))
-    for i in range(len(rows)):
+def _seconds(kind: int, p: Array, weights: Array, work: Array) -> Array:
+    """Seconds of ops, rows of `work_of`."""
+    found = np.empty(len(work))
+    if kind == _STREAM:
+        for i in range(len(work)):
+            found[i] = work[i, 3] * p[_LAUNCH] + _streamed(p, work[i, 0]) / p[_BANDWIDTH]
+        return found
+    moved, rows, columns = work[:, 0].copy(), work[:, 1].copy(), work[:, 2].copy()
+    if kind == _NORM:
+        terms = norm_terms(moved, rows, columns, p[_CACHE])
+    else:
+        terms = softmax_terms(moved, rows, columns, p[_CACHE])
+    for i in range(len(work)):
+        summed = 0.0
         for j in range(len(weights)):
-            found[i] += weights[j] * terms[j, i]
-        found[i] /= min(rows[i] / blocks, 1.0)
+            summed += weights[j] * terms[j, i]
+        busy = min(rows[i] / p[_BLOCKS], 1.0)
+        found[i] = work[i, 3] * p[_LAUNCH] + summed / p[_BANDWIDTH] / busy
     return found
+
+
+@compiled
+def _streamed(p: Array, moved: float) -> float:
+    """Bytes at the data sheet's bandwidth that take as long as `moved`: what takes up to half of what the last cache
+    keeps is served by it at its own rate, nothing of what exceeds that, and a share in between."""
+    held = min(max(2 * (1 - moved / max(p[_KEPT], 1.0)), 0.0), 1.0)
+    return moved * ((1 - held) / p[_RATE] + held / p[_CACHED])
 
 
 @compiled

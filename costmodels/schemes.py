@@ -29,7 +29,7 @@ from costmodels.collectives import collective_price
 from costmodels.compression import FLOAT, Compression, Shapes, elements, messages, payload, reply_bytes
 from costmodels.gloo import SOCKET_SHARE
 from costmodels.nccl_fabric import network_of
-from costmodels.ops import Source
+from costmodels.price import Source
 
 Reduce = Literal["auto", "ring", "tree", "hierarchical"]
 Server = Literal["ps", "ps-sharded", "ps-hierarchical"]

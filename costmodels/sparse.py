@@ -8,12 +8,9 @@ speed-ups (shared/facts/compute.md B5), none is fitted; prices say "roofline" wi
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from costmodels.device import Device
-
-if TYPE_CHECKING:
-    from costmodels.ops import Price
+from costmodels.price import Price
 
 ERROR = 0.35  # expected relative error: published speed-ups of one kind differ by this much between shapes
 
@@ -53,8 +50,6 @@ class Sparse:
 
 def sparse_price(device: Device, product: Sparse) -> Price:
     """The price of a sparse product: never slower than the dense one, which a program can always run instead."""
-    from costmodels.ops import Price
-
     dense = dense_seconds(device, product)
     return Price(min(dense, sparse_seconds(device, product)), "roofline", ERROR)
 

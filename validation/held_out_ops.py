@@ -20,7 +20,8 @@ import numpy as np
 
 from costmodels.device import Device, rescale
 from costmodels.families import FREE, base_name, family
-from costmodels.ops import OpShape, Price, price, signature
+from costmodels.ops import OpShape, price, signature
+from costmodels.price import Price
 from costmodels.signature import Signature, written
 from validation.anchor import Beat, joined
 from validation.calibrate import MOST_RANKS, run_ranks

@@ -14,6 +14,7 @@ from costmodels.compiled import compiled
 from costmodels.device import load_device
 from costmodels.gemm import pricing_of
 
+KINDS = ("stream", "norm", "softmax")
 DRAW = np.random.default_rng(7)
 
 
@@ -78,17 +79,14 @@ def test_neighbours(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    moved, rows = DRAW.uniform(1, 1e9, 50), DRAW.integers(1, 9000, 50).astype(float)
-    columns = DRAW.integers(1, 9000, 50).astype(float)
-
-    def terms() -> list[Any]:
-        kinds = [law(moved, rows, columns, 4e7) for law in (rowwise.norm_terms, rowwise.softmax_terms)]
-        return [*kinds, rowwise._streamed(moved, 0.8, 2.0, 4e7)]
-
-    fast = terms()
+    device = load_device("a100-pcie-80gb")
+    work = np.exp(DRAW.uniform(0, 12, (4, 60))).round()
+    work[0] *= work[2]
+    fast = [rowwise.seconds_of(device.kernels["rowwise"]["float32"], device, kind, work) for kind in KINDS]
     plain(rowwise, monkeypatch)
-    for one, other in zip(fast, terms()):
-        np.testing.assert_allclose(one, other, rtol=1e-12)
+    for kind, seconds in zip(KINDS, fast):
+        again = rowwise.seconds_of(device.kernels["rowwise"]["float32"], device, kind, work)
+        np.testing.assert_allclose(seconds, again, rtol=1e-12)
 
 
 def test_without_numba_functions_stay_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:

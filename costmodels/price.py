@@ -1,0 +1,17 @@
+"""What a price is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Source = Literal["measured", "interpolated", "extrapolated", "roofline"]
+
+
+@dataclass(frozen=True, slots=True)
+class Price:
+    """Device seconds of one op, where they come from, and the expected relative error (0.1 is 10 %)."""
+
+    seconds: float
+    source: Source
+    error: float
