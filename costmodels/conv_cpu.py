@@ -50,9 +50,11 @@ def way(shape: OpShape) -> str:
 
 
 def conv_flops(shape: OpShape) -> tuple[float, int]:
-    """FLOP of a convolution or of its backward from its shapes, and input channels per group."""
+    """FLOP of a convolution or of its backward from its shapes, and input channels per group; where shapes do not say,
+    its stated FLOP and 1."""
     sizes = _sizes(shape)
-    assert sizes is not None, "a convolution has an image and a weight"
+    if sizes is None:
+        return float(shape.flops), 1
     image, weight, out = sizes
     return _flops(_passes(shape, image), weight, out), weight[1]
 
@@ -104,7 +106,7 @@ def onednn_features(shape: OpShape, swept: float, since: float) -> tuple[float, 
     return (
         1.0, swept, since, float(out[0]), *kinds,
         flops if strided and not (point or depthwise) else 0.0, flops if strided and depthwise else 0.0, blocks,
-        flops / (2 * weight[0]), float(seen), float(prod(image) - seen), float(prod(weight)), float(prod(out)),
+        flops / (2 * max(weight[0], 1)), float(seen), float(prod(image) - seen), float(prod(weight)), float(prod(out)),
     )  # fmt: skip
 
 
@@ -125,7 +127,7 @@ def _passes(shape: OpShape, image: Shape) -> int:
 
 def _blocks(channels: int) -> float:
     """Channels in whole blocks over channels."""
-    return -(-channels // BLOCK) * BLOCK / channels
+    return -(-channels // BLOCK) * BLOCK / max(channels, 1)
 
 
 def _unknown(shape: OpShape, names: tuple[str, ...]) -> tuple[float, ...]:

@@ -107,8 +107,10 @@ def by_algorithm(p: Array, rows: Array) -> Array:
     `packed` makes it."""
     found = np.empty((len(KERNELS), len(rows)))
     for i in range(len(rows)):
+        empty = rows[i, : _TAPS + 1].min() == 0  # nothing to compute: implicit GEMM's launch
         for algorithm in range(len(KERNELS)):
-            found[algorithm, i] = _seconds(p, algorithm, rows[i]) + LAUNCH * KERNELS[algorithm]
+            seconds = (0.0 if algorithm == IMPLICIT else np.inf) if empty else _seconds(p, algorithm, rows[i])
+            found[algorithm, i] = seconds + LAUNCH * KERNELS[algorithm]
     return found
 
 

@@ -78,10 +78,9 @@ def extent(shape: OpShape, form: str) -> tuple[float, ...]:
         _, m, n, k = gemm_dims(shape)
         return (float(m), float(n), float(k))
     moved = float(touched(shape))
-    if form in ("conv_native", "conv_onednn", "attention", "rnn"):
-        convolved = form.startswith("conv") and len(shape.in_shapes) > 1
-        return (conv_flops(shape)[0] if convolved else float(shape.flops), moved)
-    return (moved,)
+    if form in ("conv_native", "conv_onednn"):
+        return conv_flops(shape)[0], moved
+    return (float(shape.flops), moved) if form in ("attention", "rnn") else (moved,)
 
 
 def gemm_dims(shape: OpShape) -> tuple[int, int, int, int]:

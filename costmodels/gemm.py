@@ -190,7 +190,7 @@ def product_dims(shape: OpShape) -> tuple[int, int, int, int]:
     of all groups; products of tensors with equal leading dims are batches too."""
     name = base_name(shape.name)
     ins = [s for s in shape.in_shapes if len(s) >= 2]
-    if name == "_grouped_mm" and len(ins) >= 2:
+    if name == "_grouped_mm" and len(ins) >= 2 and shape.out_shapes and 3 in {*map(len, ins), len(shape.out_shapes[0])}:
         return _grouped_dims(ins[0], ins[1], shape.out_shapes[0])
     if name in ("matmul", "einsum") and len(ins) >= 2 and len(ins[1]) > 2 and ins[0][:-2] == ins[1][:-2]:
         return prod(ins[0][:-2]), ins[0][-2], ins[1][-1], ins[0][-1]
@@ -199,7 +199,7 @@ def product_dims(shape: OpShape) -> tuple[int, int, int, int]:
 
 def _grouped_dims(left: tuple[int, ...], right: tuple[int, ...], out: tuple[int, ...]) -> tuple[int, int, int, int]:
     """2-D x 3-D shares the rows, 3-D x 2-D the columns, 2-D x 2-D (a weight's gradient) the k of all groups."""
-    groups = next((s[0] for s in (right, left, out) if len(s) == 3), 1)
+    groups = max(next((s[0] for s in (right, left, out) if len(s) == 3), 1), 1)
     m, n, k = left[-2], right[-1], left[-1]
     if len(left) == 2 and len(right) == 3:
         m = -(-m // groups)

@@ -55,7 +55,7 @@ def corners(axes: Sequence[Array], logs: Array) -> tuple[Indices, Array]:
 
 
 def factors(table: Correction, dims: Array) -> Array:
-    """measured / law that the table expects for rows of (batches, m, n, k)."""
+    """measured / law that the table expects for rows of (batches, m, n, k); 1 where one of them is 0."""
     return factors_of(packed(table), dims)
 
 
@@ -66,7 +66,7 @@ def factors_of(table: Packed, dims: Array) -> Array:
 
 @compiled
 def _factors(nodes: Array, ends: Indices, values: Array, dims: Array) -> Array:
-    logs = np.log(dims)
+    logs = np.log(np.maximum(dims, 1.0))
     indices, weights = _corners(nodes, ends, logs)
     found = np.empty(len(logs))
     for i in range(len(logs)):
@@ -76,7 +76,7 @@ def _factors(nodes: Array, ends: Indices, values: Array, dims: Array) -> Array:
         for a in range(len(ends) - 1):
             x = logs[i, a]
             beyond += max(x - nodes[ends[a + 1] - 1], 0.0) + max(nodes[ends[a]] - x, 0.0)
-        found[i] = np.exp(value * min(max(1 - beyond / FADE, 0.0), 1.0))
+        found[i] = np.exp(value * min(max(1 - beyond / FADE, 0.0), 1.0)) if dims[i].min() > 0 else 1.0
     return found
 
 

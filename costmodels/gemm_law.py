@@ -162,10 +162,13 @@ def slowdown(c: Constants, hw: Hardware, fewer: Hardware, cand: Menu, dims: Arra
 
 @compiled
 def fastest(p: Array, cand: Array, dims: Array) -> Array:
-    """Seconds of products by the fastest candidate; `p` as `packed`, `cand` as `candidates_of` makes it."""
+    """Seconds of products by the fastest candidate; `p` as `packed`, `cand` as `candidates_of` makes it. A product with
+    an empty side is its launch."""
     found = np.empty(len(dims))
     for i in range(len(dims)):
-        found[i] = _choose(p, cand, dims[i])[1] + p[_FLOOR]
+        found[i] = p[_FLOOR]
+        if dims[i].min() > 0:
+            found[i] += _choose(p, cand, dims[i])[1]
     return found
 
 
@@ -181,11 +184,11 @@ def chosen(p: Array, cand: Array, dims: Array) -> NDArray[np.int64]:
 @compiled
 def seconds_in(p: Array, cand: Array, tiles: NDArray[np.int64], dims: Array) -> Array:
     """Seconds of products, each in the candidate given for it, without the floor."""
-    found = np.empty(len(dims))
+    found = np.zeros(len(dims))
     for i in range(len(dims)):
-        slower = _slower(p, dims[i])
-        compute, memory, extra = _parts(p, cand, tiles[i], dims[i], slower)
-        found[i] = _joined(compute, memory, p[_OVERLAP]) + extra
+        if dims[i].min() > 0:
+            compute, memory, extra = _parts(p, cand, tiles[i], dims[i], _slower(p, dims[i]))
+            found[i] = _joined(compute, memory, p[_OVERLAP]) + extra
     return found
 
 
