@@ -8,6 +8,7 @@ weight and result into blocks of 16 channels and back.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from math import prod
 from typing import TYPE_CHECKING
 
@@ -110,6 +111,7 @@ def onednn_features(shape: OpShape, swept: float, since: float) -> tuple[float, 
     )  # fmt: skip
 
 
+@lru_cache(maxsize=64)  # asked three times for every op
 def _sizes(shape: OpShape) -> tuple[Shape, Shape, Shape] | None:
     """Image, weight and result of a convolution or of its backward; None where the shapes do not say."""
     backward = family(shape.name) == "conv_backward"

@@ -67,22 +67,14 @@ class Neighbours:
             for key, (numbers, ratios) in rows.items()
         }
 
-    def factors(self, kernel: str, shapes: Sequence[OpShape]) -> tuple[list[float], list[float]]:
-        """How many times their law ops take that are all of one `costmodels.ops.kernel_key`: where they are, and in
-        full caches."""
-        found = [1.0] * len(shapes), [1.0] * len(shapes)
-        members: dict[Group, list[int]] = {}
-        for i, shape in enumerate(shapes):
-            members.setdefault(_group(kernel, shape.in_shapes), []).append(i)
-        for key, at in members.items():
-            if measured := self.groups.get(key):
-                ops = [shapes[i] for i in at]
-                numbers = [_numbers(s.in_shapes, s.out_shapes, s.runs, s.swept, s.since) for s in ops]
-                rows = _loop()(np.array(numbers, float), UNIT, IN_LOGS, *measured, SAME, ALONE)
-                for ratios, row in zip(found, rows.tolist()):
-                    for i, ratio in zip(at, row):
-                        ratios[i] = ratio
-        return found
+    def factor(self, kernel: str, shape: OpShape) -> tuple[float, float]:
+        """How many times its law an op of a `costmodels.ops.kernel_key` takes: where it is, and in full caches."""
+        measured = self.groups.get(_group(kernel, shape.in_shapes))
+        if measured is None:
+            return 1.0, 1.0
+        numbers = _numbers(shape.in_shapes, shape.out_shapes, shape.runs, shape.swept, shape.since)
+        ratios = _loop()(np.array((numbers,), float), UNIT, IN_LOGS, *measured, SAME, ALONE)
+        return ratios.item(0), ratios.item(1)
 
 
 @cache

@@ -151,47 +151,41 @@ def signature(shape: OpShape, kernel: str = "") -> Signature:
 
 def price(device: Device, shape: OpShape) -> Price:
     """The time of one op; cached on the device."""
-    if found := device.cache.get(shape):
-        known: Price = found
-        return known
+    found: Price | None = device.cache.get(shape)
+    if found is not None:
+        return found
     if device.laws:
-        (priced,) = _kernel(device, kernel_key(shape), [shape])
+        found = _measured_here(device, shape)
     else:
-        priced = _known(device, shape, None, "") or kernel_price(device, shape) or _roofline(device, shape)
-    return _keep(device, shape, priced)
+        found = _known(device, shape, None, "") or kernel_price(device, shape) or _roofline(device, shape)
+    return _keep(device, shape, found)
+
+
+def _measured_here(device: Device, shape: OpShape) -> Price:
+    """The price of an op on a calibrated machine."""
+    kernel = kernel_key(shape)
+    law = law_among(device.laws, shape, kernel)
+    if (known := _known(device, shape, law, kernel)) is not None:
+        return known
+    return _roofline(device, shape) if law is None else _by_neighbours(device.neighbours, law, kernel, shape)
 
 
 def price_many(device: Device, shapes: Sequence[OpShape]) -> list[Price]:
-    """`[price(device, s) for s in shapes]`, with the laws of all ops of one kind evaluated at once."""
-    found: list[Any] = [device.cache.get(shape) for shape in shapes]
-    missing: dict[OpShape, list[int]] = {}
-    for i, known in enumerate(found):
-        if known is None:
-            missing.setdefault(shapes[i], []).append(i)
-    groups: dict[str, list[tuple[OpShape, list[int]]]] = {}
-    for item in missing.items():
-        groups.setdefault(kernel_key(item[0]) if device.laws else "", []).append(item)
-    for kernel, members in groups.items():
-        prices = _kernel(device, kernel, [shape for shape, _ in members])
-        for (shape, at), priced in zip(members, prices):
-            kept = _keep(device, shape, priced)
-            for i in at:
-                found[i] = kept
-    return found
-
-
-def _kernel(device: Device, kernel: str, shapes: Sequence[OpShape]) -> Iterable[Price]:
-    """Prices of ops of one `kernel_key`, or of all ops of a device without laws."""
-    law = law_among(device.laws, shapes[0], kernel)
-    known = [_known(device, shape, law, kernel) for shape in shapes]
-    unknown = [shape for shape, seen in zip(shapes, known) if seen is None]
-    if law is None:
-        each = zip(unknown, kernel_prices(device, unknown))
-        computed = iter([by_kernel or _roofline(device, shape) for shape, by_kernel in each])
-    else:
-        seconds = law_seconds(device.neighbours, law, kernel, unknown) if unknown else []
-        computed = iter([_from_law(law, shape, value) for shape, value in zip(unknown, seconds)])
-    return (seen or next(computed) for seen in known)
+    """`[price(device, s) for s in shapes]`, with the kernels of all ops of one kind evaluated at once."""
+    if device.laws:
+        return [price(device, shape) for shape in shapes]
+    first: dict[OpShape, OpShape] = {}
+    ops = [first.setdefault(shape, shape) for shape in shapes]  # equal ones are one: identity spares comparing fields
+    unknown = []
+    for shape in first:
+        if shape not in device.cache:
+            if (known := _known(device, shape, None, "")) is not None:
+                _keep(device, shape, known)
+            else:
+                unknown.append(shape)
+    for shape, priced in zip(unknown, kernel_prices(device, unknown)):
+        _keep(device, shape, priced or _roofline(device, shape))
+    return [device.cache[shape] for shape in ops]
 
 
 def _keep(device: Device, shape: OpShape, found: Price) -> Price:
@@ -226,30 +220,27 @@ def _known(device: Device, shape: OpShape, law: Law | None, kernel: str) -> Pric
     return None
 
 
-def law_seconds(neighbours: Neighbours, law: Law, kernel: str, shapes: Sequence[OpShape]) -> list[float]:
-    """Seconds of ops of one `kernel_key` by a law and by what the nearest measured ops say of it. An op never takes
+def law_second(neighbours: Neighbours, law: Law, kernel: str, shape: OpShape) -> float:
+    """Seconds of an op of a `kernel_key` by a law and by what the nearest measured ops say of it. An op never takes
     less time after others have emptied the caches than in full ones, whatever its neighbours took: lower bounds rest on
     that."""
-    after, weights = AFTER[law.form], law.coefficients
-    by_law = []
-    for shape in shapes:
-        values = features(shape, law.form)
-        here = sum(map(mul, weights, values))
-        by_law.append((here, here - sum(map(mul, weights[after], values[after]))))
+    weights, values, after = law.coefficients, features(shape, law.form), AFTER[law.form]
+    here = full = sum(map(mul, weights, values))
+    if shape.swept or shape.since:
+        full -= sum(map(mul, weights[after], values[after]))
     if not neighbours.ratios:
-        return [here for here, _ in by_law]
-    factors = zip(*neighbours.factors(kernel, shapes))
-    return [max(here * ratio, full * settled) for (here, full), (ratio, settled) in zip(by_law, factors)]
+        return here
+    ratio, settled = neighbours.factor(kernel, shape)
+    return max(here * ratio, full * settled)
 
 
 def _roofline(device: Device, shape: OpShape) -> Price:
     return Price(roofline_seconds(device, shape), "roofline", ROOFLINE_ERROR)
 
 
-def _from_law(law: Law, shape: OpShape, seconds: float) -> Price:
-    pooled = ":" in law.key
-    found = extent(shape, law.form)
-    if all(map(le, law.low, found)) and all(map(le, found, law.high)) and not pooled:
+def _by_neighbours(neighbours: Neighbours, law: Law, kernel: str, shape: OpShape) -> Price:
+    seconds, reached = law_second(neighbours, law, kernel, shape), extent(shape, law.form)
+    if all(map(le, law.low, reached)) and all(map(le, reached, law.high)) and ":" not in law.key:
         return Price(seconds, "interpolated", law.error)
     return Price(seconds, "extrapolated", EXTRAPOLATION_FACTOR * law.error)
 
@@ -287,6 +278,6 @@ def total(prices: Iterable[Price]) -> float:
 
 
 __all__ = [
-    "OpShape", "Price", "form_of", "is_causal", "kernel_key", "law_among", "law_of", "law_seconds", "peak_of", "price",
+    "OpShape", "Price", "form_of", "is_causal", "kernel_key", "law_among", "law_of", "law_second", "peak_of", "price",
     "price_many", "roofline_seconds", "shape_of", "signature", "total", "variant_of",
 ]  # fmt: skip

@@ -16,7 +16,7 @@ from costmodels.device import Law
 from costmodels.families import FREE, base_name, family
 from costmodels.features import FORMS, extent, features, form_of
 from costmodels.neighbours import Neighbours, label
-from costmodels.ops import OpShape, kernel_key, law_among, law_seconds, signature
+from costmodels.ops import OpShape, kernel_key, law_among, law_second, signature
 from costmodels.signature import written
 
 Measured = tuple[OpShape, float]
@@ -180,12 +180,10 @@ def predictions(members: Sequence[Measured], shapes: Sequence[OpShape]) -> NDArr
     laws = fit_laws(members)
     neighbours = neighbours_of(members, laws)
     found = np.full(len(shapes), np.nan)
-    groups: dict[str, list[int]] = {}
     for i, shape in enumerate(shapes):
-        groups.setdefault(kernel_key(shape), []).append(i)
-    for kernel, at in groups.items():
-        if (law := law_among(laws, shapes[at[0]], kernel)) is not None:
-            found[at] = law_seconds(neighbours, law, kernel, [shapes[i] for i in at])
+        kernel = kernel_key(shape)
+        if (law := law_among(laws, shape, kernel)) is not None:
+            found[i] = law_second(neighbours, law, kernel, shape)
     return found
 
 
