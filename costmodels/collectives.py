@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from math import exp, log
+from math import ceil, exp, log
 from typing import Any
 
 import numpy as np
 
 from costmodels import gloo, hockney, nccl, torus
-from costmodels.cluster import Cluster
+from costmodels.cluster import Cluster, Link
 from costmodels.nccl_fabric import group_of
 from costmodels.nccl_law import Laws, error_of, shipped
 from costmodels.price import Source
@@ -49,10 +49,10 @@ def collective_price(
 ) -> CollectivePrice:
     """The time of one collective among `ranks` when nothing else uses their links; cached on the cluster.
 
-    algorithm: only this one, as NCCL_ALGO sets it ("ring", "tree", "nvls", ...), or a textbook one of
-    `costmodels.hockney`; by default the backend's own choice. laws: constants of NCCL, by default the catalogue's.
-    firsts: first ranks of all groups of this form that do the same at the same time, this one among them: they share
-    what lies between nodes (`costmodels.sharing`).
+    algorithm: only this one of `algorithms_of` (ValueError for others), as NCCL_ALGO sets it ("ring", "tree", "nvls",
+    ...), or a textbook one of `costmodels.hockney`; by default the backend's own choice. laws: constants of NCCL, by
+    default the catalogue's. firsts: first ranks of all groups of this form that do the same at the same time, this one
+    among them: they share what lies between nodes (`costmodels.sharing`).
     """
     place = ("collectives", ranks if isinstance(ranks, tuple | range) else tuple(ranks), firsts)
     known = cluster.cache.get(place)  # long tuples of ranks are hashed once a call
@@ -65,6 +65,31 @@ def collective_price(
     if price is None:
         price = known[key] = _price(cluster, kind, float(bytes), ranks, algorithm, None, known, firsts)
     return price
+
+
+def algorithms_of(cluster: Cluster, kind: str, ranks: Sequence[int]) -> tuple[str, ...]:
+    """What `collective_price` can be asked for: the backend's own algorithms for this collective, then textbook ones.
+    NCCL's are those that the group's devices and network have ("nvls" may stand for nvls_tree). Textbook ones pass
+    links from host to host, which a torus has not."""
+    if cluster.fabric == "torus":
+        return ("torus",)
+    gloos = cluster.backend == "gloo"
+    own = (_gloo_way(kind),) if gloos else nccl.algorithms(group_of(cluster, ranks), kind)
+    return (*own, *hockney.algorithms(kind))
+
+
+def _asked(cluster: Cluster, kind: str, ranks: Sequence[int], algorithm: str) -> str:
+    """The algorithm that is asked for; empty where it is the only way of gloo or of a torus, so that what was measured
+    of it counts. ValueError where the group has no such algorithm: another's price must not carry its name."""
+    known = algorithms_of(cluster, kind, ranks)
+    if algorithm not in known and f"{algorithm}_tree" not in known:
+        what = "a torus" if cluster.fabric == "torus" else cluster.backend
+        raise ValueError(
+            f"{algorithm} is no algorithm of {kind} among {len(set(ranks))} ranks of {cluster.name} ({what}); "
+            f"use {'one of ' if len(known) > 1 else ''}{', '.join(known)}, or leave it out"
+        )
+    only = cluster.fabric == "torus" or cluster.backend == "gloo"
+    return "" if only and algorithm not in hockney.ALGORITHMS else algorithm
 
 
 def _price(
@@ -83,13 +108,15 @@ def _price(
         raise ValueError(f"a {kind} of {nbytes:g} bytes; the size must be 0 or more")
     if len(ranks) < 2 or (len(ranks) < 64 and len(set(ranks)) < 2):
         return CollectivePrice(0.0, 0.0, "measured", 0.0)
+    if algorithm:
+        algorithm = _asked(cluster, kind, ranks, algorithm)
     measured = None if algorithm or not cluster.tables else _measured(cluster, kind, nbytes, ranks)
     if measured is not None:
         return measured
-    if cluster.fabric == "torus" and algorithm not in hockney.ALGORITHMS:
+    if cluster.fabric == "torus":
         took = torus.seconds(cluster, kind, nbytes, ranks, len(firsts) > 1)
         return CollectivePrice(took, 0.0, "roofline", torus.ERROR, "torus", "links")
-    if cluster.backend == "nccl" or algorithm:
+    if cluster.backend == "nccl":
         name = "scattered group" if kind == "all_to_all" else "group"
         group = known.get(name)
         if group is None:
@@ -101,8 +128,22 @@ def _price(
     link = cluster.intra if one_node else cluster.inter
     if not one_node and (slower := slowed_by_likes(cluster, kind, ranks, firsts)) > 1:
         link = replace(link, bandwidth=link.bandwidth / slower)
-    by_formula = gloo.seconds(kind, nbytes, len(set(ranks)), link)
-    return CollectivePrice(by_formula, 1.0 if one_node else 0.3, "roofline", FORMULA_ERROR, _gloo_way(kind), "tcp")
+    if algorithm:
+        by_formula = _textbook(cluster, algorithm, kind, nbytes, ranks, link)
+    else:
+        by_formula = gloo.seconds(kind, nbytes, len(set(ranks)), link)
+    way = algorithm or _gloo_way(kind)
+    return CollectivePrice(by_formula, 1.0 if one_node else 0.3, "roofline", FORMULA_ERROR, way, "tcp")
+
+
+def _textbook(cluster: Cluster, algorithm: str, kind: str, nbytes: float, ranks: Sequence[int], link: Link) -> float:
+    """Over TCP: `link` is the slowest that the group uses; ranks of a node share its port between nodes."""
+    size, nodes = len(set(ranks)), len({cluster.node_of(r) for r in ranks})
+    per_node = ceil(size / nodes)
+    inside = (cluster.intra.latency, 1 / cluster.intra.flow_rate())
+    flat = (link.latency, 1 / link.flow_rate())
+    net = (flat[0], flat[1] * per_node) if nodes > 1 else flat
+    return hockney.seconds(algorithm, kind, nbytes, (size, nodes, per_node), flat, inside, net)
 
 
 def _gloo_way(kind: str) -> str:

@@ -28,7 +28,7 @@ from costmodels.convolution_law import (
 from costmodels.device import Device
 from costmodels.ops import OpShape
 from costmodels.price import Price, Source
-from costmodels.relatives import Found, find, relatives
+from costmodels.relatives import Found, find, relatives, vendor
 
 # ASSUMPTIONS. Tensor cores run implicit GEMM alone, at this share of the rate of a plain product.
 TENSOR_SHARE, PLAIN_PRODUCT_SHARE = 0.75, 0.80
@@ -143,10 +143,14 @@ def seconds_by_algorithm(constants: Mapping[str, Any], device: Device, dtype: st
 
 
 def _packed(constants: Mapping[str, Any], device: Device, dtype: str) -> Array:
+    """Winograd and FFT are run where a library has them: not in bfloat16 (cuDNN's API reference lists implicit GEMM
+    alone for it, and FFT and Winograd for float32 and float16; from memory), and not on Apple's GPUs (ASSUMPTION)."""
+    known = {name: value for name, value in constants.items() if name in IMPLICIT_CONSTANTS}
     if on_tensor_cores(device, dtype):
         share = device.kernels.get("gemm", {}).get("bfloat16", {}).get("compute", PLAIN_PRODUCT_SHARE)
-        known = {name: constants[name] for name in IMPLICIT_CONSTANTS}
         constants = {**known, "implicit_rate": TENSOR_SHARE * float(share)}
+    elif dtype == "bfloat16" or vendor(device) == "Apple":
+        constants = known
     return packed(constants, hardware_of(device, dtype))
 
 

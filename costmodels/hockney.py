@@ -11,7 +11,20 @@ from math import ceil, inf, log2
 
 from costmodels.nccl_fabric import Group
 
-ALGORITHMS = ("recursive_doubling", "recursive_halving", "rabenseifner", "binomial", "hierarchical")
+# algorithm -> the collectives that it computes
+KINDS = {
+    "recursive_doubling": ("all_reduce",),
+    "recursive_halving": ("all_gather", "reduce_scatter", "all_reduce"),
+    "rabenseifner": ("all_gather", "reduce_scatter", "all_reduce"),
+    "binomial": ("broadcast", "reduce"),
+    "hierarchical": ("all_reduce",),
+}
+ALGORITHMS = tuple(KINDS)
+
+
+def algorithms(kind: str) -> tuple[str, ...]:
+    """Those that compute this collective."""
+    return tuple(name for name, kinds in KINDS.items() if kind in kinds)
 
 
 def recursive_doubling(nbytes: float, ranks: int, alpha: float, beta: float) -> float:
@@ -68,14 +81,23 @@ def on_group(algorithm: str, kind: str, nbytes: float, group: Group) -> float:
     net = (CROSSING["ring"][2] * US + group.crossing, 1 / each)
     alpha, beta = max(inside, net) if group.hosts > 1 else inside
     beta = max(inside[1], net[1])
-    halves = {"all_gather": 1, "reduce_scatter": 1, "all_reduce": 2}
-    match algorithm:
-        case "hierarchical" if kind == "all_reduce":
-            return hierarchical(nbytes, group.domains, group.per_domain, inside, net)
-        case "recursive_doubling" if kind == "all_reduce":
-            return recursive_doubling(nbytes, group.ranks, alpha, beta)
-        case "recursive_halving" | "rabenseifner" if kind in halves:
-            return halves[kind] * recursive_halving(nbytes, group.ranks, alpha, beta)
-        case "binomial" if kind in ("broadcast", "reduce"):
-            return binomial(nbytes, group.ranks, alpha, beta)
-    raise ValueError(f"{algorithm} is no algorithm of {kind}; leave the algorithm out, or choose another")
+    places = (group.ranks, group.domains, group.per_domain)
+    return seconds(algorithm, kind, nbytes, places, (alpha, beta), inside, net)
+
+
+def seconds(
+    algorithm: str, kind: str, nbytes: float, places: tuple[int, int, int], flat: tuple[float, float],
+    inside: tuple[float, float], net: tuple[float, float],
+) -> float:  # fmt: skip
+    """Seconds by name. places: ranks, hosts, ranks of a host. flat, inside, net: (alpha, beta) of the slowest link, of
+    those of a host, and of one rank's share of those between hosts."""
+    if kind not in KINDS.get(algorithm, ()):
+        raise ValueError(f"{algorithm} is no algorithm of {kind}; leave the algorithm out, or choose another")
+    ranks, hosts, per_host = places
+    if algorithm == "hierarchical":
+        return hierarchical(nbytes, hosts, per_host, inside, net)
+    if algorithm == "recursive_doubling":
+        return recursive_doubling(nbytes, ranks, *flat)
+    if algorithm == "binomial":
+        return binomial(nbytes, ranks, *flat)
+    return (2 if kind == "all_reduce" else 1) * recursive_halving(nbytes, ranks, *flat)

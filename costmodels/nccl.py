@@ -51,10 +51,21 @@ def price(
     `costmodels.hockney`."""
     if algorithm in hockney.ALGORITHMS:
         return hockney.on_group(algorithm, kind, nbytes, group), algorithm, "Simple"
-    if group.network == "ethernet" and group.hosts > 1:
-        return _sockets(cluster, kind, nbytes, group), "ring", "sockets"
+    if _over_sockets(group):
+        return _sockets(cluster, kind, nbytes, group), algorithms(group, kind)[0], "sockets"
     line = _shipped_curve(group, kind, algorithm) if laws is None else curve_of(laws, group, kind, algorithm)
     return line.at(0.0 if kind == "barrier" else nbytes)
+
+
+def algorithms(group: Group, kind: str) -> tuple[str, ...]:
+    """Those that NCCL has for `kind` on the group. Over sockets rings alone: no law of trees over them was measured."""
+    if _over_sockets(group):
+        return ({"all_to_all": "pairwise", "send": "p2p"}.get(kind, "ring"),)
+    return tuple(dict.fromkeys(way.algorithm for way in candidates(group, kind)))
+
+
+def _over_sockets(group: Group) -> bool:
+    return group.network == "ethernet" and group.hosts > 1
 
 
 @lru_cache(maxsize=4096)

@@ -95,6 +95,8 @@ def fits(scheme: Scheme, compression: Compression, cluster: Cluster, ranks: Sequ
         return False
     if not scheme.served and not compression.summable and scheme.algorithm != "ring":
         return False
+    if cluster.fabric == "torus" and scheme.algorithm in ("tree", "hierarchical"):
+        return False  # its chips ring along the axes, whatever the hosts
     nodes = nodes_of(cluster, ranks)
     sockets = nodes > 1 and network_of(cluster.inter) == "ethernet"
     if scheme.algorithm == "auto":
@@ -131,7 +133,8 @@ def scheme_price(
             total, demand, source, error = total + seconds, ring.demand, "roofline", max(error, SERVER_ERROR)
             continue
         else:
-            only = "" if scheme.algorithm == "auto" else scheme.algorithm
+            rings = "torus" if cluster.fabric == "torus" else "ring"  # a torus rings along its axes
+            only = {"auto": "", "ring": rings}.get(scheme.algorithm, scheme.algorithm)
             cost = collective_price(cluster, "all_reduce", message.bytes, ranks, only)
         total, demand, source, error = total + cost.seconds, max(demand, cost.demand), cost.source, cost.error
     return SchemePrice(total, 0.0, 0.0, demand, source, error)

@@ -16,6 +16,7 @@ Phase = Literal["forward", "backward", "recompute", "optimizer"]
 Role = Literal["parameter", "buffer", "input", "activation", "gradient", "optimizer_state"]
 PHASES: tuple[Phase, ...] = ("forward", "backward", "recompute", "optimizer")
 
+MOST_SAMPLES = 2**31  # of a batch: bytes of tensors stay within 64-bit integers
 DTYPE_BYTES = {
     "float64": 8, "float32": 4, "float16": 2, "bfloat16": 2, "float8_e4m3fn": 1, "float8_e5m2": 1,
     "int64": 8, "int32": 4, "int16": 2, "int8": 1, "uint8": 1, "bool": 1, "complex64": 8, "complex128": 16,
@@ -156,6 +157,8 @@ class OpGraph:
             return self
         if batch < 1:
             raise ValueError(f"the batch size is {batch}; it must be at least 1")
+        if batch > MOST_SAMPLES:
+            raise ValueError(f"the batch size is {batch}; it must be {MOST_SAMPLES:,} at most")
         from opgraph.batch import rescaled
 
         return rescaled(self, batch)

@@ -54,7 +54,10 @@ def with_length(spec: str, tokens: int) -> Workload:
     of other data, and Python files, whose factories choose it themselves."""
     head, _, rest = spec.strip().partition(":")
     if head.endswith(".py"):
-        raise ValueError(f"{head} chooses its own sequence length; give a zoo name or a config.json")
+        raise ValueError(
+            f"{head} makes its own inputs, whose prompt cannot be set; give a zoo name or a config.json, or predict "
+            "its step with parplan simulate"
+        )
     if head in ZOO and not hasattr(ZOO[head], "seq"):
         raise ValueError(f"{head} takes no sequence of tokens, so it has no prompt; give a language model such as gpt2")
     others = [part for part in rest.split(",") if part.partition("=")[0].strip() not in ("", "seq")]

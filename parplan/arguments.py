@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -61,6 +62,14 @@ def check_graphs(cuda_graphs: bool, cluster: Any) -> None:
             f"--cuda-graphs changes nothing on {cluster.name}: its {cluster.device.name} is no GPU (kind "
             f"{cluster.device.kind}); leave it out"
         )
+
+
+def check_different(files: Mapping[str, Path | None]) -> None:
+    """ValueError for two options that name one file: the second would replace what the first wrote."""
+    seen: dict[Path, str] = {}
+    for option, path in files.items():
+        if path is not None and (first := seen.setdefault(path.resolve(), option)) != option:
+            raise ValueError(f"{first} and {option} both name {path}; give two files")
 
 
 def check_file(option: str, path: Path | None, *endings: str) -> None:

@@ -37,7 +37,7 @@ def demo(
     recalibrate: Annotated[bool, typer.Option("--recalibrate", help="Calibrate even if it was done today.")] = False,
     json: Json = False,
 ) -> None:
-    """Calibrate this machine, predict plans of two small models, run them, and compare. Takes about five minutes.
+    """Calibrate this machine, predict plans of two small models, run them, and compare. Takes about seven minutes.
 
     Example: parplan demo --out reports/demo
     """

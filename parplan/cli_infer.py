@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -11,7 +12,6 @@ from parplan.arguments import (
     Compile,
     CudaGraphs,
     Json,
-    Model,
     PrecisionName,
     check_graphs,
     positive,
@@ -21,7 +21,10 @@ from parplan.console import emit, number, percent, remark, seconds, show, size, 
 
 
 def infer(
-    model: Model,
+    model: Annotated[
+        str,
+        typer.Argument(help="A language model of the zoo (gpt2, llama3-8b) or a config.json.", show_default=False),
+    ],
     cluster: ClusterName,
     batch: Annotated[int, typer.Option("--batch", "-b", help="Sequences at once, over all replicas.")] = 1,
     prompt: Annotated[int, typer.Option("--prompt", help="Tokens of every prompt.")] = 512,
@@ -89,6 +92,8 @@ def degrees(plan: str) -> dict[str, int]:
     """The degrees of a typed plan. ValueError for what inference does not know."""
     from parplan.inline_plan import parse
 
+    if Path(plan).is_file():
+        raise ValueError(f"--plan {plan} is a file; inference takes degrees alone: tpN, dpN, ppN, mbN, as in 'dp2 tp4'")
     wanted = parse("single" if plan in ("", "tp1") else plan)
     plain, known = parse("single"), ("tp", "dp", "pp", "micro_batches")
     if any(wanted[name] != plain[name] for name in wanted if name not in (*known, "schedule")):

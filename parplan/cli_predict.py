@@ -25,6 +25,9 @@ def predict(
 ) -> None:
     """Predict published training runs and compare with what was measured.
 
+    A row is a run: model, devices, plan, measured seconds; examples/runs.csv shows the columns for transformers.
+
+    Example: parplan predict --cases examples/runs.csv
     Example: parplan predict --cases transformer_cases.csv --set korthikanti_tab5 --out reports/published
     """
     import time
@@ -54,6 +57,8 @@ def predict(
 
             write_report(outcomes, out, f"parplan {' '.join(sys.argv[1:])}")
     _print(outcomes, time.perf_counter() - began, json)
+    if all(outcome.predicted_seconds is None for outcome in outcomes):
+        raise typer.Exit(2)
 
 
 def _print(outcomes: list[Any], seconds: float, json: bool) -> None:
@@ -65,11 +70,19 @@ def _print(outcomes: list[Any], seconds: float, json: bool) -> None:
     scores = summary(outcomes)
     for reason, count in _reasons(outcomes).items():
         remark(f"{count} rows cannot be predicted: {reason}")
+    for value, count in _unscored(outcomes).items():
+        remark(f"{count} rows are not scored: column step_time_s is {value!r}; seconds above 0 are needed")
     if json:
         emit({"cases": [case_data(o) for o in outcomes], "summary": {k: asdict(v) for k, v in scores.items()},
               "seconds": seconds})  # fmt: skip
     else:
         show(table(f"{len(outcomes)} published runs in {seconds:.1f} s", COLUMNS, table_rows(scores)))
+
+
+def _unscored(outcomes: list[Any]) -> dict[str, int]:
+    """Measured times that are none, and in how many rows each stands."""
+    cells = [o.case.text("step_time_s") for o in outcomes if not o.reason and o.measured_seconds is None]
+    return {cell: cells.count(cell) for cell in dict.fromkeys(cells) if cell}
 
 
 def _reasons(outcomes: list[Any]) -> dict[str, int]:

@@ -14,6 +14,7 @@ from parplan.arguments import (
     CudaGraphs,
     Json,
     Model,
+    check_different,
     check_file,
     check_graphs,
     positive,
@@ -61,6 +62,7 @@ def simulate(
     check_file("--trace-file", trace_file)
     check_file("--plot", plot, *PICTURES)
     check_file("--memory", memory, *SUFFIXES)
+    check_different({"--trace-file": trace_file, "--plot": plot, "--memory": memory})
     began = time.perf_counter()
     with working() as progress:
         prediction, timeline, graph, machine = _simulate(

@@ -252,6 +252,10 @@ class _StageRunner:
             self.lane.run(name, phase, self.runs[step.backward, step.chunk], waits, synced)
             if last and self.overlapped:
                 self._reduce(self.own[step.chunk], 1.0)
+        if step.backward and not last and plan.data_parallel == "zero2" and self.replicas > 1:
+            self._reduce(self.own[step.chunk], 1.0)  # who keeps a share of the gradients hands on those of each pass
+            if not self.overlapped:
+                self.lane.busy("wait", "wait", 0.0, [self.reduces[-1]])
         self._deliver(step, name)
 
     def _deliver(self, step: Step, name: str) -> None:

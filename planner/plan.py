@@ -9,6 +9,8 @@ from math import prod
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from opgraph.graph import MOST_SAMPLES
+
 SCHEMA_VERSION = 4
 OLDER_SCHEMAS = (1, 2, 3)  # read as plans without the fields that came later
 DataParallel = Literal["ddp", "zero1", "zero2", "fsdp"]
@@ -88,6 +90,8 @@ class ParallelPlan:
             )
         if self.vpp > 1 and self.pp == 1:
             raise ValueError(f"vpp = {self.vpp} needs a pipeline; use pp of 2 or more, or vpp = 1")
+        if self.global_batch > MOST_SAMPLES:
+            raise ValueError(f"a global batch of {self.global_batch} is more than {MOST_SAMPLES:,}; give a smaller one")
         if self.global_batch % (self.dp * self.micro_batches):
             raise ValueError(
                 f"global batch {self.global_batch} is not divisible by dp x micro-batches = "

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field
 from math import hypot
 
 from costmodels.cluster import Cluster
-from costmodels.device import basis_of
+from costmodels.device import Device, basis_of
 from costmodels.families import family
 from costmodels.ops import peak_of
 from costmodels.variability import synchronous
@@ -99,7 +99,8 @@ def _judge(
     parts = asdict(overall(breakdown(timeline)))
     waited = parts["host"] / step if step else 0.0
     said, away = host_notes(waited, host_costs(cluster, running)), offload_notes(plan, cluster)
-    notes = (*graph.notes, *cluster.notes, *basis_of(cluster.device), *said, *away, *_in_full(graph, plan, cluster))
+    notes = (*graph.notes, *cluster.notes, *basis_of(cluster.device), *said, *away)
+    notes += (*_in_full(graph, plan, cluster), *_unknown_to(cluster.device, plan))
     held = memory(lowered.stages, plan, cluster.backend)
     peaks = device_peaks(held, cluster)
     fullest = max(held, key=lambda m: m.peak)
@@ -108,6 +109,9 @@ def _judge(
     dtype = "bfloat16" if plan.precision == "bf16" else "float32"
     devices = min(plan.world_size, cluster.size)
     peak = peak_of(cluster.device, dtype) * devices
+    mfu = model_flops / (step * peak) if step else 0.0
+    if mfu > 1:
+        notes += ("MFU is above 100 %: convolutions by Winograd or FFT multiply less often than FLOP are counted",)
     return Prediction(
         plan=plan,
         step_seconds=step,
@@ -116,7 +120,7 @@ def _judge(
         memory_bytes=capacity,
         fits=max(peaks) <= capacity,
         breakdown=parts,
-        mfu=model_flops / (step * peak) if step else 0.0,
+        mfu=mfu,
         shares={k: v / total for k, v in sorted(lowered.seconds_by_source.items())},
         unpriced=lowered.unpriced,
         notes=tuple(dict.fromkeys(notes)),
@@ -138,6 +142,13 @@ def _in_full(graph: OpGraph, plan: ParallelPlan, cluster: Cluster) -> tuple[str,
     names = " and ".join({"conv": "convolutions", "rnn": "recurrent layers"}[kind] for kind in sorted(kinds))
     said = f"{names} are priced in full float32; torch runs them in tf32 unless torch.backends.cudnn.allow_tf32 is off"
     return (said,) if names else ()
+
+
+def _unknown_to(device: Device, plan: ParallelPlan) -> tuple[str, ...]:
+    """A note where a device has no units for the plan's precision (`costmodels.ops.peak_of` says what stands in)."""
+    if plan.precision != "bf16" or device.kind == "cpu" or "bfloat16" in device.peak_flops:
+        return ()
+    return (f"{device.name} has no bfloat16; its products are priced at the rate of float32",)
 
 
 def device_peaks(held: tuple[RankMemory, ...], cluster: Cluster) -> tuple[int, ...]:

@@ -267,10 +267,11 @@ def _nothing(state: _State, workload: Workload, cluster: Cluster) -> str:
     capacity = memory_per_rank(cluster, state.space.plans[0])
     name = min(state.short, key=lambda n: state.short[n])
     lacking, rank, _ = state.short[name]
+    gib, needed = 2**30, capacity + lacking
     even = ", even with offload to the host" if any(p.offload for p in state.space.plans) else ""
     return (
-        f"no plan of {workload.name} fits {cluster.name}{even}: the smallest ({name}) needs {capacity + lacking:.4g} "
-        f"bytes or more on rank {rank}, which has {capacity:.4g}; use more devices, a smaller batch or larger memories"
+        f"no plan of {workload.name} fits {cluster.name}{even}: the smallest ({name}) needs {needed / gib:.4g} GiB "
+        f"or more on rank {rank}, which has {capacity / gib:.4g}; use more devices, a smaller batch or larger memories"
     )
 
 

@@ -21,7 +21,6 @@ from planner.folded import STEP_ERROR, FoldedPrediction
 from planner.folded_groups import Groups
 from planner.folded_kernels import Kernels, Priced, priced
 from planner.folded_local import local_step
-from planner.folded_memory import Memory
 from planner.folded_orders import order
 from planner.folded_overlap import lost
 from planner.folded_step import Lane, Tally
@@ -29,6 +28,7 @@ from planner.plan import ParallelPlan
 from planner.predict import NINE_IN_TEN
 from planner.software import Software
 from planner.stages import StageOps, stage_ops, within
+from planner.whole_memory import is_divided, whole_memory
 from simulator import ProgramBuilder, breakdown, overall, simulate
 
 Exchange = Literal["all_reduce", "server", "copies"]
@@ -71,7 +71,7 @@ class _Whole:
         return sum(self.graph.parameters[n].bytes for n in names if not self._divided(n))
 
     def _divided(self, name: str) -> bool:
-        return any(within(name.rpartition(".")[0], path) for path in self.sharing.divided)
+        return is_divided(name, self.sharing.divided)
 
     def update_seconds(self, ranks: int) -> float:
         """The optimizer on a rank's parameters: reads parameter, gradient and momentum, writes two of them."""
@@ -84,15 +84,25 @@ class _Whole:
         self.tally.add("optimizer", cost.seconds, cost.source, cost.error)
         return cost.seconds
 
-    def message(self, kind: str, size: float) -> float:
+    def accumulation_seconds(self, times: int) -> float:
+        """Adding a micro-batch's gradients to those of the ones before it."""
+        size = sum(t.bytes // (self.plan.dp if self._divided(n) else 1) for n, t in self.graph.parameters.items())
+        flat = ((size // 4,),)
+        shape = OpShape("aten.add_.Tensor", "backward", flat, flat, "float32", 0, 2 * size, size)
+        cost = price(self.cluster.device, shape)
+        self.tally.add("pointwise", cost.seconds * times, cost.source, cost.error)
+        return cost.seconds
+
+    def message(self, kind: str, size: float, stage: int = 0, times: int = 1) -> float:
+        """Seconds of one of `times` messages between the replicas of a stage."""
         if self.plan.dp == 1 and self.sharing.exchange != "server":
             return 0.0
         if self.sharing.exchange == "all_reduce" or kind != "all_reduce":
-            cost = collective_price(self.cluster, kind, size, Groups(self.plan).ranks("dp"))
-            self.tally.add(f"dp {kind}", cost.seconds, cost.source, cost.error)
+            cost = collective_price(self.cluster, kind, size, Groups(self.plan, stage).ranks("dp"))
+            self.tally.add(f"dp {kind}", cost.seconds * times, cost.source, cost.error)
             return cost.seconds
         seconds = self._served(size)
-        self.tally.add(f"dp {self.sharing.exchange}", seconds, "roofline", 0.3)
+        self.tally.add(f"dp {self.sharing.exchange}", seconds * times, "roofline", 0.3)
         return seconds
 
     def _served(self, size: float) -> float:
@@ -123,21 +133,14 @@ def predict_whole(
         _replicas(whole, tasks)
     timeline = simulate(tasks.build())
     tally, step = whole.tally, timeline.makespan
+    memory = whole_memory(graph, plan, sharing.divided)
     total = sum(tally.sources.values()) or 1.0
     spread = NINE_IN_TEN * hypot(sqrt(sum(e * e for e in tally.errors.values())) / total, STEP_ERROR)
     return FoldedPrediction(
-        step, (step * max(0.0, 1 - spread), step * (1 + spread)), _memory(graph),
+        step, (step * max(0.0, 1 - spread), step * (1 + spread)), memory,
         asdict(overall(breakdown(timeline))), dict(sorted(tally.seconds.items(), key=lambda item: -item[1])),
-        {k: v / total for k, v in sorted(tally.sources.items())}, len(timeline.program), _memory(graph).allocated,
+        {k: v / total for k, v in sorted(tally.sources.items())}, len(timeline.program), memory.allocated,
     )  # fmt: skip
-
-
-def _memory(graph: OpGraph) -> Memory:
-    """By category at the moment when most is alive; one rank with all parameters."""
-    parameters = sum(t.bytes for t in graph.parameters.values())
-    end = max((op.id for op in graph.ops if op.phase == "forward"), default=0)
-    kept = sum(s.bytes for s in graph.storages if s.role == "activation" and 0 <= s.birth <= end < s.death)
-    return Memory(parameters, parameters, parameters, kept, 0)
 
 
 def _cut(ops: Sequence[Op], parts: int) -> list[Sequence[Op]]:
@@ -146,48 +149,60 @@ def _cut(ops: Sequence[Op], parts: int) -> list[Sequence[Op]]:
 
 
 def _replicas(w: _Whole, tasks: ProgramBuilder) -> None:
-    """Forward, backward with gradients handed over part by part, update. Parameters that a server keeps are fetched
-    part by part before forward."""
-    lane = Lane(tasks, 0)
+    """Micro-batches one after the other, update. Parameters that a server keeps are fetched part by part before the
+    first forward; the last backward hands over the gradients, which are summed until then."""
+    lane, count = Lane(tasks, 0), w.plan.micro_batches
     forward = [op for op in w.graph.ops if op.phase == "forward"]
     backward = [op for op in w.graph.ops if op.phase == "backward"]
     served = w.sharing.exchange == "server"
     total = sum(w.bytes_of(part) for part in _cut(backward, PARTS))
+    ahead = [w.runs(part, False, count).run for part in _cut(forward, PARTS)]
+    parts = [(w.runs(part, True, count), w.bytes_of(part)) for part in _cut(backward, PARTS)]
+    between = [step for path in w.sharing.divided for step in _divided_layer(w, path)]
+    adding = w.accumulation_seconds(count - 1) if count > 1 else 0.0
     if served and w.sharing.barrier:
         lane.busy("fetch", "server", w.message("all_reduce", total))
-    for part in _cut(forward, PARTS):
-        early = served and not w.sharing.barrier
-        waits = [lane.message("fetch", "server", w.message("all_reduce", total / PARTS))] if early else []
-        lane.run("F", "forward", w.runs(part, False).run, waits)
-    for path in w.sharing.divided:
-        _divided_layer(w, lane, path)
     handed = []
-    parts = [(w.runs(part, True), w.bytes_of(part)) for part in _cut(backward, PARTS)]
-    for i, (part_run, size) in enumerate(parts):
-        lane.run("B", "backward", part_run.run)
-        if size:
-            seconds = w.message("all_reduce", size)
-            handed.append(lane.message("gradients", "all_reduce", seconds, [lane.free]))
-            if w.sharing.exchange == "all_reduce":
-                other = beside(w.cluster, "all_reduce", size, Groups(w.plan).ranks("dp"), seconds)
-                rest = [(part, 1.0) for part, _ in parts[i + 1 :]]
-                lane.busy("slowed", "backward", seconds * lost(w.cluster, rest, other))
+    for micro in range(count):
+        for run in ahead:
+            early = served and not w.sharing.barrier and micro == 0
+            waits = [lane.message("fetch", "server", w.message("all_reduce", total / PARTS))] if early else []
+            lane.run("F", "forward", run, waits)
+        for kind, seconds in between:
+            lane.busy(kind, kind, seconds)
+        if micro:  # before what hands the sums over
+            lane.busy("accumulate", "backward", adding)
+        for i, (part_run, size) in enumerate(parts):
+            lane.run("B", "backward", part_run.run)
+            if size and micro == count - 1:
+                handed.append(_hand_over(w, lane, size, [part for part, _ in parts[i + 1 :]]))
     update = 0.0 if served else w.update_seconds(w.plan.dp)
     lane.busy("optimizer", "optimizer", update, handed)
     lane.busy("host of the step", "host", w.software.host.step)
 
 
-def _divided_layer(w: _Whole, lane: Lane, path: str) -> None:
-    """Every rank gets all that the layer reads for its outputs, and gives back their gradients; a loss needs two
-    numbers of every sample from all ranks."""
+def _hand_over(w: _Whole, lane: Lane, size: int, rest: Sequence[Priced]) -> int:
+    """The message of gradients that are finished, and what the rest of backward loses beside it."""
+    seconds = w.message("all_reduce", size)
+    sent = lane.message("gradients", "all_reduce", seconds, [lane.free])
+    if w.sharing.exchange == "all_reduce":
+        other = beside(w.cluster, "all_reduce", size, Groups(w.plan).ranks("dp"), seconds)
+        lane.busy("slowed", "backward", seconds * lost(w.cluster, [(part, 1.0) for part in rest], other))
+    return sent
+
+
+def _divided_layer(w: _Whole, path: str) -> list[tuple[str, float]]:
+    """Messages of a micro-batch: every rank gets all that the layer reads for its outputs, and gives back their
+    gradients; a loss needs two numbers of every sample from all ranks."""
     weight = next(t for n, t in w.graph.parameters.items() if within(n.rpartition(".")[0], path))
     size = w.graph.batch * w.plan.dp * weight.shape[-1] * 4
-    for kind, amount in (("all_gather", size), ("all_reduce", 8 * w.graph.batch * w.plan.dp), ("reduce_scatter", size)):
-        lane.busy(kind, kind, w.message(kind, amount))
+    kinds = (("all_gather", size), ("all_reduce", 8 * w.graph.batch * w.plan.dp), ("reduce_scatter", size))
+    return [(kind, w.message(kind, amount, times=w.plan.micro_batches)) for kind, amount in kinds]
 
 
 def _pipeline(w: _Whole, tasks: ProgramBuilder) -> None:
-    """GPipe with the activations of every micro-batch but the last made again in backward."""
+    """GPipe, where the plan says so with the activations of every micro-batch but the last made again in backward;
+    replicas exchange a stage's gradients after all of its backwards."""
     plan = w.plan
     stages = stage_ops(w.graph, plan.cuts)
     lanes = [Lane(tasks, s) for s in range(plan.pp)]
@@ -211,8 +226,12 @@ def _pipeline(w: _Whole, tasks: ProgramBuilder) -> None:
                 if 0 <= edge < plan.pp - 1:
                     sent = tasks.task("send", "send", send[edge], -1, [lane.free], 0.0, s)
                 done[backward, s, step.micro] = sent
-    for lane in lanes:
-        lane.busy("optimizer", "optimizer", w.update_seconds(1) / plan.pp)
+    for lane, stage in zip(lanes, stages):
+        handed = []
+        if plan.dp > 1:  # told of the first stage, as its kernels are
+            seconds = w.message("all_reduce", w.bytes_of(stage.backward), stage.index, 0 if stage.index else 1)
+            handed.append(lane.message("gradients", "all_reduce", seconds, [lane.free]))
+        lane.busy("optimizer", "optimizer", w.update_seconds(1) / plan.pp, handed)
         lane.busy("host of the step", "host", w.software.host.step)
 
 

@@ -120,6 +120,6 @@ def _kind(columns: Sequence[str], path: Path) -> Kind:
     if missing[kind]:
         raise ValueError(
             f"{path} lacks the column(s) {', '.join(missing[kind][:8])} of {kind} cases; "
-            f"the header needs {', '.join(TRANSFORMER if kind == 'transformer' else VISION)}"
+            f"transformers need {', '.join(TRANSFORMER)}, and vision models {', '.join(VISION)}"
         )
     return "transformer" if kind == "transformer" else "vision"

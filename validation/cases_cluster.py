@@ -22,6 +22,16 @@ LINKS = ("nvlink", "nvswitch", "xgmi", "infinity fabric", "infinityfabric", "ici
 MOST_INSIDE = 4096  # devices that any published node, rack or pod joins
 # Runs whose source published op times of the very machine (micro-benchmarks, no step): set of the row -> machine.
 MACHINES = {"simumax_b200": "b200-simumax"}
+# A rate: how many times, how much, of what; "GB/s" and "MBps" are bytes, "Gb/s", "gbps", "25GbE" and "100G" are bits.
+RATE = re.compile(
+    r"(?:(\d+)\s*x\s*)?(?<![\d.])(\d+(?:\.\d+)?)\s*([TGMtgm])"
+    r"(?:(B/s|Bps)|(?:[ie]gabits?|[bB]its?/s|[bB]ps|b/s|ig[eE]|[bB]?[eE])\b|\b)"
+)
+SCALE = {"t": 1e12, "g": 1e9, "m": 1e6}
+# Gb/s of an InfiniBand port of four lanes.
+GENERATION = {"QDR": 32, "FDR": 56, "EDR": 100, "HDR": 200, "NDR": 400, "XDR": 800}
+NETWORK = re.compile(r"(?i)ethernet|infiniband|\bib\b|roce|efa|\btcp\b|gbe|between|network|[tgm]b(it)?/s|[gm]bps")
+PCIE = {"1": 4e9, "2": 8e9, "3": 15.75e9, "4": 31.5e9, "5": 63e9, "6": 126e9}  # bytes/s of 16 lanes, one way
 PCIE_SHARED = 0.5  # share of its PCIe rate that a device reaches while its neighbours use the same switch: ASSUMPTION
 
 
@@ -38,14 +48,16 @@ def cluster_of(case: Case, devices: dict[str, Device]) -> Cluster:
     except ValueError as error:
         raise CaseError(str(error)) from None
     count, per_node = case.whole("num_gpus", least=1), case.whole("gpus_per_node", 8) or 8
-    inside = case.text("intra_node") or case.text("interconnect")
-    between = case.text("inter_node") or case.text("interconnect").partition("inside the node")[2]
+    near, far = _parts(case.text("interconnect"))
+    inside, between = case.text("intra_node") or near, case.text("inter_node") or far
     if (domain := re.search(r"NVL([1-9]\d*)", inside)) and case.text("intra_node"):
         per_node = int(domain[1])
     per_node = min(per_node, MOST_INSIDE)
     intra = _inside(device, inside)
     inter, assumed = _between(device, between, per_node, case)
-    notes = (f"network between nodes assumed: {inter.bandwidth / GB:.3g} GB/s a device",) if assumed else ()
+    told = re.search(r"\d", between) and "not stated" not in between.lower()
+    read = f"; nothing was read from {between!r}" if told else ""
+    notes = (f"network between nodes assumed: {inter.bandwidth / GB:.3g} GB/s a device{read}",) if assumed else ()
     fabric = _fabric(device, intra, inside)
     dims = _grid(count, 3 if "3D" in device.link else 2) if fabric == "torus" else ()
     if fabric == "torus" and count % per_node:
@@ -96,41 +108,78 @@ def _grid(count: int, axes: int) -> tuple[int, ...]:
     return (side, *_grid(count // side, axes - 1))
 
 
+def _parts(text: str) -> tuple[str, str]:
+    """What a text about both says of the links inside a node, and of the network between nodes.
+
+    >>> _parts("PCIe inside the node, 10 Gb/s between nodes"), _parts("25GbE"), _parts("NVLink1 (DGX-1)")
+    (('PCIe ', ', 10 Gb/s between nodes'), ('', '25GbE'), ('NVLink1 (DGX-1)', ''))
+    """
+    near, told, far = text.partition("inside the node")
+    if told:
+        return near, far
+    parts: tuple[list[str], list[str]] = ([], [])
+    for part in re.split(r"[,;]", text):
+        about_links = any(word in part.lower() for word in (*LINKS, "pci"))
+        parts[bool(NETWORK.search(part)) and not about_links].append(part)
+    return ",".join(parts[0]), ",".join(parts[1])
+
+
 def _inside(device: Device, text: str) -> Link:
     """The links of the device at its own rate, or PCIe where the row says so or the device has nothing that joins all
     of a node (bridges join pairs)."""
-    low = re.sub(r"(no|without) (nvlink|nvswitch|xgmi|infinity)", "", text.lower())
-    named = any(word in low for word in LINKS)
+    low = text.lower()
+    without = r"\b(no|without) (nvlink|nvswitch|xgmi|infinity)"
+    left = re.sub(without, "", low)
+    named = any(word in left for word in LINKS) and "bridge" not in low
+    none = bool(re.search(without, low)) or low.strip() in ("none", "no", "-") or "bridge" in low
     own = bool(device.link) and not re.search(r"bridge|connectx", device.link.lower())
-    if named or (own and "pci" not in low):
+    stated = re.search(r"(\d+(?:\.\d+)?)\s*([GT])B/s", text)
+    if named or (own and "pci" not in low and not none):
         rate = device.link_bandwidth
-        if stated := re.search(r"(\d+(?:\.\d+)?)\s*([GT])B/s", text):
+        if stated:
             ways = 1 if re.search(r"unidirectional|(per|each|one) (direction|way)", low) else 2
             rate = float(stated[1]) * GB * (1000 if stated[2] == "T" else 1) / ways  # both directions are quoted
         if rate:
             return Link(device.link or "NVLink", rate, LATENCY_INSIDE, "device file")
     rate = device.pcie_bandwidth or 12 * GB
-    return Link("PCIe", rate * PCIE_SHARED, LATENCY_INSIDE, "device file, shared switch assumed")
+    if "pci" in low and stated:
+        rate = float(stated[1]) * GB  # of PCIe one direction is quoted
+    elif generation := re.search(r"pci(?:e|-e|express)?[ -]*(?:gen(?:eration)?[ .]*)?([1-6])(?:\.0)?\b", low):
+        rate = min(rate, PCIE[generation[1]])
+    return Link("PCIe", rate * PCIE_SHARED, LATENCY_INSIDE, "device file or the row, shared switch assumed")
 
 
 def _between(device: Device, text: str, per_node: int, case: Case) -> tuple[Link, bool]:
     """One device's share of the network between nodes, and whether it is an assumption."""
-    text = re.sub(r"(?<=\d)\s*T(bps|bit/s|b/s)", "000 Gb/s", re.sub(r"(\d)\.(\d) ?T(?=b)", r"\1\g<2>00 G", text))
-    text = re.sub(r"(?<=\d)\s*G(bps|bit/s|bE\b)", " Gb/s", text)
     name = re.sub(r"[^a-z0-9]", "", device.name.lower())
     family = next((f for f in sorted(UNSTATED, key=len, reverse=True) if f in name), "")
     share = UNSTATED.get(family, 12.5e9 / per_node)
-    rate = None
-    if found := re.search(r"(\d+)\s*x\s*(\d+)\s*Gb/s", text):
-        shared = 1 if re.search(r"per (gpu|device)", text.lower()) else per_node
-        rate = int(found[1]) * int(found[2]) / 8 * GB / shared
-    elif found := re.search(r"(\d+)\s*Gb/s.*per (node|GPU)", text):
-        rate = int(found[1]) / 8 * GB / (per_node if found[2] == "node" else 1)
-    elif found := re.search(r"(\d+)\s*Gb/s", text):  # of a NIC; above 100 and up to 400 Gb/s every GPU has its own
-        rate = int(found[1]) / 8 * GB
-        rate = min(rate, share) if family and 12.5e9 < rate <= 50e9 else rate / per_node
-    elif "EC2" in text:
-        rate = 1.25 * GB / per_node  # p2.8xlarge: 10 Gb/s a node, from memory
+    low = text.lower()
+    if found := _stated(text):
+        count, rate = found
+        each = re.search(r"per (gpu|device|accelerator)", low)
+        if count:
+            rate = count * rate / (1 if each else per_node)
+        elif each or "per node" in low:
+            rate /= 1 if each else per_node
+        else:  # of a NIC; above 100 and up to 400 Gb/s every GPU has its own
+            rate = min(rate, share) if family and 12.5e9 < rate <= 50e9 else rate / per_node
+    else:
+        rate = 1.25 * GB / per_node if "EC2" in text else 0.0  # p2.8xlarge: 10 Gb/s a node, from memory
     if rate:
-        return Link(text, rate, LATENCY_BETWEEN, "the row"), False
+        return Link(text.strip(" ,;"), rate, LATENCY_BETWEEN, "the row"), False
     return Link("network (assumed)", share, LATENCY_BETWEEN, "reference design"), case.whole("num_gpus") > per_node
+
+
+def _stated(text: str) -> tuple[int, float] | None:
+    """How many ports a text names (0: it does not say), and the bytes/s of one.
+
+    >>> _stated("8x200Gb/s HDR IB per node"), _stated("2.5 Gb/s Ethernet"), _stated("1 GB/s"), _stated("4x HDR")
+    ((8, 25000000000.0), (0, 312500000.0), (0, 1000000000.0), (4, 25000000000.0))
+    """
+    if found := RATE.search(text):
+        rate = float(found[2]) * SCALE[found[3].lower()]
+        return int(found[1] or 0), rate if found[4] else rate / 8
+    if port := re.search(rf"(?:(\d+)\s*x\s*)?\b({'|'.join(GENERATION)})\d*\b", text):
+        return int(port[1] or 0), GENERATION[port[2]] / 8 * GB
+    return None

@@ -111,8 +111,9 @@ class _Runner:
 
     def _transformer(self, case: Case) -> Outcome:
         from planner.folded import predict_folded
+        from validation.cases_notes import notes_of
         from validation.cases_software import software_of
-        from validation.cases_transformer import family_of, model_of, plan_of
+        from validation.cases_transformer import model_of, plan_of
 
         software = software_of(case)
         plan = plan_of(case, software)
@@ -126,13 +127,9 @@ class _Runner:
                 case, p.step_seconds, p.interval, p.allocated_bytes, p.reserved_bytes or None,
                 p.device, p.shares, plan.label, software.name, cluster.notes,
             )  # fmt: skip
-        said, built = case.text("family"), family_of(case)
-        notes = [f"family {said} is predicted as {built}"] if said.lower() != built else []
+        notes = notes_of(case, cluster.device)
         found = self.known[key]
-        needs, holds = (found.reserved_bytes or found.allocated_bytes or 0) / GIB, cluster.device.memory_bytes / GIB
-        if needs > holds:
-            notes.append(f"does not fit by this prediction: {needs:.1f} GiB on a device of {holds:.1f} GiB")
-        return replace(found, case=case, notes=(*cluster.notes, *notes))
+        return _fitting(replace(found, case=case, notes=(*cluster.notes, *notes)), cluster)
 
     def _vision(self, case: Case) -> Outcome:
         from planner.whole_step import predict_whole
@@ -144,7 +141,17 @@ class _Runner:
         precision = plan.precision if plan.precision in ("fp16", "bf16") else "fp32"
         graph = self.pictures.graph(vision.model_name(case), precision, plan.micro_batch)
         p = predict_whole(graph, plan, cluster, software, sharing)
-        return Outcome(
+        found = Outcome(
             case, p.step_seconds, p.interval, p.allocated_bytes, None, p.device, p.shares, plan.label, software.name,
             cluster.notes,
         )  # fmt: skip
+        return _fitting(found, cluster)
+
+
+def _fitting(found: Outcome, cluster: Any) -> Outcome:
+    """With a note where the prediction needs more memory than a device has."""
+    needs, holds = (found.reserved_bytes or found.allocated_bytes or 0) / GIB, cluster.device.memory_bytes / GIB
+    if needs <= holds:
+        return found
+    note = f"does not fit by this prediction: {needs:.1f} GiB on a device of {holds:.1f} GiB"
+    return replace(found, notes=(*found.notes, note))

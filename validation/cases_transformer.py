@@ -17,13 +17,17 @@ BLOCK_MODULES_SELECTIVE = ("attn.core",)
 # Per-operator policy of torchtitan: every second product and attention are kept, all else is made again.
 PER_OP = ("norm1", "attn.q", "attn.k", "attn.v", "attn.o", "attn.rope_q", "attn.rope_k", "norm2", "mlp.up", "mlp.gate",
           "mlp.act")  # fmt: skip
-ZERO: dict[str, DataParallel] = {"none": "ddp", "": "ddp", "0": "ddp", "zero0": "ddp", "ddp": "ddp", "zero1": "zero1",
-                                 "zero2": "zero2", "zero3": "fsdp", "fsdp": "fsdp"}  # fmt: skip
+ZERO: dict[str, DataParallel] = {"none": "ddp", "": "ddp", "0": "ddp", "zero0": "ddp", "ddp": "ddp", "1": "zero1",
+                                 "zero1": "zero1", "2": "zero2", "zero2": "zero2", "3": "fsdp", "zero3": "fsdp",
+                                 "fsdp": "fsdp"}  # fmt: skip
 FAMILIES = ("gpt", "mpt", "llama", "gpt_gqa_relu2", "bert", "moe_mla")
 ENCODERS = ("bert", "encoder", "electra")
 DECODERS = ("gpt", "llama", "opt", "bloom", "falcon", "neox", "pythia", "mistral", "mixtral", "qwen", "gemma", "yi",
             "phi", "palm", "mpt", "glm", "olmo", "grok", "dbrx", "nemotron", "granite", "deepseek", "moe", "megatron",
             "decoder", "dense", "transformer")  # fmt: skip
+# Families whose MLPs are gated, where the row does not say; so are nearly all published experts.
+GATED = ("llama", "mistral", "mixtral", "qwen", "gemma", "yi", "deepseek", "moe", "grok", "dbrx", "olmo", "granite",
+         "glm", "palm")  # fmt: skip
 FUSED = ("flash", "fused", "cudnn", "sdpa", "xformers", "memory-efficient", "memory efficient", "transformer engine",
          "triton", "splash", "pallas")  # fmt: skip
 UNSTATED_KERNELS = ("", "not stated", "unknown", "not published")
@@ -57,11 +61,11 @@ def model_of(case: Case, software: Software, traces: Traces) -> FoldedModel:
     family, precision = family_of(case), precision_of(case)
     tp, cp = case.degree("tp"), case.degree("cp")
     seq, hidden, heads = (case.whole(name, least=1) for name in ("seq_len", "hidden", "heads"))
-    kv_heads = case.whole("kv_heads", heads) or heads
+    kv_heads = kv_heads_of(case)
     if seq % cp:
         raise CaseError(f"seq_len {seq} does not divide into cp = {cp} parts")
-    if hidden % heads or heads % kv_heads:
-        raise CaseError(f"hidden {hidden}, heads {heads} and kv_heads {kv_heads} must divide one by the other")
+    if hidden % heads:
+        raise CaseError(f"hidden {hidden} and heads {heads} must divide one by the other")
     fused = fused_attention(case)
     moe = case.whole("moe_experts", 0)
     experts = _experts(case, moe) if moe else None
@@ -98,10 +102,31 @@ def family_of(case: Case) -> str:
     if any(word in family for word in ENCODERS):
         return "bert"
     if any(word in family for word in DECODERS):
-        return "llama" if case.whole("gated_mlp", 0) else "gpt"
+        return "llama" if is_gated(case) else "gpt"
     raise CaseError(
         f"family {case.text('family')!r} is none of {', '.join(FAMILIES)}; the columns do not tell what its layers are"
     )
+
+
+def is_gated(case: Case) -> bool:
+    """Whether MLPs, of experts and others, are gated: as the row says, else as models of its family have them."""
+    usual = case.whole("moe_experts", 0) > 0 or any(word in case.word("family") for word in GATED)
+    return case.whole("gated_mlp", int(usual)) > 0
+
+
+def kv_heads_of(case: Case) -> int:
+    """Heads of keys and values of the model that is built: replicated where there are fewer than tensor-parallel ranks,
+    as Megatron-LM and Transformer Engine do."""
+    heads, tp = case.whole("heads", least=1), case.degree("tp")
+    kv_heads = case.whole("kv_heads", heads) or heads
+    if heads % kv_heads:
+        raise CaseError(f"heads {heads} and kv_heads {kv_heads} must divide one by the other")
+    if heads % tp or max(kv_heads, tp) % min(kv_heads, tp):
+        raise CaseError(
+            f"heads {heads} and kv_heads {kv_heads} do not divide among tp = {tp} ranks; each rank has whole heads, "
+            "and equally many"
+        )
+    return max(kv_heads, tp)
 
 
 def fused_attention(case: Case) -> bool:
@@ -127,9 +152,8 @@ def _experts(case: Case, count: int) -> Any:
     if top > count:
         raise CaseError(f"moe_topk {top} is more than moe_experts {count}")
     shared = re.search(r"shared-expert ffn (\d+)", case.text("notes"))
-    gated = case.whole("gated_mlp", 1) > 0
     width = int(shared[1]) if shared else 0
-    return Experts(count // ep, count, top, case.whole("moe_ffn", least=1), width, gated, parts)
+    return Experts(count // ep, count, top, case.whole("moe_ffn", least=1), width, is_gated(case), parts)
 
 
 def _dense_first(case: Case) -> int:
@@ -144,7 +168,7 @@ def _activation(case: Case) -> Any:
     """What stands between the products of an MLP. Hugging Face's GPT-2 spells GELU out ("gelu_new", the default of its
     configuration and the value in NeuSight's); its OPT has one kernel (ReLU), and Megatron's layers have their own."""
     name, family = case.text("software").lower(), family_of(case)
-    if case.whole("gated_mlp", 0):
+    if is_gated(case):
         return "swiglu"
     if family == "gpt_gqa_relu2":
         return "relu2"
@@ -170,23 +194,44 @@ def plan_of(case: Case, software: Software) -> ParallelPlan:
     batch, micro = case.whole("global_batch", least=1), case.whole("micro_batch", least=1)
     if batch % (dp * micro):
         raise CaseError(f"global_batch {batch} is no multiple of dp x micro_batch = {dp} x {micro}")
-    zero = re.sub(r"[^a-z0-9]", "", case.word("zero_fsdp"))
-    if zero not in ZERO:
-        raise CaseError(f"zero_fsdp is {case.text('zero_fsdp')!r}; it must be none, zero1, zero2 or zero3")
-    # FSDP in a pipeline keeps whole what it gathered until the step ends, and scatters gradients once (torchtitan's
-    # default `reshard_after_forward` with pipelines): the messages and memory of zero1.
     experts = case.whole("moe_experts", 0) > 0  # with tensor parallelism Megatron wants the sequence split, too
-    shards = "zero1" if pp > 1 and ZERO[zero] == "fsdp" else ZERO[zero]
+    if ep > 1 and not experts:
+        raise CaseError(f"ep = {ep} without moe_experts: a dense model has no experts to divide; leave ep out, or 1")
+    split = _sequence_split(case)
     try:
         return ParallelPlan(
             global_batch=batch, pp=pp, dp=dp, tp=tp, cp=cp, ep=ep, vpp=vpp,
-            micro_batches=batch // (dp * micro), data_parallel=shards,
+            micro_batches=batch // (dp * micro), data_parallel="zero1" if is_replaced_by_zero1(case) else _zero(case),
             cuts=_cuts(case, pp * vpp), shardings=_shardings(case, software) if tp > 1 else (),
             recompute=_recompute(case), precision=precision_of(case),
-            sequence_parallel=tp > 1 and (case.word("sp") in ("1", "1.0", "true", "yes") or experts),
+            sequence_parallel=tp > 1 and (split or experts),
         )  # fmt: skip
     except ValueError as error:
         raise CaseError(str(error)) from None
+
+
+def _zero(case: Case) -> DataParallel:
+    zero = re.sub(r"[^a-z0-9]", "", case.word("zero_fsdp").removesuffix(".0"))  # spreadsheets write 2 as 2.0
+    if zero not in ZERO:
+        raise CaseError(f"zero_fsdp is {case.text('zero_fsdp')!r}; it must be none, zero1, zero2 or zero3 (or 0 to 3)")
+    return ZERO[zero]
+
+
+def is_replaced_by_zero1(case: Case) -> bool:
+    """FSDP in a pipeline keeps whole what it gathered until the step ends, and scatters gradients once (torchtitan's
+    default `reshard_after_forward` with pipelines): the messages and memory of zero1."""
+    return case.degree("pp") > 1 and _zero(case) == "fsdp"
+
+
+def _sequence_split(case: Case) -> bool:
+    """Whether sequence parallelism is on: some tables write its degree."""
+    word = case.word("sp")
+    if word in ("true", "yes", "on"):
+        return True
+    try:
+        return word not in ("false", "no", "off") and case.whole("sp", 0) > 0
+    except CaseError:
+        raise CaseError(f"sp is {case.text('sp')!r}; it must be 0 or 1, or the degree") from None
 
 
 def precision_of(case: Case) -> Any:
@@ -217,7 +262,7 @@ def _cuts(case: Case, chunks: int) -> tuple[str, ...]:
 
 def _shardings(case: Case, software: Software) -> tuple[tuple[str, Sharding], ...]:
     joined = software.fusion == "module"
-    gated = bool(case.whole("gated_mlp", 0))
+    gated = is_gated(case)
     columns = ["attn.qkv"] if joined else ["attn.q", "attn.k", "attn.v"]
     if family_of(case) == "moe_mla":  # the rotated key that all heads share would need a reduction of its own
         raise CaseError("latent attention together with tensor parallelism is not predicted yet")

@@ -17,9 +17,11 @@ from validation.cases_transformer import precision_of
 TORCH = Software("torch DDP", HOST["torch-2021"], "none", fused_accumulation=False, main_grads=0, norm_clip=False,
                  optimizer="sgd", vocab_parallel=False)  # fmt: skip
 STATIC = replace(TORCH, name="static graph", host=HOST["static graph"])
-LAYERS_OF_A_BLOCK = 11  # torchgpipe's ResNet: 4 layers before 33 bottlenecks of 11, 3 after (370 in all)
+# torchgpipe's ResNet: ResNet-101 is 4 layers, 33 bottlenecks of 11 and 3 layers (370 in all).
+LAYERS_BEFORE, LAYERS_OF_A_BLOCK, LAYERS_AFTER = 4, 11, 3
 DEEP = {"resnet50": 16, "resnet101": 33, "resnet152": 50}  # blocks
 PATH_IN_BLOCK = ("conv1", "conv1", "norm1", "norm1", "conv2", "norm2", "norm2", "conv3", "norm3", "norm3", "norm3")
+SHARED = ("dp", "ddp", "horovod", "ps", "dp+mp_fc", "owt")  # kinds in which every GPU, or pipeline, has its samples
 
 
 @dataclass(slots=True)
@@ -103,10 +105,14 @@ def sharing_of(case: Case) -> Sharing:
 
 def plan_of(case: Case) -> ParallelPlan:
     """The plan of a row."""
-    dp, pp, chunks = (case.degree(name) for name in ("dp", "pp", "chunks"))
+    dp, pp, chunks = _replicas(case), case.degree("pp"), case.degree("chunks")
     batch = case.whole("global_batch", least=1)
-    if dp * pp > case.whole("num_gpus"):
-        raise CaseError(f"dp x pp = {dp * pp} is more than num_gpus = {case.whole('num_gpus')}")
+    each = case.number("per_gpu_batch")
+    if each is not None and each * dp != batch:
+        raise CaseError(
+            f"per_gpu_batch {case.text('per_gpu_batch')} x dp {dp} = {each * dp:g} differs from global_batch {batch}; "
+            f"per_gpu_batch would be {batch / dp:g}, or global_batch {each * dp:g}"
+        )
     gpipe = case.word("parallelism") == "gpipe"
     if gpipe and batch // chunks * chunks != batch:
         batch = batch // chunks * chunks
@@ -121,6 +127,23 @@ def plan_of(case: Case) -> ParallelPlan:
         raise CaseError(str(error)) from None
 
 
+def _replicas(case: Case) -> int:
+    """The dp of a row; from the number of GPUs where it is not stated and the replicas share the work."""
+    gpus, pp, kind = case.whole("num_gpus", least=1), case.degree("pp"), case.word("parallelism")
+    if kind == "single" and (case.degree("dp"), pp, gpus) != (1, 1, 1):
+        raise CaseError(
+            f"parallelism single is one GPU, but dp is {case.degree('dp')}, pp is {pp} and num_gpus is {gpus}; "
+            "all three must be 1, or parallelism dp, ps or gpipe"
+        )
+    if case.number("dp") is None and kind in SHARED and gpus % pp == 0:
+        return gpus // pp
+    dp = case.degree("dp")
+    if dp * pp != gpus:
+        right = f"dp would be {gpus // pp}" if gpus % pp == 0 else "num_gpus must be a multiple of pp"
+        raise CaseError(f"dp x pp = {dp} x {pp} differs from num_gpus = {gpus}; {right}, or num_gpus {dp * pp}")
+    return dp
+
+
 def _precision(case: Case) -> Any:
     found = precision_of(case)
     if found == "fp8":
@@ -130,23 +153,36 @@ def _precision(case: Case) -> Any:
 
 def _cuts(case: Case, pp: int) -> tuple[str, ...]:
     """Module paths at which partitions begin, from the numbers of layers per partition."""
-    if pp == 1:
+    if pp == 1 and not case.word("balance").startswith("["):
         return ()
     try:
         balance = json.loads(case.text("balance"))
     except json.JSONDecodeError:
         raise CaseError(f"balance is {case.text('balance')!r}; a list of layers per partition is needed") from None
-    deep = DEEP.get(model_name(case), 0)
-    if not isinstance(balance, list) or not all(isinstance(n, int) and n > 0 for n in balance):
+    if not isinstance(balance, list) or not all(type(n) is int and n > 0 for n in balance):
         raise CaseError(f"balance is {case.text('balance')!r}; a list of layers per partition is needed")
-    if len(balance) != pp or not deep:
-        raise CaseError(f"balance {balance} is not understood for {case.text('model')} on {pp} partitions")
+    if len(balance) != pp:
+        raise CaseError(f"balance {balance} is a list of {len(balance)}, but pp is {pp}; every partition needs one")
+    deep = DEEP.get(model_name(case), 0)
+    layers = LAYERS_BEFORE + deep * LAYERS_OF_A_BLOCK + LAYERS_AFTER
+    if deep and sum(balance) != layers:
+        raise CaseError(
+            f"balance {balance} sums to {sum(balance)}, but {case.text('model')} has {layers} sequential layers "
+            f"({LAYERS_BEFORE} + {deep} blocks of {LAYERS_OF_A_BLOCK} + {LAYERS_AFTER}, as torchgpipe counts them)"
+        )
+    if pp == 1:
+        return ()
+    if not deep:
+        raise CaseError(f"balance {balance} is not understood for {case.text('model')}; ResNet-50, -101 and -152 are")
     cuts = []
     at = 0
     for size in balance[:-1]:
         at += size
-        block, layer = divmod(at - 4, LAYERS_OF_A_BLOCK)
+        block, layer = divmod(at - LAYERS_BEFORE, LAYERS_OF_A_BLOCK)
         if not 0 <= block < deep:
-            raise CaseError(f"balance {balance} cuts outside of the blocks, layers 4 to {4 + deep * LAYERS_OF_A_BLOCK}")
+            end = layers - LAYERS_AFTER
+            raise CaseError(f"balance {balance} cuts outside of the blocks, layers {LAYERS_BEFORE} to {end}")
+        if layer == LAYERS_OF_A_BLOCK - 1 and block + 1 < deep:  # after the sum one tensor crosses; its ReLU is with it
+            block, layer = block + 1, 0
         cuts.append(f"blocks.{block}.{PATH_IN_BLOCK[layer]}")
     return tuple(cuts)

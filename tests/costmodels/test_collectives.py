@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from costmodels import gloo
 from costmodels.cluster import Cluster, CollectiveTable, Link, load_cluster
-from costmodels.collectives import KINDS, collective_price
+from costmodels.collectives import KINDS, algorithms_of, collective_price
 
 SIZES = st.integers(0, 2**31)
 NODES = load_cluster("4x dgx-h100")
@@ -101,3 +101,56 @@ def test_nccl_feels_node_borders_and_group_size() -> None:
     assert inside.algorithm == "nvls" and 1e9 * 2 * 7 / 8 / inside.seconds == pytest.approx(450e9, rel=0.05)
     send = collective_price(NODES, "send", 1e9, (0, 8))
     assert 1e9 / send.seconds == pytest.approx(0.9 * 50e9, rel=0.05)
+
+
+# -- algorithms that are asked for -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "algorithm", "has"),
+    [
+        ("dgx-a100", "all_reduce", "nvls", "ring, tree, rec"),  # switches that reduce came with Hopper
+        ("tpu-v5e-pod", "all_reduce", "ring", "torus, or"),
+        ("tpu-v5e-pod", "all_reduce", "rabenseifner", "torus, or"),
+        ("dgx-h100", "all_gather", "nvls", "ring, rec"),
+        ("dgx-h100", "all_to_all", "tree", "pairwise, or"),
+        ("dgx-h100", "all_reduce", "rong", "ring, tree, nvls, rec"),
+        ("dgx-h100", "send", "binomial", "p2p, or"),
+        ("p3-tcp", "all_reduce", "tree", "ring, rec"),
+    ],
+)
+def test_an_algorithm_that_a_cluster_has_not_is_refused(name: str, kind: str, algorithm: str, has: str) -> None:
+    cluster = load_cluster(name)
+    ranks = (0, cluster.size - 1) if kind == "send" else range(cluster.size)
+    with pytest.raises(ValueError, match=rf"{algorithm} is no algorithm of {kind} .*; use (one of )?{has}"):
+        collective_price(cluster, kind, 1e6, ranks, algorithm)
+    assert collective_price(cluster, kind, 1e6, ranks).seconds > 0
+
+
+@pytest.mark.parametrize("algorithm", ["nvls", "tree", "binomial"])
+def test_gloo_has_none_of_nccls_algorithms(algorithm: str) -> None:
+    for cluster in (CORES, PLAIN):
+        with pytest.raises(ValueError, match=r"\(gloo\); use one of ring, recursive_doubling"):
+            collective_price(cluster, "all_reduce", 1e6, (0, 1), algorithm)
+
+
+@pytest.mark.parametrize("name", ["dgx-a100", "2x dgx-h100", "tpu-v4-cube", "p3-tcp", "mi300x-8", "local"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_algorithm_that_is_offered_is_the_one_priced(name: str, kind: str) -> None:
+    cluster = CORES if name == "local" else load_cluster(name)
+    ranks = (0, cluster.size - 1) if kind == "send" else range(cluster.size)
+    for algorithm in algorithms_of(cluster, kind, ranks):
+        price = collective_price(cluster, kind, 1e6, ranks, algorithm)
+        assert price.seconds > 0 and price.algorithm in (algorithm, "measured")
+        assert cluster.backend == "nccl" or price.protocol in ("tcp", "")
+
+
+def test_what_was_measured_of_gloos_only_way_counts_when_it_is_asked_for() -> None:
+    asked, chosen = (collective_price(CORES, "all_reduce", 1e6, (0, 1), a) for a in ("ring", ""))
+    assert asked == chosen and asked.source == "interpolated"
+
+
+def test_textbook_algorithms_on_gloo_pass_its_links() -> None:
+    by_hand = 2 * (5e-5 + 1 / 2 * 1e6 / 1e9)
+    price = collective_price(PLAIN, "all_reduce", 1e6, (0, 1), "rabenseifner")
+    assert price.seconds == pytest.approx(by_hand) and (price.algorithm, price.protocol) == ("rabenseifner", "tcp")

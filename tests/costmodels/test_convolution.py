@@ -197,3 +197,14 @@ def test_a_borrowed_rate_is_scaled_by_what_products_reach() -> None:
     lender = relative.kernels["gemm"]["float32"]["compute"]
     assert plain < slow <= plain / min(share / lender, 1.0) * 1.001
     assert equal == pytest.approx(plain, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"), [("v100-sxm2-16gb", "bfloat16"), ("t4", "bfloat16"), ("apple-m1", "float16")]
+)
+def test_no_fft_where_no_library_has_it(name: str, dtype: str) -> None:
+    """A convolution of 11x11 by FFT is many times as fast as the peak says."""
+    device, wide = load_device(name), conv(16, 64, 128, 28, kernel=11, dtype=dtype)
+    assert algorithm_of(device, wide) == "implicit_gemm"
+    assert price(device, wide).seconds > wide.flops / max(device.peak_flops.values())
+    assert algorithm_of(load_device("v100-sxm2-16gb"), conv(16, 64, 128, 28, kernel=11)) == "fft"

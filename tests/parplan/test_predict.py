@@ -24,6 +24,14 @@ def test_json_has_the_promised_keys(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert {p.name for p in (tmp_path / "out").iterdir()} == {"cases.csv", "cases.json", "report.md", "scatter.png"}
 
 
+def test_the_example_is_predicted(capsys: pytest.CaptureFixture[str]) -> None:
+    """22B on eight A100, fully recomputed and with sequence parallelism; 1.42 and 1.10 s were measured."""
+    runs = Path(__file__).parents[2] / "examples" / "runs.csv"
+    assert main(["predict", "--cases", str(runs), "--json"]) == 0
+    full, selective = (c["predicted_seconds"] for c in json.loads(capsys.readouterr().out)["cases"])
+    assert full == pytest.approx(1.42, rel=0.1) and selective == pytest.approx(1.10, rel=0.1)
+
+
 def test_one_set_and_a_limit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = write(tmp_path / "cases.csv", [ROW, ROW | {"case_id": "b"}, ROW | {"case_id": "c", "set": "other"}])
     assert main(["predict", "--cases", str(path), "--set", "s", "--limit", "1", "--json"]) == 0
@@ -49,3 +57,17 @@ def test_a_recurrent_model_runs_as_kernels_on_gpus_and_step_by_step_on_cpus(parp
     assert not any("cudnn" in name for name in cpu["unpriced"])
     found = parplan("search", model, "--cluster", "dgx-h100", "-b", 4, "--devices", 2, "--json").data
     assert all("aten._cudnn_rnn.default" in p["unpriced"] for p in found["plans"])
+
+
+@pytest.mark.parametrize("measured", ["abc", "0", "-4"])
+def test_a_row_whose_measured_time_is_none_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], measured: str
+) -> None:
+    path = write(tmp_path / "cases.csv", [ROW | {"step_time_s": measured}])
+    assert main(["predict", "--cases", str(path)]) == 0
+    assert f"1 rows are not scored: column step_time_s is '{measured}'" in capsys.readouterr().err
+
+
+def test_a_file_of_which_nothing_can_be_predicted_ends_with_2(tmp_path: Path) -> None:
+    path = write(tmp_path / "cases.csv", [ROW | {"gpu": "Abacus 9000"}])
+    assert main(["predict", "--cases", str(path)]) == 2

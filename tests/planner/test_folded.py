@@ -458,3 +458,10 @@ def test_intervals_reach_further_up_where_tensor_cores_work() -> None:
     busy = sum(found.device[k] for k in ("gemm", "attention", "attention_backward") if k in found.device)
     share = busy / sum(found.device.values())
     assert above**2 - below**2 == pytest.approx((1.645 * 0.15 * share) ** 2 / 3, rel=1e-6)
+
+
+def test_zero2_hands_on_the_gradients_of_every_micro_batch() -> None:
+    """Who keeps a share of the gradients cannot sum them whole (DeepSpeed reduces at every backward of ZeRO-2)."""
+    once = [step(dp=8, data_parallel=kind, global_batch=32).step_seconds for kind in ("zero1", "zero2")]
+    often = [step(dp=2, data_parallel=kind).step_seconds for kind in ("zero1", "zero2")]
+    assert once[1] == pytest.approx(once[0]) and often[1] > 1.01 * often[0]

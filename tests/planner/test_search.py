@@ -102,7 +102,7 @@ def test_memory_decides(mlp_graph):
 def test_nothing_fits(mlp_graph):
     small = with_memory(load_cluster("dgx-a100"), 1000)
     with pytest.raises(
-        ValueError, match=r"no plan of mlp-test fits .* needs .* bytes or more on rank \d.* use more devices"
+        ValueError, match=r"no plan of mlp-test fits .* needs .* GiB or more on rank \d.* use more devices"
     ):
         search(mlp(), mlp_graph, small, 8, devices=2)
 

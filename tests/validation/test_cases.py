@@ -15,6 +15,7 @@ from planner.folded_model import chunks_of
 from validation import cases_vision
 from validation.cases import TRANSFORMER, VISION, Case, CaseError, read_cases
 from validation.cases_cluster import cluster_of
+from validation.cases_notes import notes_of
 from validation.cases_report import write_report
 from validation.cases_run import Outcome, run_cases
 from validation.cases_score import score, summary
@@ -35,6 +36,10 @@ PICTURE = {
     "gpus_per_node": "8", "interconnect": "NVLink2 hybrid cube mesh (DGX-1)", "parallelism": "dp", "dp": "4", "pp": "1",
     "chunks": "", "balance": "", "global_batch": "128", "precision": "fp32", "software": "PyTorch DDP",
     "step_time_s": "0.05", "notes": "", "from_memory": "0",
+}  # fmt: skip
+PIPE = {
+    "model": "ResNet-101", "parallelism": "gpipe", "dp": "1", "pp": "2", "num_gpus": "2", "chunks": "4",
+    "balance": "[135,235]",
 }  # fmt: skip
 
 
@@ -99,6 +104,10 @@ def test_embedding_and_loss_count_as_blocks_where_only_that_divides() -> None:
         ({"recompute": "some"}, "none, full or selective"),
         ({"precision": "int4"}, "fp8"),
         ({"layers": "many"}, "whole number"),
+        ({"ep": "8"}, "ep = 8 without moe_experts"),
+        ({"zero_fsdp": "4"}, "or 0 to 3"),
+        ({"sp": "-1"}, "sp is '-1'; it must be 0 or 1"),
+        ({"sp": "maybe"}, "sp is 'maybe'; it must be 0 or 1"),
     ],
 )
 def test_rows_that_make_no_plan_say_why(changes: dict[str, str], sentence: str) -> None:
@@ -152,9 +161,9 @@ def test_scores_are_those_of_the_errors() -> None:
 def test_pictures_become_plans() -> None:
     plan = cases_vision.plan_of(picture())
     assert (plan.dp, plan.micro_batch, plan.micro_batches) == (4, 32, 1)
-    pipe = picture(model="ResNet-101", parallelism="gpipe", dp="1", pp="2", chunks="4", balance="[135,235]")
+    pipe = picture(**PIPE)
     cut = cases_vision.plan_of(pipe)
-    assert cut.cuts == ("blocks.11.norm3",) and cut.micro_batches == 4 and cut.recompute
+    assert cut.cuts == ("blocks.12.conv1",) and cut.micro_batches == 4 and cut.recompute
     assert cases_vision.sharing_of(picture(parallelism="ps", notes="variables on the CPU")).exchange == "server"
     assert cases_vision.sharing_of(picture(parallelism="owt")).divided == ("blocks.5", "blocks.6", "head")
     with pytest.raises(CaseError, match="owt"):
@@ -336,6 +345,11 @@ def test_experts_have_two_matrices_where_the_mlp_has() -> None:
         ("Gaudi2", "RoCE", "mesh", 300e9),
         ("TPU v5p", "ICI", "torus", 300e9),
         ("L40S", "not stated", "pcie", 16e9),
+        ("H100 SXM5 80GB", "no NVLink", "pcie", 31.5e9),
+        ("H100 SXM5 80GB", "none", "pcie", 31.5e9),
+        ("H100 SXM5 80GB", "PCIe Gen3 x16 16 GB/s", "pcie", 8e9),
+        ("H100 SXM5 80GB", "PCIe gen3 x16", "pcie", 8e9),
+        ("A100 SXM4 80GB", "NVLink bridges between pairs", "pcie", 16e9),
     ],
 )
 def test_nodes_are_joined_by_what_the_device_has(gpu: str, inside: str, fabric: str, rate: float) -> None:
@@ -354,11 +368,46 @@ def test_nodes_are_joined_by_what_the_device_has(gpu: str, inside: str, fabric: 
         ("100 GbE", 12.5e9 / 8),
         ("1600 Gb/s per node (RoCE)", 25e9),
         ("0 Gb/s per node", 50e9),
+        ("1.25 Gb/s per GPU", 1.25e9 / 8),
+        ("12.5 Gb/s per node", 12.5e9 / 64),
+        ("2x2.5Gb/s", 5e9 / 64),
+        ("0.1 Gb/s", 0.1e9 / 64),
+        ("100 Mb/s Ethernet", 0.1e9 / 64),
+        ("10 gbps", 10e9 / 64),
+        ("400 gb/s per gpu", 50e9),
+        ("1 GB/s per node", 1e9 / 8),
+        ("10GigE", 10e9 / 64),
+        ("4x100G RoCE", 50e9 / 8),
+        ("8x HDR InfiniBand", 25e9),
+        ("InfiniBand NDR400", 50e9),
     ],
 )
 def test_networks_are_read_from_their_text(text: str, rate: float) -> None:
     cluster = cluster_of(row(gpu="H100 SXM5 80GB", num_gpus="16", inter_node=text), {})
     assert cluster.inter.bandwidth == pytest.approx(rate)
+
+
+def test_a_network_that_cannot_be_read_is_quoted() -> None:
+    found = cluster_of(row(num_gpus="64", inter_node="7 lanes of something"), {})
+    assert "nothing was read from '7 lanes of something'" in found.notes[0]
+
+
+@pytest.mark.parametrize(
+    ("text", "inside", "between"),
+    [
+        ("10 Gb/s Ethernet", 150e9, 1.25e9 / 8),
+        ("100 Gb/s InfiniBand", 150e9, 12.5e9 / 8),
+        ("25GbE", 150e9, 25e9 / 64),
+        ("PCIe, 10 Gb/s Ethernet", 7.9e9, 1.25e9 / 8),
+        ("PCIe inside the node, 10 Gb/s between nodes", 7.9e9, 1.25e9 / 8),
+        ("", 150e9, 6.25e9),
+    ],
+)
+def test_one_column_tells_of_links_and_network(text: str, inside: float, between: float) -> None:
+    fields = {"set": "s", "gpu": "Tesla V100 SXM2 16GB", "num_gpus": "16", "interconnect": text}
+    cluster = cluster_of(Case("vision", fields), {})
+    assert cluster.intra.bandwidth == pytest.approx(inside, rel=0.02)
+    assert cluster.inter.bandwidth == pytest.approx(between)
 
 
 def test_tf32_rows_run_products_in_tf32() -> None:
@@ -393,11 +442,54 @@ def test_names_of_picture_models_are_matched_whole() -> None:
             cases_vision.model_name(picture(model=name))
 
 
-@pytest.mark.parametrize("balance", ["", "3", '["a", 1]', "[1, 369]", "[369, 1]", "[185]", "[0, 370]"])
+@pytest.mark.parametrize(
+    "balance", ["", "3", '["a", 1]', "[1, 369]", "[369, 1]", "[185]", "[0, 370]", "[135, 236]", "[135, 234]"]
+)
 def test_balances_that_make_no_partitions_say_why(balance: str) -> None:
-    case = picture(model="ResNet-101", parallelism="gpipe", dp="1", pp="2", chunks="4", balance=balance)
     with pytest.raises(CaseError, match="balance"):
-        cases_vision.plan_of(case)
+        cases_vision.plan_of(picture(**PIPE | {"balance": balance}))
+
+
+def test_balances_count_the_layers_of_their_model() -> None:
+    one = {**PIPE, "pp": "1", "num_gpus": "1"}
+    assert cases_vision.plan_of(picture(**one | {"balance": "[370]"})).pp == 1
+    assert cases_vision.plan_of(picture(**PIPE | {"model": "ResNet-50", "balance": "[92, 91]"})).pp == 2
+    with pytest.raises(CaseError, match="sums to 369, but ResNet-101 has 370"):
+        cases_vision.plan_of(picture(**one | {"balance": "[369]"}))
+    with pytest.raises(CaseError, match="a list of 2, but pp is 1"):
+        cases_vision.plan_of(picture(**one))
+
+
+def test_replicas_that_are_not_stated_are_as_many_as_gpus() -> None:
+    assert [cases_vision.plan_of(picture(dp="", parallelism=p)).dp for p in ("dp", "ddp", "ps", "owt")] == [4] * 4
+    assert cases_vision.plan_of(picture(**PIPE | {"dp": ""})).dp == 1
+    assert cases_vision.plan_of(picture(**PIPE | {"parallelism": "dp", "dp": "", "num_gpus": "4"})).dp == 2
+    assert cases_vision.plan_of(picture(per_gpu_batch="32")).micro_batch == 32
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"dp": "1"}, "dp x pp = 1 x 1 differs from num_gpus = 4; dp would be 4"),
+        ({"dp": "8"}, "differs from num_gpus = 4; dp would be 4"),
+        ({"dp": "", "parallelism": ""}, "differs from num_gpus"),
+        ({**PIPE, "num_gpus": "8"}, "dp x pp = 1 x 2 differs from num_gpus = 8"),
+        ({"parallelism": "single"}, "single is one GPU, but dp is 4"),
+        ({"parallelism": "single", "dp": "1"}, "single is one GPU, but dp is 1, pp is 1 and num_gpus is 4"),
+        ({"per_gpu_batch": "64"}, "64 x dp 4 = 256 differs from global_batch 128; per_gpu_batch would be 32"),
+        ({"per_gpu_batch": "many"}, "number is needed"),
+    ],
+)
+def test_pictures_that_contradict_themselves_say_what_would_be_right(changes: dict[str, str], sentence: str) -> None:
+    with pytest.raises(CaseError, match=sentence):
+        cases_vision.plan_of(picture(**changes))
+
+
+def test_pictures_that_would_not_fit_are_predicted_with_a_note() -> None:
+    fits, exceeds = run_cases([picture(), picture(global_batch=str(4 * 8192))], lambda what, share: None)
+    assert fits.notes == () and exceeds.predicted_seconds is not None
+    (note,) = exceeds.notes
+    assert note.startswith("does not fit by this prediction: ") and note.endswith(" GiB on a device of 15.8 GiB")
 
 
 def test_pictures_run_faster_in_tf32_and_faster_still_in_16_bits() -> None:
@@ -424,3 +516,79 @@ def test_experts_beside_tensor_parallelism_work_on_a_part_of_the_sequence() -> N
     assert all(g == pytest.approx(gemm[0], rel=0.35) for g in gemm)
     (latent,) = run_cases([row(**{**changes, "family": "moe_mla", "tp": "2", "dp": "4"})], lambda what, share: None)
     assert "latent attention" in latent.reason
+
+
+def outcome_of(**changes: str) -> Outcome:
+    (found,) = run_cases([row(**changes)], lambda what, share: None)
+    return found
+
+
+def test_stages_of_zero_are_read_as_digits_too() -> None:
+    words = {"0": "ddp", "1": "zero1", "2": "zero2", "2.0": "zero2", "3": "fsdp"}
+    cases = {z: row(zero_fsdp=z, pp="1", dp="4") for z in words}
+    assert {z: plan_of(case, software_of(case)).data_parallel for z, case in cases.items()} == words
+
+
+def test_sequence_parallelism_may_be_a_degree() -> None:
+    words = {"0": False, "": False, "no": False, "1": True, "2": True, "1.0": True, "yes": True}
+    cases = {sp: row(sp=sp) for sp in words}
+    assert {sp: plan_of(case, software_of(case)).sequence_parallel for sp, case in cases.items()} == words
+
+
+def test_a_row_says_that_fsdp_in_a_pipeline_is_predicted_as_zero1() -> None:
+    piped, alone = outcome_of(zero_fsdp="zero3"), outcome_of(zero_fsdp="zero3", pp="1", dp="4")
+    (note,) = piped.notes
+    assert note.startswith("zero3 in a pipeline is predicted as zero1: FSDP then keeps") and "zero1" in piped.plan
+    assert alone.notes == () and "fsdp" in alone.plan
+
+
+@pytest.mark.parametrize(
+    ("gpu", "precision", "said"),
+    [
+        ("A100 SXM4 80GB", "fp8", ["A100 SXM4 80GB has no float8: products run at bfloat16's rate"]),
+        ("A100 SXM4 80GB", "bf16", []),
+        ("H100 SXM5 80GB", "fp8", []),
+        ("T4", "bf16", ["Tesla T4 has no bfloat16: products run at float32's rate"]),
+        ("T4", "fp16", []),
+        ("Tesla P100 SXM2 16GB", "tf32", ["Tesla P100 SXM2 16GB has no tf32: products run at float32's rate"]),
+        ("TPU v4", "fp32", ["TPU v4 (chip) has no float32: products run at bfloat16's rate"]),
+        ("Tesla V100 SXM2 16GB", "fp8", [
+            "Tesla V100 SXM2 16GB has no float8: products with weights run at float16's rate",
+            "Tesla V100 SXM2 16GB has no bfloat16: other products run at float32's rate",
+        ]),
+    ],
+)  # fmt: skip
+def test_a_row_says_what_is_computed_where_a_device_lacks_its_type(gpu: str, precision: str, said: list[str]) -> None:
+    case = row(gpu=gpu, precision=precision)
+    assert [note for note in notes_of(case, cluster_of(case, {}).device) if "has no" in note] == said
+
+
+@pytest.mark.parametrize("software", ["Megatron-LM 2022", "torchtitan"])
+@pytest.mark.parametrize("attention", ["flash", "unfused"])
+def test_fewer_heads_of_keys_than_ranks_are_replicated(software: str, attention: str) -> None:
+    changes = {"tp": "4", "dp": "1", "software": software, "attention": attention, "recompute": "none"}
+    two, four = (outcome_of(kv_heads=n, **changes) for n in ("2", "4"))
+    (note,) = two.notes
+    assert note.startswith("2 kv_heads are replicated to 4, one for each tensor-parallel rank") and four.notes == ()
+    assert two.predicted_seconds and two.predicted_seconds == four.predicted_seconds
+    assert two.allocated_bytes == four.allocated_bytes
+    inside = outcome_of(kv_heads="2", **{**changes, "tp": "2", "dp": "2"})
+    assert inside.notes == () and inside.predicted_seconds
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "tp"), [("8", "8", "3"), ("12", "4", "6"), ("12", "6", "4")])
+def test_heads_that_do_not_divide_among_ranks_are_refused(heads: str, kv_heads: str, tp: str) -> None:
+    ranks = {"tp": tp, "dp": "1", "pp": "1", "num_gpus": tp}
+    found = outcome_of(hidden="768", heads=heads, kv_heads=kv_heads, **ranks)
+    assert f"heads {heads} and kv_heads {kv_heads} do not divide among tp = {tp} ranks" in found.reason
+
+
+def test_mlps_are_gated_as_the_family_has_them_where_the_row_does_not_say() -> None:
+    experts = {"moe_experts": "4", "moe_topk": "2", "moe_ffn": "256", "tp": "1", "dp": "4"}
+    for family, more in (("mixtral", experts), ("llama", {}), ("Mistral", {})):
+        stated, left = outcome_of(family=family, gated_mlp="1", **more), outcome_of(family=family, gated_mlp="", **more)
+        assert left.predicted_seconds and left.predicted_seconds == stated.predicted_seconds
+        assert left.notes == stated.notes and left.allocated_bytes == stated.allocated_bytes
+    assert family_of(row(family="mixtral", gated_mlp="")) == "llama"
+    assert {_activation(row(family=name, gated_mlp="")) for name in ("mixtral", "llama", "Qwen2.5")} == {"swiglu"}
+    assert _activation(row(family="gpt", gated_mlp="")) == "gelu" == _activation(row(family="llama", gated_mlp="0"))

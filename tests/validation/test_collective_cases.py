@@ -315,9 +315,14 @@ def test_the_command_prices_a_cluster(tmp_path: Path, capsys: pytest.CaptureFixt
         ([], "give either --cases"),
         (["--cluster", "dgx-h200", "--ranks", "9"], "--ranks between 2 and 8"),
         (["--cluster", "dgx-h200", "--op", "sum"], "no known collective"),
+        (["--cluster", "dgx-a100", "--algorithm", "nvls"], "nvls is no algorithm of all_reduce among 8 ranks"),
+        (["--cluster", "tpu-v5e-pod", "--algorithm", "ring"], "(a torus); use torus"),
+        (["--cluster", "dgx-h100", "--op", "all_to_all", "--algorithm", "tree"], "; use pairwise"),
+        (["--cluster", "local", "--algorithm", "nvls"], "(gloo); use one of ring"),
         (["--cases", "nowhere.csv"], "nowhere.csv"),
     ],
 )
 def test_bad_input_is_one_sentence(words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["collectives", *words]) == 2
-    assert said in capsys.readouterr().err
+    printed = capsys.readouterr()
+    assert said in printed.err and printed.err.count("\n") == 1 and printed.out == ""
