@@ -61,7 +61,7 @@ def test_an_encoder_gets_a_prefill_and_a_reason(parplan):
         ((SMALL, "--plan", "tp2 bf16", "--precision", "fp32"), "--precision says the precision"),
         ((SMALL, "--batch", 0), "--batch is 0"),
         ((SMALL, "--generate", -1), "--generate is -1"),
-        (("file.py:make",), "its own sequence length"),
+        (("file.py:make",), "makes its own inputs, whose prompt cannot be set"),
         ((SMALL, "--precision", "int4"), "fp32 or bf16"),
     ],
 )  # fmt: skip
