@@ -57,6 +57,7 @@ class Device:
         ("gemm": {"bfloat16": {...}}), from `catalogue/kernels`; empty where there is none.
     step_error: root mean square relative error of whole training steps predicted by laws that saw none of their ops,
         0 where none were measured.
+    in_tf32: op families whose float32 ops run in tf32 (`costmodels.rounding`); a device file has none.
     slowest: how many times as long its products, convolutions and attention take as on the device that was measured
         (`costmodels.variability`).
 
@@ -87,6 +88,7 @@ class Device:
     host: dict[str, float] = field(default_factory=dict)
     anchor_seconds: float = 0.0
     step_error: float = 0.0
+    in_tf32: tuple[str, ...] = ()
     slowest: float = 1.0
     l2_bytes: int = 0
     boost_clock: float = 0.0

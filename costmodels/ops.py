@@ -157,8 +157,16 @@ def price(device: Device, shape: OpShape) -> Price:
     if device.laws:
         found = _measured_here(device, shape)
     else:
-        found = _known(device, shape, None, "") or kernel_price(device, shape) or _roofline(device, shape)
+        run = _as_run(device, shape)
+        found = _known(device, run, None, "") or kernel_price(device, run) or _roofline(device, run)
     return _keep(device, shape, found)
+
+
+def _as_run(device: Device, shape: OpShape) -> OpShape:
+    """The op in the format that its device computes it in."""
+    if device.in_tf32 and shape.dtype == "float32" and family(shape.name) in device.in_tf32:
+        return replace(shape, dtype="tf32")
+    return shape
 
 
 def _measured_here(device: Device, shape: OpShape) -> Price:
@@ -176,15 +184,18 @@ def price_many(device: Device, shapes: Sequence[OpShape]) -> list[Price]:
         return [price(device, shape) for shape in shapes]
     first: dict[OpShape, OpShape] = {}
     ops = [first.setdefault(shape, shape) for shape in shapes]  # equal ones are one: identity spares comparing fields
-    unknown = []
+    unknown: list[OpShape] = []
+    runs: list[OpShape] = []
     for shape in first:
         if shape not in device.cache:
-            if (known := _known(device, shape, None, "")) is not None:
+            run = _as_run(device, shape)
+            if (known := _known(device, run, None, "")) is not None:
                 _keep(device, shape, known)
             else:
                 unknown.append(shape)
-    for shape, priced in zip(unknown, kernel_prices(device, unknown)):
-        _keep(device, shape, priced or _roofline(device, shape))
+                runs.append(run)
+    for shape, run, priced in zip(unknown, runs, kernel_prices(device, runs)):
+        _keep(device, shape, priced or _roofline(device, run))
     return [device.cache[shape] for shape in ops]
 
 

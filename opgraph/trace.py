@@ -31,7 +31,7 @@ from opgraph.tracer import LOSS as LOSS
 from opgraph.tracer import StepTracer, module_hooks, plain_path
 from opgraph.workload import adamw, mean_square
 
-PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+PRECISIONS = {"fp32": None, "tf32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 HERE = str(Path(__file__).parent)
 
 Inputs = Sequence[Any] | Mapping[str, Any]

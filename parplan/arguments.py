@@ -24,7 +24,7 @@ ClusterName = Annotated[
 GlobalBatch = Annotated[
     int, typer.Option("--global-batch", "-b", help="Samples per optimizer step.", show_default=False)
 ]
-PrecisionName = Annotated[str, typer.Option("--precision", help="fp32, or bf16 (autocast).")]
+PrecisionName = Annotated[str, typer.Option("--precision", help="fp32, tf32 (products, too), or bf16 (autocast).")]
 Compile = Annotated[
     bool, typer.Option("--compile", help="Assume torch.compile: pointwise and reductions fused, no eager dispatch.")
 ]
@@ -33,13 +33,13 @@ PICTURES = (".png", ".pdf", ".svg")  # what --plot draws
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
 
 
-def precision_of(name: str) -> Literal["fp32", "bf16"]:
+def precision_of(name: str) -> Literal["fp32", "tf32", "bf16"]:
     """ValueError for a precision that plans do not have."""
-    if name == "fp32":
-        return "fp32"
-    if name == "bf16":
-        return "bf16"
-    raise ValueError(f"--precision is {name}; give fp32 or bf16")
+    known: tuple[Literal["fp32", "tf32", "bf16"], ...] = ("fp32", "tf32", "bf16")
+    for precision in known:
+        if name == precision:
+            return precision
+    raise ValueError(f"--precision is {name}; give fp32, tf32 or bf16")
 
 
 def positive(name: str, value: int | None) -> None:

@@ -9,7 +9,7 @@ import typer
 
 from parplan.arguments import Json, check_file, refuse
 from parplan.console import emit, number, percent, remark, seconds, show, size, table, working
-from validation.report_files import check_writable
+from validation.report_files import check_writable, replacing
 
 BANDS = (("under_256KiB", "under 256 KiB"), ("256KiB_16MiB", "256 KiB - 16 MiB"), ("over_16MiB", "over 16 MiB"))
 
@@ -92,13 +92,14 @@ def _score(cases: Path, plain: bool, out: Path | None, json: bool) -> None:
     for row in data["skipped"]:
         remark(f"not priced: {row['config_id']}: {row['reason']}")
     emit(data) if json else _show_scores(data)
+    if not scored:  # nothing to compare is no success
+        raise typer.Exit(2)
 
 
 def _points(scored: Any, data: dict[str, Any], out: Path) -> None:
     """points.csv and summary.json, where --out is a folder."""
     if out.suffix == ".png":
         return
-    import csv
     import json
 
     rows = [
@@ -107,11 +108,17 @@ def _points(scored: Any, data: dict[str, Any], out: Path) -> None:
         for s in scored
         for b, m, p, way in zip(s.bytes, s.measured, s.predicted, s.ways, strict=True)
     ]  # fmt: skip
-    with (out / "points.csv").open("w", newline="", encoding="utf-8") as file:
+    _csv(out / "points.csv", rows)
+    (out / "summary.json").write_text(json.dumps(data, indent=1) + "\n")
+
+
+def _csv(path: Path, rows: list[dict[str, Any]]) -> None:
+    import csv
+
+    with replacing(path) as unfinished, unfinished.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
         writer.writerows({k: f"{v:.5g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
-    (out / "summary.json").write_text(json.dumps(data, indent=1) + "\n")
 
 
 def _place(out: Path, name: str) -> Path:
@@ -165,6 +172,10 @@ def _prices(name: str, op: str, ranks: int | None, algorithm: str, out: Path | N
             from validation.collective_plot import bandwidths
 
             bandwidths(rows, op, len(group), sweeps, title, _place(out, f"{op}.png"))
+        if out.suffix != ".png":
+            columns = ("bytes", "algorithm", "protocol", "seconds", "algbw", "busbw")
+            ends = ({"low_seconds": low, "high_seconds": high} for low, high in (r["interval"] for r in rows))
+            _csv(out / f"{op}.csv", [{c: r[c] for c in columns} | end for r, end in zip(rows, ends)])
     if json:
         emit({"cluster": cluster.name, "op": op, "ranks": len(group), "backend": cluster.backend, "rows": rows,
               "measured": [s.config_id for s in sweeps]})  # fmt: skip

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from opgraph.workload import Workload
 from planner.apply_data import data_parallel
 from planner.apply_mesh import along, make_mesh
-from planner.apply_model import casting, check_paths, local_module, recompute, shard_tensor_parallel
+from planner.apply_model import casting, check_paths, local_module, recompute, rounding, shard_tensor_parallel
 from planner.apply_pipeline import make_schedule, tied_parameters
 from planner.plan import ParallelPlan, check_executable
 from planner.split import Split, StageModule, split
@@ -65,10 +65,11 @@ class Step:
     def backward_only(self, inputs: tuple[Any, ...], targets: tuple[Any, ...]) -> torch.Tensor | None:
         """Forward and backward with every gradient reduction, no optimizer step."""
         pieces = list(zip(_pieces(inputs, self.plan.micro_batches), _pieces(targets, self.plan.micro_batches)))
-        if self.schedule is not None:
-            loss = self._pipelined([p[0] for p in pieces], [p[1] for p in pieces])
-        else:
-            loss = self._accumulated(pieces)
+        with rounding(self.plan, self.device):
+            if self.schedule is not None:
+                loss = self._pipelined([p[0] for p in pieces], [p[1] for p in pieces])
+            else:
+                loss = self._accumulated(pieces)
         for group, parameters in self.tied:
             for p in parameters:
                 if p.grad is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -138,3 +138,18 @@ def present(model: nn.Module, paths: tuple[str, ...]) -> Iterator[str]:
 def casting(plan: ParallelPlan, device: torch.device) -> Any:
     """The autocast region of the plan's precision."""
     return torch.autocast(device.type, dtype=torch.bfloat16) if plan.precision == "bf16" else nullcontext()
+
+
+@contextmanager
+def rounding(plan: ParallelPlan, device: torch.device) -> Iterator[None]:
+    """float32 products in tf32 where the plan asks for it; only GPUs have it. The switch is the process's, so threads
+    of backward see it. torch's older switch: mixing it with the newer ones is an error (torch 2.9 and later)."""
+    if plan.precision != "tf32" or device.type != "cuda":
+        yield
+        return
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)

@@ -52,7 +52,8 @@ class Estimates:
 
 def bound_seconds(graph: OpGraph, plan: ParallelPlan, cluster: Cluster) -> float:
     """A lower bound of the plan's step time under the cost model, seconds."""
-    return float(estimate(step_costs(graph, synchronous(cluster, plan.world_size)), [plan]).bound_seconds[0])
+    cluster = synchronous(cluster, plan.world_size)
+    return float(estimate(step_costs(graph, cluster), [plan]).bound_seconds[0])
 
 
 def estimate(costs: StepCosts, plans: Sequence[ParallelPlan]) -> Estimates:

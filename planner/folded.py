@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from math import hypot, sqrt
 
 from costmodels.cluster import Cluster
+from costmodels.rounding import in_precision
 from costmodels.variability import synchronous
 from planner.folded_events import replayed
 from planner.folded_local import local_step
@@ -65,7 +66,7 @@ def predict_folded(
         raise ValueError("folded steps keep no single ops of recomputed modules; recompute paths of modules instead")
     if plan.offload:
         raise ValueError("folded steps keep everything on the device; use parplan simulate for a plan with offload")
-    cluster = synchronous(cluster, plan.world_size)
+    cluster = synchronous(in_precision(cluster, plan.precision), plan.world_size)
     context = context_of(model, plan, cluster, software)
     timeline = simulate(program_of(context))
     step = timeline.makespan

@@ -22,7 +22,6 @@ from planner.software import Software
 from planner.stages import within
 
 EIGHT_BIT = "float8_e4m3fn"
-ROUNDED = ("gemm", "conv", "conv_backward")  # what runs in tf32 where a step asks for it
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,8 +121,6 @@ class Kernels:
             name = shape.name.replace("_flash_attention", f"_{self.software.attention}_attention")
             yield Launch(host, replace(shape, name=name), share=1 / self.software.attention_speed)
             return
-        if self.local.plan.precision == "tf32" and shape.dtype == "float32" and family(shape.name) in ROUNDED:
-            shape = replace(shape, dtype="tf32")
         if self.local.plan.precision != "fp8" or family(shape.name) != "gemm" or not self._eight(module):
             yield Launch(host, shape)
             return

@@ -15,6 +15,7 @@ from math import prod
 
 from costmodels.cluster import Cluster
 from costmodels.context import price_in_order
+from costmodels.rounding import in_precision
 from costmodels.variability import synchronous
 from opgraph.graph import OpGraph
 from planner.lower import prepared_graph
@@ -71,7 +72,7 @@ def step_work(graph: OpGraph, plan: ParallelPlan, cluster: Cluster, host: HostCo
     device's own overheads only, as `planner.lower` has them)."""
     if plan.world_size != plan.dp or plan.dp < 2 or plan.data_parallel != "ddp" or plan.offload:
         raise ValueError(f"gradients of {plan.label} are not exchanged in buckets; give a plan like dp2")
-    cluster = synchronous(cluster, plan.world_size)
+    cluster = synchronous(in_precision(cluster, plan.precision), plan.world_size)
     step, layout, stages = prepared_graph(graph.run_by(cluster.device.kind), plan)
     stage = prepare(step, plan, layout, stages, 0)
     buckets = ddp_buckets(plan, [stage.parameters[name] for name in stage.ready])

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, replace
 
 from costmodels.cluster import Cluster
 from costmodels.device import basis_of
+from costmodels.rounding import in_precision
 from costmodels.variability import synchronous
 from opgraph.graph import OpGraph
 from planner.host_thread import Running, assumptions, host_costs, host_notes
@@ -105,6 +106,7 @@ def infer(
     prompt_graph, token_graph = prompt_graph.run_by(kind), token_graph and token_graph.run_by(kind)
     running = Running(cuda_graphs, autograd=False, compiled=compiled)
     plan = _plan(prompt_graph, cluster, running, batch, (pp, dp, tp), micro_batches)
+    cluster = in_precision(cluster, prompt_graph.precision)
     cluster = synchronous(cluster, plan.world_size // plan.dp)  # replicas do not wait for each other
     why = no_decode(prompt_graph)
     context = prompt + generate

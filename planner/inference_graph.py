@@ -20,7 +20,7 @@ from opgraph.graph import DTYPE_BYTES, Op, OpGraph
 from opgraph.workload import Workload
 from planner.script import Item, Work
 
-DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
+DTYPES = {"fp32": "float32", "tf32": "float32", "bf16": "bfloat16"}
 
 
 def trace_forward(workload: Workload, precision: str, accelerator: bool | None = None) -> OpGraph:
@@ -40,7 +40,9 @@ def trace_forward(workload: Workload, precision: str, accelerator: bool | None =
         return tuple(t.to(dtype) if t.is_floating_point() else t for t in inputs), ()
 
     with _op_by_op():
-        return trace_workload(replace(workload, build=build, batch=batch, loss=_output), accelerator=accelerator)
+        forward = replace(workload, build=build, batch=batch, loss=_output)
+        # nothing is cast on the way: weights are in 16 bits already
+        return trace_workload(forward, precision="tf32" if precision == "tf32" else "fp32", accelerator=accelerator)
 
 
 @contextmanager

@@ -49,8 +49,9 @@ class ParallelPlan:
     offload: what is kept in host memory: "parameters" (the shards of `fully_shard`, their gradients, and with them the
         optimizer, as torch's CPUOffloadPolicy does it), "optimizer" (its state and its step alone, as ZeRO-Offload),
         "activations" (what recomputed modules keep of their inputs).
-    precision: "fp32", or "bf16" (autocast, fp32 parameters and gradients); "fp16", "tf32" and "fp8" (matrix products
-        in 8 bits, the rest in bfloat16) for predictions.
+    precision: "fp32" (torch as it comes: convolutions and recurrent layers round to tf32 where a GPU has it), "tf32"
+        (products too, `torch.set_float32_matmul_precision("high")`), or "bf16" (autocast, fp32 parameters and
+        gradients); "fp16" and "fp8" (matrix products in 8 bits, the rest in bfloat16) for predictions.
     bucket_bytes: a DDP bucket closes once it holds this much; at the default 25 MiB the first one closes at 1 MiB,
         as torch does it.
     vpp: model chunks per pipeline stage (interleaved 1F1B). sequence_parallel: what tensor parallelism leaves whole
@@ -259,7 +260,7 @@ def check_executable(plan: ParallelPlan) -> None:
         "sequence_parallel": plan.sequence_parallel,
         f"cp = {plan.cp}": plan.cp > 1,
         f"ep = {plan.ep}": plan.ep > 1,
-        f"precision = {plan.precision}": plan.precision not in ("fp32", "bf16"),
+        f"precision = {plan.precision}": plan.precision not in ("fp32", "tf32", "bf16"),
     }
     if found := [name for name, there in beyond.items() if there]:
         raise ValueError(

@@ -9,6 +9,7 @@ from costmodels.cluster import Cluster
 from costmodels.device import Device, basis_of
 from costmodels.families import family
 from costmodels.ops import peak_of
+from costmodels.rounding import in_precision
 from costmodels.variability import synchronous
 from opgraph.graph import OpGraph
 from planner.host_thread import EAGER, HOST_ERROR, Running, assumptions, host_costs, host_notes
@@ -70,7 +71,7 @@ def simulate_plan(
 ) -> tuple[Prediction, Timeline]:
     """The prediction with the simulated timeline of every task."""
     check_size(plan, cluster)
-    cluster = synchronous(cluster, plan.world_size)
+    cluster = synchronous(in_precision(cluster, plan.precision), plan.world_size)
     if plan.precision != graph.precision:
         raise ValueError(
             f"the plan computes in {plan.precision}, but the graph was traced in {graph.precision}; "
@@ -100,13 +101,14 @@ def _judge(
     waited = parts["host"] / step if step else 0.0
     said, away = host_notes(waited, host_costs(cluster, running)), offload_notes(plan, cluster)
     notes = (*graph.notes, *cluster.notes, *basis_of(cluster.device), *said, *away)
-    notes += (*_in_full(graph, plan, cluster), *_unknown_to(cluster.device, plan))
+    notes += (*_rounded(graph, plan, cluster.device), *_unknown_to(cluster.device, plan))
     held = memory(lowered.stages, plan, cluster.backend)
     peaks = device_peaks(held, cluster)
     fullest = max(held, key=lambda m: m.peak)
     capacity = memory_per_rank(cluster, plan)
     model_flops = graph.at_batch(plan.micro_batch).flops() * plan.micro_batches * plan.dp
-    dtype = "bfloat16" if plan.precision == "bf16" else "float32"
+    rounds = {family(op.name) for op in graph.ops} & set(cluster.device.in_tf32)
+    dtype = "bfloat16" if plan.precision == "bf16" else "tf32" if rounds else "float32"
     devices = min(plan.world_size, cluster.size)
     peak = peak_of(cluster.device, dtype) * devices
     mfu = model_flops / (step * peak) if step else 0.0
@@ -134,13 +136,13 @@ def _judge(
     )
 
 
-def _in_full(graph: OpGraph, plan: ParallelPlan, cluster: Cluster) -> tuple[str, ...]:
-    """A note where torch would use tf32 unasked: it does for convolutions and recurrent layers, not for products."""
-    if plan.precision != "fp32" or "tf32" not in cluster.device.peak_flops:
+def _rounded(graph: OpGraph, plan: ParallelPlan, device: Device) -> tuple[str, ...]:
+    """A note where torch rounds float32 to tf32 unasked."""
+    if plan.precision != "fp32":
         return ()
-    kinds = {family(op.name) for op in graph.ops} & {"conv", "rnn"}
+    kinds = {family(op.name) for op in graph.ops} & set(device.in_tf32) & {"conv", "rnn"}
     names = " and ".join({"conv": "convolutions", "rnn": "recurrent layers"}[kind] for kind in sorted(kinds))
-    said = f"{names} are priced in full float32; torch runs them in tf32 unless torch.backends.cudnn.allow_tf32 is off"
+    said = f"{names} run in tf32, as torch has it unless torch.backends.cudnn.allow_tf32 is off"
     return (said,) if names else ()
 
 

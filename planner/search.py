@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from costmodels.cluster import Cluster
+from costmodels.rounding import in_precision
 from costmodels.variability import synchronous
 from opgraph.graph import OpGraph
 from opgraph.workload import Workload
@@ -109,7 +110,7 @@ def search(
     why_not = no_offload(cluster, running)
     if check_mode(offload) == "always" and why_not:
         raise ValueError(f"plans cannot always offload: {why_not}; use auto or never")
-    cluster = synchronous(cluster, devices or cluster.size)
+    cluster = synchronous(in_precision(cluster, precision), devices or cluster.size)
     space = enumerate_plans(workload, graph, cluster, global_batch, devices, precision, running)
     if not space.plans:
         why = "; ".join(dict.fromkeys(f"{r.label}: {r.reason}" for r in space.rejected))

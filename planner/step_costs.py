@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from costmodels.cluster import Cluster
+from costmodels.rounding import in_precision
 from opgraph.graph import OpGraph
 from planner.host_thread import EAGER, Running
 from planner.stages import LOSS
@@ -36,7 +37,7 @@ class StepCosts:
 
 def step_costs(graph: OpGraph, cluster: Cluster, running: Running = EAGER) -> StepCosts:
     """What estimates of this graph on this cluster share; keep it, it fills with every plan."""
-    graph = graph.run_by(cluster.device.kind)
+    graph, cluster = graph.run_by(cluster.device.kind), in_precision(cluster, graph.precision)
     count = sum(op.phase == "forward" for op in graph.ops)
     assert all(op.phase == "forward" for op in graph.ops[:count]), "the forward comes first"
     spans: dict[str, tuple[int, int]] = {}

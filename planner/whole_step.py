@@ -6,7 +6,7 @@ For models without repeated blocks (CNNs). Prices, host model and event engine a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from math import hypot, sqrt
 from typing import Literal
@@ -15,6 +15,7 @@ from costmodels.cluster import Cluster
 from costmodels.collectives import collective_price
 from costmodels.ops import OpShape, price
 from costmodels.overlap import beside
+from costmodels.rounding import in_precision
 from costmodels.variability import synchronous
 from opgraph.graph import Op, OpGraph
 from planner.folded import STEP_ERROR, FoldedPrediction
@@ -73,20 +74,21 @@ class _Whole:
     def _divided(self, name: str) -> bool:
         return is_divided(name, self.sharing.divided)
 
-    def update_seconds(self, ranks: int) -> float:
-        """The optimizer on a rank's parameters: reads parameter, gradient and momentum, writes two of them."""
+    def update_seconds(self, names: Iterable[str], ranks: int, times: int = 1) -> float:
+        """The optimizer on these parameters of a rank: reads parameter, gradient and momentum, writes two of them."""
         total = 0.0
-        for name, t in self.graph.parameters.items():
-            total += t.bytes / ranks * self.sharing.sampled if self._divided(name) else t.bytes
+        for name in names:
+            size = self.graph.parameters[name].bytes
+            total += size / ranks * self.sharing.sampled if self._divided(name) else size
         shape = OpShape("aten._fused_sgd_.default", "optimizer", ((int(total / 4),),), ((int(total / 4),),), "float32",
                         0, int(3 * total), int(2 * total))  # fmt: skip
         cost = price(self.cluster.device, shape)
-        self.tally.add("optimizer", cost.seconds, cost.source, cost.error)
+        self.tally.add("optimizer", cost.seconds * times, cost.source, cost.error)
         return cost.seconds
 
-    def accumulation_seconds(self, times: int) -> float:
-        """Adding a micro-batch's gradients to those of the ones before it."""
-        size = sum(t.bytes // (self.plan.dp if self._divided(n) else 1) for n, t in self.graph.parameters.items())
+    def accumulation_seconds(self, names: Iterable[str], times: int) -> float:
+        """Adding a micro-batch's gradients of these parameters to those of the ones before it."""
+        size = sum(self.graph.parameters[n].bytes // (self.plan.dp if self._divided(n) else 1) for n in names)
         flat = ((size // 4,),)
         shape = OpShape("aten.add_.Tensor", "backward", flat, flat, "float32", 0, 2 * size, size)
         cost = price(self.cluster.device, shape)
@@ -124,7 +126,7 @@ def predict_whole(
 ) -> FoldedPrediction:
     """Predicts one step of `graph`, which is at the plan's micro-batch."""
     kernels = Kernels(local_step(graph, plan, 1, 0, False), software)
-    cluster = synchronous(cluster, plan.world_size)
+    cluster = synchronous(in_precision(cluster, plan.precision), plan.world_size)
     whole = _Whole(graph, plan, cluster, software, sharing, kernels)
     tasks = ProgramBuilder()
     if plan.pp > 1 or plan.recompute:
@@ -159,7 +161,7 @@ def _replicas(w: _Whole, tasks: ProgramBuilder) -> None:
     ahead = [w.runs(part, False, count).run for part in _cut(forward, PARTS)]
     parts = [(w.runs(part, True, count), w.bytes_of(part)) for part in _cut(backward, PARTS)]
     between = [step for path in w.sharing.divided for step in _divided_layer(w, path)]
-    adding = w.accumulation_seconds(count - 1) if count > 1 else 0.0
+    adding = w.accumulation_seconds(w.graph.parameters, count - 1) if count > 1 else 0.0
     if served and w.sharing.barrier:
         lane.busy("fetch", "server", w.message("all_reduce", total))
     handed = []
@@ -176,7 +178,7 @@ def _replicas(w: _Whole, tasks: ProgramBuilder) -> None:
             lane.run("B", "backward", part_run.run)
             if size and micro == count - 1:
                 handed.append(_hand_over(w, lane, size, [part for part, _ in parts[i + 1 :]]))
-    update = 0.0 if served else w.update_seconds(w.plan.dp)
+    update = 0.0 if served else w.update_seconds(w.graph.parameters, w.plan.dp)
     lane.busy("optimizer", "optimizer", update, handed)
     lane.busy("host of the step", "host", w.software.host.step)
 
@@ -202,9 +204,12 @@ def _divided_layer(w: _Whole, path: str) -> list[tuple[str, float]]:
 
 def _pipeline(w: _Whole, tasks: ProgramBuilder) -> None:
     """GPipe, where the plan says so with the activations of every micro-batch but the last made again in backward;
-    replicas exchange a stage's gradients after all of its backwards."""
+    gradients are summed over micro-batches, and replicas exchange a stage's after all of its backwards. What the
+    devices do is told of the first stage."""
     plan = w.plan
     stages = stage_ops(w.graph, plan.cuts)
+    adding = [w.accumulation_seconds(s.parameters, 0 if s.index else plan.micro_batches - 1) for s in stages]
+    holding = set[int]()  # stages that have gradients of a micro-batch
     lanes = [Lane(tasks, s) for s in range(plan.pp)]
     passes = [(w.runs(s.forward, False, plan.micro_batches if s.index == 0 else 0).run,
                w.runs(s.backward, True, plan.micro_batches if s.index == 0 else 0).run) for s in stages]  # fmt: skip
@@ -221,6 +226,10 @@ def _pipeline(w: _Whole, tasks: ProgramBuilder) -> None:
                 if backward and plan.recompute and step.micro < plan.micro_batches - 1:
                     lane.run("R", "recompute", f)
                 lane.run("B" if backward else "F", "backward" if backward else "forward", b if backward else f, waits)
+                if backward and s in holding:
+                    lane.busy("accumulate", "backward", adding[s])
+                elif backward:
+                    holding.add(s)
                 edge = s - 1 if backward else s
                 sent = lane.free
                 if 0 <= edge < plan.pp - 1:
@@ -231,7 +240,8 @@ def _pipeline(w: _Whole, tasks: ProgramBuilder) -> None:
         if plan.dp > 1:  # told of the first stage, as its kernels are
             seconds = w.message("all_reduce", w.bytes_of(stage.backward), stage.index, 0 if stage.index else 1)
             handed.append(lane.message("gradients", "all_reduce", seconds, [lane.free]))
-        lane.busy("optimizer", "optimizer", w.update_seconds(1) / plan.pp, handed)
+        update = w.update_seconds(stage.parameters, 1, 0 if stage.index else 1)
+        lane.busy("optimizer", "optimizer", update, handed)
         lane.busy("host of the step", "host", w.software.host.step)
 
 

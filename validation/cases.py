@@ -64,7 +64,7 @@ class Case:
                 return default
             raise CaseError(f"column {name} is {self.text(name)!r}; a whole number is needed")
         if not least <= value <= MOST or value != int(value):
-            raise CaseError(f"column {name} is {self.text(name)}; a whole number of {least} or more is needed")
+            raise CaseError(f"column {name} is {self.text(name)}; a whole number from {least} to {MOST:.0e} is needed")
         return int(value)
 
     def degree(self, name: str) -> int:

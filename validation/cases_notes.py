@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from costmodels.device import Device
 from costmodels.ops import peak_of
+from costmodels.rounding import rounded_families
 from validation.cases import Case
 from validation.cases_transformer import family_of, is_replaced_by_zero1, kv_heads_of, precision_of
 
@@ -28,11 +29,18 @@ def notes_of(case: Case, device: Device) -> tuple[str, ...]:
             f"{stated} kv_heads are replicated to {built_heads}, one for each tensor-parallel rank: weights, gradients "
             "and optimizer state of the projections of keys and values grow by that"
         )
-    return (*notes, *_missing_types(case, device))
+    return (*notes, *_missing_types(precision_of(case), device))
 
 
-def _missing_types(case: Case, device: Device) -> list[str]:
-    precision = precision_of(case)
+def notes_of_pictures(precision: str, device: Device) -> tuple[str, ...]:
+    """The notes of a CNN's row in this precision."""
+    notes = _missing_types(precision, device)
+    if precision == "fp32" and rounded_families(device, precision):
+        notes.append("convolutions run in tf32 as torch does it unasked; a row in full float32 took longer")
+    return tuple(notes)
+
+
+def _missing_types(precision: str, device: Device) -> list[str]:
     wanted = [(TYPES[precision], "products")]
     if precision == "fp8" and "bfloat16" not in device.peak_flops:  # only products with weights are in float8
         wanted = [("float8_e4m3fn", "products with weights"), ("bfloat16", "other products")]

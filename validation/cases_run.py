@@ -134,6 +134,7 @@ class _Runner:
     def _vision(self, case: Case) -> Outcome:
         from planner.whole_step import predict_whole
         from validation import cases_vision as vision
+        from validation.cases_notes import notes_of_pictures
 
         plan, software = vision.plan_of(case), vision.software_of(case)
         sharing = vision.sharing_of(case)
@@ -143,7 +144,7 @@ class _Runner:
         p = predict_whole(graph, plan, cluster, software, sharing)
         found = Outcome(
             case, p.step_seconds, p.interval, p.allocated_bytes, None, p.device, p.shares, plan.label, software.name,
-            cluster.notes,
+            (*cluster.notes, *notes_of_pictures(plan.precision, cluster.device)),
         )  # fmt: skip
         return _fitting(found, cluster)
 

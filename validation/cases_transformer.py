@@ -189,8 +189,8 @@ def plan_of(case: Case, software: Software) -> ParallelPlan:
     layers = case.whole("layers", least=1)
     if pp * vpp > layers + 2:
         raise CaseError(f"{layers} layers, embedding and loss cannot fill pp x vpp = {pp} x {vpp} chunks")
-    if dp * tp * pp * cp != case.whole("num_gpus"):
-        raise CaseError(f"dp x tp x pp x cp = {dp * tp * pp * cp} differs from num_gpus = {case.whole('num_gpus')}")
+    if dp * tp * pp * cp != (gpus := case.whole("num_gpus", least=1)):
+        raise CaseError(f"dp x tp x pp x cp = {dp * tp * pp * cp} differs from num_gpus = {gpus}")
     batch, micro = case.whole("global_batch", least=1), case.whole("micro_batch", least=1)
     if batch % (dp * micro):
         raise CaseError(f"global_batch {batch} is no multiple of dp x micro_batch = {dp} x {micro}")

@@ -52,7 +52,7 @@ def read_sweeps(path: Path) -> tuple[list[Sweep], dict[str, str]]:
             setup_of(sweep)
             sweeps.append(sweep)
         except ValueError as error:
-            skipped[config_id] = str(error)
+            skipped[config_id] = str(error).removeprefix(f"{config_id}: ")
     return sweeps, skipped
 
 

@@ -46,7 +46,7 @@ QUICK_MODELS = (
 
 @dataclass(frozen=True, slots=True)
 class Variant:
-    """How a step is run. precision: as a plan names it, or "tf32"; recompute: every block's activations; large: at the
+    """How a step is run. precision: as a plan names it; recompute: every block's activations; large: at the
     larger batch."""
 
     precision: Precision
@@ -102,10 +102,9 @@ class Run:
         return COMPILED_SECONDS if self.variant.compiled else EAGER_SECONDS
 
     def plan(self, workload: Workload) -> ParallelPlan:
-        """The plan that is predicted and executed. tf32 is a switch of the device: its plan is that of fp32."""
-        precision: Precision = "fp32" if self.variant.precision == "tf32" else self.variant.precision
+        """The plan that is predicted and executed."""
         again = workload.blocks if self.variant.recompute else ()
-        return ParallelPlan(self.batch, precision=precision, recompute=again)
+        return ParallelPlan(self.batch, precision=self.variant.precision, recompute=again)
 
 
 def runs(quick: bool = False) -> list[Run]:

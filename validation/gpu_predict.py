@@ -18,7 +18,8 @@ from costmodels.allocator import CachingAllocator
 from costmodels.cluster import Cluster, Link
 from costmodels.device import Device
 from costmodels.families import FREE, family
-from costmodels.ops import OpShape, price, price_many
+from costmodels.ops import price_many
+from costmodels.rounding import in_precision
 from opgraph.batch import trace_workload
 from opgraph.graph import OpGraph
 from opgraph.models import load_workload
@@ -100,28 +101,27 @@ def predicted_row(row: Row, run: Run, graphs: dict[tuple[str, str], OpGraph], de
         row["memory"] = {} if run.variant.compiled else memory_of(graph, plan, next(iter(devices.values())).name)
     for name, device in devices.items():
         if name not in row["predictions"]:
-            said = step_of(graph, plan, device, run.variant.precision == "tf32", run.variant.compiled)
+            said = step_of(graph, plan, device, run.variant.compiled)
             row["predictions"][name] = {"at": utc(), "commit": commit(), **said}
     return row
 
 
 def traced(run: Run, workload: Workload, plan: ParallelPlan, graphs: dict[tuple[str, str], OpGraph]) -> OpGraph:
     """The graph of a model and precision: one for all batches, and of one model at a time."""
-    key = run.model.spec, plan.precision
+    key = run.model.spec, "bf16" if plan.precision == "bf16" else "fp32"  # tf32 is a switch of the device
     if key not in graphs:
         if any(spec != run.model.spec for spec, _ in graphs):
             graphs.clear()
-        graphs[key] = trace_workload(workload, precision=plan.precision).run_by("gpu")
-    return graphs[key]
+        graphs[key] = trace_workload(workload, precision=key[1]).run_by("gpu")
+    return replace(graphs[key], precision=plan.precision)
 
 
-def step_of(graph: OpGraph, plan: ParallelPlan, device: Device, tf32: bool, compiled: bool) -> dict[str, Any]:
+def step_of(graph: OpGraph, plan: ParallelPlan, device: Device, compiled: bool) -> dict[str, Any]:
     """Seconds of the step and their interval, what device and host alone would take (for a compiled step, what
     computing and waiting for the host make of it), and what the prices rest on."""
     work = works(graph, plan)
-    if tf32:
-        device = in_tf32(device, [w.shape for w in work])
-    cluster = Cluster(device.name, device, 1, 1, LINK, LINK)
+    cluster = in_precision(Cluster(device.name, device, 1, 1, LINK, LINK), plan.precision)
+    device = cluster.device
     prediction = predict(graph, plan, cluster, compiled=compiled)
     if compiled:
         parts = prediction.breakdown
@@ -160,15 +160,6 @@ def host_seconds(work: Sequence[Work], costs: HostCosts) -> np.ndarray:
         module = item.module
         found.append(cost)
     return np.array(found)
-
-
-def in_tf32(device: Device, shapes: Sequence[OpShape]) -> Device:
-    """The device with float32 products and convolutions as fast as tf32's."""
-    made = replace(device, cache={})
-    for shape in shapes:
-        if shape.dtype == "float32" and family(shape.name) in ("gemm", "conv", "conv_backward"):
-            made.cache[shape] = price(device, replace(shape, dtype="tf32"))
-    return made
 
 
 def memory_of(graph: OpGraph, plan: ParallelPlan, device: str) -> dict[str, int]:

@@ -21,12 +21,13 @@ from typing import Any
 
 from opgraph.models import load_workload
 from planner.apply import Step, apply
+from planner.apply_model import rounding
 from validation.environment import RANK_ENV
 from validation.gpu_calibrate import device_lost
 from validation.gpu_environment import clocks
 from validation.gpu_files import Budget, Row, Rows, sentence, utc
 from validation.gpu_models import Run
-from validation.gpu_ops import out_of_memory, precision
+from validation.gpu_ops import out_of_memory
 from validation.report_files import replacing
 
 WARMUP, LEAST_STEPS, MOST_STEPS, STEP_SECONDS = 3, 5, 30, 3.0
@@ -121,8 +122,9 @@ def measured(run: Run, device: str, quick: bool, out: Path) -> Row:
     inputs, targets = (tuple(t.to(device) for t in part) for part in batch)
     if device == "cpu":
         torch.set_num_threads(int(RANK_ENV["OMP_NUM_THREADS"]))
-    with precision("tf32" if run.variant.precision == "tf32" else "float32", device):
-        step = apply(run.plan(workload), workload, 0, device)
+    plan = run.plan(workload)
+    with rounding(plan, torch.device(device)):  # around compiling, too
+        step = apply(plan, workload, 0, device)
         if run.variant.compiled:
             # aot_eager captures and differentiates the graph but needs no C compiler: enough to run this code
             compiled: Any = torch.compile(step.wrapped, dynamic=False, backend="aot_eager" if quick else "inductor")

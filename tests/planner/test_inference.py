@@ -26,7 +26,7 @@ GPT = "gpt2:layers=3,hidden=128,heads=4,vocab=512,seq=64"
 LLAMA = "llama3-8b:layers=3,hidden=256,heads=8,kv_heads=2,ffn=512,vocab=512,seq=64"
 BIG = "llama3-70b"
 SHORT = "llama3-70b:layers=8"
-SIZE = {"fp32": 4, "bf16": 2}
+SIZE = {"fp32": 4, "tf32": 4, "bf16": 2}
 
 
 @cache

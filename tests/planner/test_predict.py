@@ -5,8 +5,10 @@ from dataclasses import replace
 import pytest
 
 from costmodels.cluster import load_cluster
+from planner.estimate import bound_seconds
 from planner.plan import ParallelPlan
 from planner.predict import predict, simulate_plan
+from planner.search import search
 from tests.planner.conftest import ALEXNET, GPT, model
 from tests.planner.test_lowering import KINDS, plan_of
 
@@ -67,10 +69,25 @@ def test_the_same_plan_gives_the_same_timeline(uncalibrated):
     assert (first.start == second.start).all() and (first.finish == second.finish).all()
 
 
-def test_where_torch_would_use_tf32_unasked_a_note_says_so():
+def test_where_torch_rounds_to_tf32_unasked_a_note_says_so():
     _, graph = model(ALEXNET)
     said = {c: predict(graph, ParallelPlan(8), load_cluster(c)).notes for c in ("dgx-h100", "dgx1-p100")}
     assert any("allow_tf32" in note for note in said["dgx-h100"])
     assert not any("allow_tf32" in note for note in said["dgx1-p100"])
     _, graph = model(GPT)
     assert not any("allow_tf32" in note for note in predict(graph, ParallelPlan(8), load_cluster("dgx-h100")).notes)
+
+
+def test_a_plan_in_tf32_rounds_products_where_the_device_can():
+    workload, graph = model(GPT)
+    rounded = replace(graph, precision="tf32")
+    full, fast = ParallelPlan(8, dp=2), ParallelPlan(8, dp=2, precision="tf32")
+    a100, p100 = load_cluster("dgx-a100"), load_cluster("dgx1-p100")
+    on = [predict(g, p, a100, cuda_graphs=True) for g, p in ((graph, full), (rounded, fast))]
+    assert on[1].step_seconds < on[0].step_seconds and on[1].peak_bytes == on[0].peak_bytes
+    assert predict(rounded, fast, p100).step_seconds == predict(graph, full, p100).step_seconds
+    found = search(workload, rounded, a100, 8, devices=2, precision="tf32", cuda_graphs=True)
+    best = found.plans[0]
+    assert best.plan.precision == "tf32" and best.plan.label.endswith("tf32")
+    assert best.prediction.step_seconds == predict(rounded, best.plan, a100, cuda_graphs=True).step_seconds
+    assert bound_seconds(rounded, fast, a100) <= predict(rounded, fast, a100).step_seconds

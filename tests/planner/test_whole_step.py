@@ -84,6 +84,17 @@ def test_a_step_is_the_compute_of_all_its_micro_batches() -> None:
     assert parts.device["gemm"] == pytest.approx(4 * alone.device["gemm"])
 
 
+@pytest.mark.parametrize("pp", [2, 4])
+def test_a_stage_updates_and_sums_what_it_has(pp: int) -> None:
+    """Told of the first of equal stages; gradients are summed as often as there are micro-batches but one."""
+    whole, part = step(chunks=4), step(chunks=4, pp=pp)
+    floor = cluster().device.floor_seconds
+    assert part.device["optimizer"] - floor == pytest.approx((whole.device["optimizer"] - floor) / pp, rel=0.05)
+    adding = [found.device["pointwise"] for found in (step(chunks=4, pp=pp), step(chunks=8, pp=pp))]
+    least = 3 * FULL * LAYERS / pp / cluster().device.memory_bandwidth
+    assert adding[0] > 3 * least and adding[1] > 7 * least
+
+
 @pytest.mark.usefixtures("steady")
 @pytest.mark.parametrize("recompute", [(), RECOMPUTE])
 def test_replicas_of_a_pipeline_exchange_each_stages_gradients(recompute: tuple[str, ...]) -> None:

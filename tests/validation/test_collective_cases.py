@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import re
 from dataclasses import replace
@@ -194,7 +195,7 @@ def test_files_are_scored_and_leftovers_listed(tmp_path: Path, known: list[Sweep
     path.write_text(HEADER + "\n".join(rows) + "\n")
     scored, skipped = score_file(path)
     assert {s.config_id: s.constants for s in scored} == {"new": "shipped", known[0].config_id: "left out"}
-    assert set(skipped) == {"odd", "broken"} and "no number" in skipped["broken"]
+    assert set(skipped) == {"odd", "broken"} and skipped["broken"].startswith("a cell is missing or no number")
     data = collective_score.result(scored, skipped)
     new = data["configs"][0]
     small, large, summary = new["under_256KiB"], new["over_16MiB"], data["summary"]
@@ -326,3 +327,22 @@ def test_bad_input_is_one_sentence(words: list[str], said: str, capsys: pytest.C
     assert main(["collectives", *words]) == 2
     printed = capsys.readouterr()
     assert said in printed.err and printed.err.count("\n") == 1 and printed.out == ""
+
+
+def test_a_folder_takes_the_picture_and_the_numbers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["collectives", "--cluster", "dgx-h100", "--op", "all_gather", "--out", str(tmp_path / "out"), "--json"]
+    assert main(words) == 0
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    with (tmp_path / "out" / "all_gather.csv").open(newline="") as file:
+        written = list(csv.DictReader(file))
+    assert [float(r["bytes"]) for r in written] == pytest.approx([r["bytes"] for r in rows], rel=1e-4)
+    assert [float(r["high_seconds"]) for r in written] == pytest.approx([r["interval"][1] for r in rows], rel=1e-4)
+    assert (tmp_path / "out" / "all_gather.png").exists()
+
+
+def test_a_file_without_any_price_is_no_success(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "odd.csv"
+    path.write_text(HEADER + "odd,Mystery 9,16,2,a wire,all_reduce,1024,20,0,s,n\n")
+    assert main(["collectives", "--cases", str(path)]) == 2
+    printed = capsys.readouterr()
+    assert "No configuration of this file can be priced" in printed.out and printed.err.count("odd") == 1
