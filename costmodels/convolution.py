@@ -130,9 +130,11 @@ def workspace_bytes(algorithm: Algorithm, shape: OpShape) -> int:
 
 
 def on_tensor_cores(device: Device, dtype: str) -> bool:
-    """Whether a dtype runs on matrix units: 16-bit floats (and "tf32") at well above the fp32 rate."""
+    """Whether a dtype runs on matrix units: tf32, 16-bit floats where there is tf32, or at well above the fp32 rate."""
     from costmodels.ops import peak_of
 
+    if dtype in ("tf32", "float16", "bfloat16") and "tf32" in device.peak_flops:
+        return True
     return dtype not in ("float32", "float64") and peak_of(device, dtype) > 2.5 * peak_of(device, "float32")
 
 

@@ -168,6 +168,8 @@ def _implicit(p: Array, c: Array) -> float:
         return np.inf
     pixels, inner = c[_BATCH] * c[_OUT_PIXELS], np.ceil(c[_CHANNELS] / p[_MULTIPLE]) * p[_MULTIPLE] * c[_TAPS]
     compute = _summed(p, 0, pixels, c[_FILTERS], inner, c[_GROUPS], c[_WEIGHT] > 0)
+    # fitted rates may exceed the data sheet's, whose clock some boards pass (V100: 1.16); no prediction counts on that
+    compute = max(compute, 2.0 * pixels * c[_FILTERS] * inner * c[_GROUPS] / (p[_UNIT] * p[_UNITS]))
     read, weights = c[_BATCH] * c[_IN_PIXELS] * c[_CHANNELS], c[_CHANNELS] * c[_FILTERS] * c[_TAPS]
     return compute + _moved(p, 0, read, pixels * c[_FILTERS], weights, c[_GROUPS])
 

@@ -9,11 +9,12 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from math import prod
 
 import numpy as np
 
-from costmodels.device import Device
+from costmodels.device import Device, list_devices, load_device
 from costmodels.families import base_name, family
 from costmodels.features import gemm_dims
 from costmodels.gemm_correction import Packed, correction_from, factors_of
@@ -120,7 +121,7 @@ def _pricing(device: Device, dtype: str, section: Section) -> Pricing:
     if whose == "generation":
         constants = replace(constants, compute=constants.compute * sustained(device, section, dtype))
     elif whose != "own":
-        constants = borrowed_constants(device, dtype, constants)
+        constants = borrowed_constants(device, dtype, constants, _sisters(device, dtype) if whose == "other" else ())
     hardware, choices = hardware_of(device, dtype, WIDTH.get(dtype, 1)), menu(values["tiles"], values["splits"])
     correction = correction_from(values) if whose in ("own", "generation") else None
     return Pricing(
@@ -157,13 +158,32 @@ def borrowed_pricing(device: Device, relative: Device, section: str) -> Pricing:
     return _pricing(device, section.removesuffix("_batched"), found)
 
 
-def borrowed_constants(device: Device, dtype: str, constants: Constants) -> Constants:
-    """Constants of a relative, with the best rate that anyone measured on this device in place of the relative's."""
-    best = device.best_flops.get(dtype, 0.0)
-    if not best:
-        return constants
-    peak = hardware_of(device, dtype, 2.0).peak
-    return replace(constants, compute=min(best / peak, 1.0))
+def borrowed_constants(
+    device: Device, dtype: str, constants: Constants, sisters: Sequence[Device] = ()
+) -> Constants:
+    """Constants of a relative, with the best share of its peak that anyone measured on this device in place of the
+    relative's, or the least that anyone measured on a sister of it: a stronger board must not lose to a weaker one for
+    having been measured."""
+    own = _best_share(device, dtype)
+    known = [own] if own else [share for d in sisters if (share := _best_share(d, dtype))]
+    return replace(constants, compute=min(*known, 1.0)) if known else constants
+
+
+def _best_share(device: Device, dtype: str) -> float:
+    """The best rate measured by anyone over the peak, in this dtype or one that shares its kernels; 0 where unknown."""
+    kin = next((group for group in SAME if dtype in group), {dtype})
+    best = max((device.best_flops.get(d, 0.0) for d in (dtype, *sorted(kin))), default=0.0)
+    return best / hardware_of(device, dtype, 2.0).peak
+
+
+def _sisters(device: Device, dtype: str) -> tuple[Device, ...]:
+    """Devices of its maker and generation with a measured rate."""
+    return tuple(d for d in _with_best() if same_generation(d, device) and dtype in d.peak_flops)
+
+
+@cache
+def _with_best() -> tuple[Device, ...]:
+    return tuple(d for d in map(load_device, list_devices()) if d.best_flops)
 
 
 def sustained(device: Device, section: Section, dtype: str) -> float:

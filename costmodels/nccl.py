@@ -105,10 +105,22 @@ def _wire(way: Candidate) -> np.ndarray:
 
 
 def _sockets(cluster: Cluster, kind: str, nbytes: float, group: Group) -> float:
-    """TCP between hosts, with what the group gets of the ports beside its likes (`costmodels.sharing`)."""
+    """TCP between hosts, with what the group gets of the ports beside its likes (`costmodels.sharing`). Inside the
+    hosts the ring passes every device, at the rate and after the hops that a group of one host has (no sweep over
+    sockets with several devices a host is known)."""
     from costmodels import gloo
 
     link, alone = cluster.inter, across_of(cluster, group.per_host, 1)
     if group.across < alone:
         link = replace(link, bandwidth=link.bandwidth * group.across / alone)
-    return gloo.nccl_sockets(kind, nbytes, group.hosts, group.ranks, link)
+    outside = gloo.nccl_sockets(kind, nbytes, group.hosts, group.ranks, link)
+    if group.per_host == 1 or kind == "send":
+        return outside
+    inner = replace(group, ranks=group.per_host, hosts=1, domains=1, across=0.0, crossing=0.0, uplinks=(), leaving=0.0)
+    least = price(cluster, kind, float(SIZES[0]), inner)[0]
+    moving = price(cluster, kind, nbytes, inner)[0] - least
+    more = {"broadcast": 1.0, "reduce": 1.0, "all_to_all": group.per_host / group.ranks}.get(
+        kind, (1 - 1 / group.ranks) / (1 - 1 / group.per_host)
+    )
+    rounds = group.hosts if kind != "all_to_all" else 1
+    return max(outside, more * moving) + rounds * least

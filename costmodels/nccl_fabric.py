@@ -49,6 +49,8 @@ class Group:
     domain, one direction. across: bytes/s of all NICs of one domain that the group can use, one direction.
     network: kind of wire between hosts. hop, crossing: seconds to add to every hop inside and between hosts.
     uplinks: (ranks below one switch, bytes/s of its links upwards) of every tier of switches that the group crosses.
+    leaving: bytes of an all-to-all, per byte of it, that leave the domain which takes longest for them at its own NICs,
+    as a multiple of what passes at `across` meanwhile; 0 where domains are alike.
     """
 
     ranks: int
@@ -65,6 +67,7 @@ class Group:
     hop: float = 0.0
     crossing: float = 0.0
     uplinks: tuple[tuple[int, float], ...] = ()
+    leaving: float = 0.0
 
     @property
     def per_domain(self) -> int:
@@ -117,6 +120,12 @@ def group_of(cluster: Cluster, ranks: Sequence[int]) -> Group:
     hosts, per_host, domains = len(used), int(counts.max()), len(used)
     if family and family.tray:
         hosts, per_host, domains = _trays(family, cluster, size, used, int(counts.max()))
+    across, leaving = 0.0, 0.0
+    if domains > 1:
+        across = across_of(cluster, int(counts.min()), len(used) // domains)
+        if counts.min() != counts.max() or len(used) % domains:
+            apart = used if domains == len(used) or not family else used * cluster.devices_per_node // family.domain
+            leaving = _leaving(cluster, counts, apart) * across / size
     network = network_of(cluster.inter)
     crossing = max(cluster.inter.latency - REFERENCE_CROSSING.get(network, 0.0), 0.0) if hosts > 1 else 0.0
     return Group(
@@ -129,12 +138,25 @@ def group_of(cluster: Cluster, ranks: Sequence[int]) -> Group:
         generation=family.generation if family else 1,
         nvls_from=family.nvls_from if family and wires == "nvlink" else 0,
         port=_port(cluster, members),
-        across=across_of(cluster, int(counts.min()), len(used) // domains) if domains > 1 else 0.0,
+        across=across,
         network=network,
         hop=max(cluster.intra.latency - REFERENCE_HOP[wires], 0.0) if per_host > 1 else 0.0,
         crossing=crossing + _tier_latency(cluster, used),
         uplinks=_uplinks(cluster, used, int(counts.max())),
+        leaving=leaving,
     )
+
+
+def _leaving(cluster: Cluster, counts: np.ndarray, domain_of: np.ndarray) -> float:
+    """Pairs of ranks that an all-to-all joins across the border of a domain, over the bytes/s of its NICs: the worst.
+    counts: ranks of each node; domain_of: the domain of each."""
+    _, place = np.unique(domain_of, return_inverse=True)
+    held, nodes = np.bincount(place, counts), np.bincount(place)
+    least = np.full(len(held), int(counts.max()))
+    np.minimum.at(least, place, counts)
+    kinds = np.unique(np.stack([held.astype(int), nodes, least]), axis=1).T.tolist()
+    total = int(counts.sum())
+    return max(own * (total - own) / across_of(cluster, few, spread) for own, spread, few in kinds)
 
 
 def _port(cluster: Cluster, members: np.ndarray) -> float:

@@ -188,7 +188,7 @@ def _all_to_all(group: Group) -> Candidate:
     NICs set the rate (NCCL's authors: github NVIDIA/nccl-tests, issue 130)."""
     n, within = group.ranks, group.per_domain
     inside = (within - 1) / n * _rate(ring_rate(group)) if within > 1 else 0.0
-    across = within * (n - within) / n * _net(group)
+    across = (group.leaving or within * (n - within) / n) * _net(group)
     outside = 1 if group.hosts > 1 else 0
     base, hops = BASE["ring"][0] * US, log2(n) * (HOP[group.wires]["ring"][0] * US + group.hop)
     net = outside * CROSSING["ring"][2] * US

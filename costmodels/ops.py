@@ -156,17 +156,29 @@ def price(device: Device, shape: OpShape) -> Price:
         return found
     if device.laws:
         found = _measured_here(device, shape)
+    elif device.in_tf32:
+        found = _faster([_by_law(device, run) for run in _formats(device, shape)])
     else:
-        run = _as_run(device, shape)
-        found = _known(device, run, None, "") or kernel_price(device, run) or _roofline(device, run)
+        found = _by_law(device, shape)
     return _keep(device, shape, found)
 
 
-def _as_run(device: Device, shape: OpShape) -> OpShape:
-    """The op in the format that its device computes it in."""
-    if device.in_tf32 and shape.dtype == "float32" and family(shape.name) in device.in_tf32:
-        return replace(shape, dtype="tf32")
-    return shape
+def _by_law(device: Device, shape: OpShape) -> Price:
+    """The price of an op on an accelerator, in the format that it has."""
+    return _known(device, shape, None, "") or kernel_price(device, shape) or _roofline(device, shape)
+
+
+def _formats(device: Device, shape: OpShape) -> tuple[OpShape, ...]:
+    """The op in the formats that its device may compute it in. Where cuDNN may round a convolution it need not: its
+    ways in float32 (Winograd) stay open."""
+    if not device.in_tf32 or shape.dtype != "float32" or (kind := family(shape.name)) not in device.in_tf32:
+        return (shape,)
+    rounded = replace(shape, dtype="tf32")
+    return (rounded, shape) if kind.startswith("conv") else (rounded,)
+
+
+def _faster(prices: Iterable[Price]) -> Price:
+    return min(prices, key=lambda price: price.seconds)
 
 
 def _measured_here(device: Device, shape: OpShape) -> Price:
@@ -184,18 +196,13 @@ def price_many(device: Device, shapes: Sequence[OpShape]) -> list[Price]:
         return [price(device, shape) for shape in shapes]
     first: dict[OpShape, OpShape] = {}
     ops = [first.setdefault(shape, shape) for shape in shapes]  # equal ones are one: identity spares comparing fields
-    unknown: list[OpShape] = []
-    runs: list[OpShape] = []
-    for shape in first:
-        if shape not in device.cache:
-            run = _as_run(device, shape)
-            if (known := _known(device, run, None, "")) is not None:
-                _keep(device, shape, known)
-            else:
-                unknown.append(shape)
-                runs.append(run)
-    for shape, run, priced in zip(unknown, runs, kernel_prices(device, runs)):
-        _keep(device, shape, priced or _roofline(device, run))
+    unknown = {shape: _formats(device, shape) for shape in first if shape not in device.cache}
+    runs = [run for formats in unknown.values() for run in formats]
+    known = [_known(device, run, None, "") for run in runs]
+    priced = iter(kernel_prices(device, [run for run, found in zip(runs, known) if found is None]))
+    prices = iter([found or next(priced) or _roofline(device, run) for run, found in zip(runs, known)])
+    for shape, formats in unknown.items():
+        _keep(device, shape, _faster([next(prices) for _ in formats]))
     return [device.cache[shape] for shape in ops]
 
 

@@ -48,6 +48,11 @@ _SCATTERS = frozenset((
     "embedding_dense_backward", "embedding_backward", "scatter", "scatter_add", "index_put", "index_add", "index_copy",
     "_embedding_bag_dense_backward",
 ))  # fmt: skip
+# A radix sort passes over keys (4 bytes) and their places (8) once for every 8 bits of a key, reading and writing both,
+# where `touched` counts the keys read and both written: 4 * 24 bytes for 16. ASSUMPTION
+SORT_PASSES = 6.0
+_SORTS = frozenset(("sort", "argsort", "msort", "topk", "kthvalue", "unique"))
+ASSUMED_ERROR = 0.3  # of a price that rests on one of these shares, which no table has. ASSUMPTION
 _CELLS = frozenset((
     "_thnn_fused_lstm_cell", "_thnn_fused_gru_cell", "_thnn_fused_lstm_cell_backward_impl",
     "_thnn_differentiable_lstm_cell_backward",
@@ -82,8 +87,15 @@ def rowwise_prices(device: Device, shapes: Sequence[OpShape]) -> list[Price | No
         if pricing is not None:
             rows = np.array([work_of(shapes[i], kind) for i in members])
             for i, value in zip(members, _seconds(*pricing.law, rows).tolist()):
-                prices[i] = pricing.found.price(value)
+                price = pricing.found.price(value)
+                assumed = kind == "stream" and _is_assumed(shapes[i].name)
+                prices[i] = Price(value, "extrapolated", max(price.error, ASSUMED_ERROR)) if assumed else price
     return prices
+
+
+def _is_assumed(name: str) -> bool:
+    """Whether an op that streams reaches an assumed share of what the tables' element-wise ops reach."""
+    return family(name) in STREAM_SHARE or base_name(name) in _SCATTERS | _SORTS
 
 
 def rowwise_price(device: Device, shape: OpShape) -> Price | None:
@@ -121,6 +133,8 @@ def work_of(shape: OpShape, kind: str) -> tuple[float, float, float, float]:
     elif what == "optimizer":
         launches = float(_optimizer_launches(shape))
     moved /= SCATTER_SHARE if name in _SCATTERS else STREAM_SHARE.get(what, 1.0)
+    if name in _SORTS:
+        moved *= SORT_PASSES
     if kind == "stream":
         return moved, 1.0, 1.0, launches
     shapes = (*shape.in_shapes, *shape.out_shapes)

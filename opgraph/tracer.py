@@ -103,7 +103,7 @@ class StepTracer(TorchDispatchMode):
 
     # -- where we are ---------------------------------------------------------------------------------------
     def enter_module(self, module: nn.Module, args: Any) -> None:
-        self._stack.append(self.names.get(id(module), self._stack[-1] if self._stack else ""))
+        self._stack.append(self.names.get(id(module), self._stack[-1] if self._stack else LOSS))
 
     def leave_module(self, module: nn.Module, args: Any, output: Any) -> None:
         if self._stack:

@@ -138,6 +138,9 @@ def complete(
             changed = {k: wanted[k] for k in ("recompute_first", "recompute_keeps", "offload")}
             return replace(plan, data_parallel=kind, **changed)
     mesh = {f"{axis}{wanted[axis]}" for axis in ("pp", "dp", "tp") if wanted[axis] > 1}
-    reasons = [r.reason for r in space.rejected if set(re.split(r"[ ,]+", r.label)) & mesh]
+    kind = {wanted["data_parallel"]} if wanted["dp"] > 1 else set()
+    reasons = [r.reason for r in space.rejected if set(re.split(r"[ ,]+", r.label)) & (mesh | kind)]
+    if wanted["recompute"] and not workload.blocks:
+        reasons.append("no repeated blocks were found in the model, and blocks are what is recomputed")
     reason = "; ".join(dict.fromkeys(reasons)) or "it is not in the space that the search knows"
     raise ValueError(f"plan '{text}' is not legal for {workload.name}: {reason}")

@@ -123,7 +123,8 @@ class _Replay:
         self.owned_bytes = sum(shares[name] for name in owned)
         for name, size in shares.items():
             (self.host if self.away("parameters") else ledger).hold(("parameter", name), size, "parameters")
-        for t in {t.id: t for t in graph.tensors if t.role == "optimizer_state" and t.name in owned}.values():
+        updated = owned.keys() & {name for name, _ in graph.gradient_ops}
+        for t in {t.id: t for t in graph.tensors if t.role == "optimizer_state" and t.name in updated}.values():
             whole = t.shape == graph.parameters[t.name].shape
             size = state_bytes(stage, t.name, self.dp_index) if whole else t.bytes
             (self.host if self.away("optimizer") else ledger).hold(("state", t.id), size, "optimizer_state")

@@ -69,6 +69,9 @@ def lifetimes(stage: Stage, backend: str) -> Lifetimes:
     owner = gradient_owners(stage)
     end = stage.ops.backward[-1].id if stage.ops.backward else stage.ops.forward[-1].id
     kept = {graph.tensors[t].storage for t in (*stage.ops.sends, *outputs(stage))}
+    if stage.plan.pp * stage.plan.micro_batches == 1:  # of several losses the sum is kept, a number
+        last = max(op.id for op in graph.ops if op.phase != "optimizer")
+        kept |= {s.id for s in graph.storages if s.death > last}  # the loss: who runs the step has a name for it
     for storage in graph.storages:
         s = storage.id
         if storage.birth not in mine or s in elsewhere:

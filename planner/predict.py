@@ -106,12 +106,9 @@ def _judge(
     peaks = device_peaks(held, cluster)
     fullest = max(held, key=lambda m: m.peak)
     capacity = memory_per_rank(cluster, plan)
-    model_flops = graph.at_batch(plan.micro_batch).flops() * plan.micro_batches * plan.dp
-    rounds = {family(op.name) for op in graph.ops} & set(cluster.device.in_tf32)
-    dtype = "bfloat16" if plan.precision == "bf16" else "tf32" if rounds else "float32"
+    at_peak = _seconds_at_peak(graph.at_batch(plan.micro_batch), plan, cluster.device)
     devices = min(plan.world_size, cluster.size)
-    peak = peak_of(cluster.device, dtype) * devices
-    mfu = model_flops / (step * peak) if step else 0.0
+    mfu = at_peak * plan.micro_batches * plan.dp / (step * devices) if step else 0.0
     if mfu > 1:
         notes += ("MFU is above 100 %: convolutions by Winograd or FFT multiply less often than FLOP are counted",)
     return Prediction(
@@ -136,6 +133,14 @@ def _judge(
     )
 
 
+def _seconds_at_peak(graph: OpGraph, plan: ParallelPlan, device: Device) -> float:
+    """The model's FLOP at the peak of the format that they run in, which is tf32 for some of a step in float32."""
+    if plan.precision == "bf16":
+        return graph.flops() / peak_of(device, "bfloat16")
+    rounded = sum(op.flops for op in graph.ops if family(op.name) in device.in_tf32)
+    return rounded / peak_of(device, "tf32") + (graph.flops() - rounded) / peak_of(device, "float32")
+
+
 def _rounded(graph: OpGraph, plan: ParallelPlan, device: Device) -> tuple[str, ...]:
     """A note where torch rounds float32 to tf32 unasked."""
     if plan.precision != "fp32":
@@ -148,6 +153,8 @@ def _rounded(graph: OpGraph, plan: ParallelPlan, device: Device) -> tuple[str, .
 
 def _unknown_to(device: Device, plan: ParallelPlan) -> tuple[str, ...]:
     """A note where a device has no units for the plan's precision (`costmodels.ops.peak_of` says what stands in)."""
+    if plan.precision == "tf32" and not device.in_tf32:
+        return (f"{device.name} has no tf32; the step is that in fp32",)
     if plan.precision != "bf16" or device.kind == "cpu" or "bfloat16" in device.peak_flops:
         return ()
     return (f"{device.name} has no bfloat16; its products are priced at the rate of float32",)

@@ -16,7 +16,7 @@ from planner.host_thread import EAGER, Running
 from planner.layout import propagate
 from planner.plan import DataParallel, ParallelPlan, Precision, Schedule, Sharding
 from planner.runtime_data import no_fully_shard
-from planner.stages import LOSS
+from planner.stages import LOSS, within
 from planner.step_costs import StepCosts, crossings, step_costs
 from planner.tensor_parallel import explain_no_shardings, tp_shardings
 
@@ -79,13 +79,25 @@ def enumerate_plans(
         raise ValueError(f"the global batch is {global_batch}; a step needs 1 or more samples")
     costs = step_costs(graph, cluster, running)
     paths = sorted(costs.spans, key=lambda path: costs.spans[path])
-    units = workload.blocks or tuple(p for p in paths if "." not in p and _has_parameters(graph, p))
+    found = workload.blocks or tuple(p for p in paths if "." not in p and _has_parameters(graph, p))
+    units = tuple(u for u in found if not _lends(graph, u))
     cuts = cut_candidates(costs, workload.blocks)
     builder = _Builder(workload, costs, global_batch, precision, cuts, tuple(u for u in units if u in costs.spans))
     for pp, dp, tp in _factorizations(devices):
         _enumerate_mesh(builder, pp, dp, tp)
     rejected = tuple(Rejection(label, reason, count) for (label, reason), count in builder.rejected.items())
     return Space(tuple(builder.plans), rejected, costs)
+
+
+def _lends(graph: OpGraph, path: str) -> bool:
+    """Whether a parameter of this module is read outside of it, where `fully_shard` has not gathered it."""
+    owned = {t.storage for n, t in graph.parameters.items() if within(n.rpartition(".")[0], path)}
+    return any(
+        graph.tensors[t].storage in owned
+        for op in graph.ops
+        if op.phase == "forward" and not within(op.module, path)
+        for t in op.inputs
+    )
 
 
 def check_devices(cluster: Cluster, devices: int | None) -> int:
@@ -113,6 +125,9 @@ def _enumerate_mesh(b: _Builder, pp: int, dp: int, tp: int) -> None:
     kinds: tuple[DataParallel, ...] = ("ddp", "zero1", "fsdp") if dp > 1 else ("ddp",)
     schedules: tuple[Schedule, ...] = ("gpipe", "1f1b") if pp > 1 else ("1f1b",)
     count = len(kinds) * len(schedules) * 2  # what one micro-batch size stands for: with and without recomputation
+    if pp > 1 and b.costs.graph.traced_on == "real":
+        b.reject(label, "the forward depends on the values of its data, so torch cannot record it for stages", count)
+        return
     if b.global_batch % dp:
         b.reject(label, f"the global batch of {b.global_batch} is not divisible by dp = {dp}", count)
         return

@@ -39,7 +39,8 @@ def stage_ops(graph: OpGraph, cuts: tuple[str, ...]) -> tuple[StageOps, ...]:
     for s in range(count):
         forward[s] = _with_constants(graph, forward[s], constants, needs)
     backward = _backward_stages(graph, stage_of, count)
-    parameters = [_used_parameters(graph, ops) for ops in forward]
+    # the whole model holds what nothing reads, too; a stage is made of the modules that it calls
+    parameters = [_used_parameters(graph, ops) for ops in forward] if count > 1 else [tuple(graph.parameters)]
     sends = _crossing(graph, stage_of, constants, count)
     _check_sent(graph, cuts, sends)
     return tuple(StageOps(s, tuple(forward[s]), tuple(backward[s]), parameters[s], sends[s]) for s in range(count))

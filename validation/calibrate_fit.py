@@ -126,7 +126,14 @@ def _weighted_median(values: np.ndarray, weights: np.ndarray) -> float:
 
 
 def fit(design: np.ndarray, seconds: np.ndarray) -> np.ndarray:
-    """Non-negative coefficients with a small mean absolute relative error (iteratively reweighted least squares)."""
+    """Non-negative coefficients with a small mean absolute relative error (iteratively reweighted least squares).
+
+    A feature that is everywhere equal to one before it gets none: where all products are of one matrix, a cost of each
+    matrix cannot be told from that of a call, and took 44 times as long for hundreds of small ones."""
+    design = design.copy()
+    for j in range(1, design.shape[1]):
+        if any(np.array_equal(design[:, i], design[:, j]) for i in range(j)):
+            design[:, j] = 0.0
     rows = design / seconds[:, None]
     scale = rows.max(axis=0)
     scale[scale == 0] = 1.0

@@ -30,6 +30,7 @@ from validation.calibrate_nets import (
     streams,
     tied,
     transformer,
+    windows,
 )
 
 
@@ -91,6 +92,10 @@ def _all() -> tuple[Source, ...]:
         "tied256": partial(tied, 256, 1, 48, 100000),  # a table larger than any cache: 102 MB
         "tied96": partial(tied, 96, 4, 24, 60000),
         "mlp-heavy": partial(perceptron, 3, 1152, 7168, 2304, 200),  # weights of 33 and 66 MB pass by short ops
+        "windows96": partial(windows, 96, 3, 16, 49),
+        "windows80": partial(windows, 80, 5, 40, 12),
+        "windows256": partial(windows, 256, 4, 3, 144),
+        "windows144": partial(windows, 144, 6, 6, 30),
         "plain96": partial(plain_net, 1, 40, 96),
         "mlp-tall": partial(perceptron, 512, 256, 640, 640, 64),
     }

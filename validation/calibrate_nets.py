@@ -133,6 +133,30 @@ def transformer(width: int, heads: int, batch: int, length: int, vocab: int, **o
     return Transformer(width, heads, length, vocab, **options), (ids,), (ids.clone(),), token_loss
 
 
+class Windows(nn.Module):
+    """A block whose attention is spelled out: products of many small matrices, a bias for every pair, a softmax."""
+
+    def __init__(self, width: int, heads: int, length: int, classes: int) -> None:
+        super().__init__()
+        self.heads, self.size = heads, width // heads
+        self.norm, self.packed = nn.LayerNorm(width), nn.Linear(width, 3 * width)
+        self.bias = nn.Parameter(torch.zeros(heads, length, length))
+        self.out, self.head = nn.Linear(width, width), nn.Linear(width, classes)
+
+    def forward(self, x: Tensor) -> Any:
+        windows, length, width = x.shape
+        packed = self.packed(self.norm(x)).view(windows, length, 3, self.heads, self.size).permute(2, 0, 3, 1, 4)
+        q, k, v = packed.unbind(0)
+        scores = q @ k.transpose(-2, -1) * self.size**-0.5 + self.bias
+        y = (scores.softmax(dim=-1) @ v).transpose(1, 2).reshape(windows, length, width)
+        return self.head((x + self.out(y)).mean(dim=1))
+
+
+def windows(width: int, heads: int, count: int, length: int, classes: int = 50) -> Case:
+    inputs, targets = torch.randn(count, length, width), torch.randint(0, classes, (count,))
+    return Windows(width, heads, length, classes), (inputs,), (targets,), F.cross_entropy
+
+
 class Patches(nn.Module):
     """A vision transformer of one block: patches by a convolution, a class token, attention without mask."""
 

@@ -54,7 +54,7 @@ def _prove(
         notes.append("random draws in the model's forward were given one fixed outcome for the proof")
     gradients = step.named_gradients()
     report = _compare(plan, gradients, own_loss, *first)
-    if _may_be_rounding(report, TOLERANCE[plan.precision]) and in_pieces > 1 and not by_pieces:
+    if _may_be_rounding(report, _limit(plan, first[1])) and in_pieces > 1 and not by_pieces:
         second = _reference_file(plan, safe, spec, in_pieces, rank, device, seed, scratch)
         again = _compare(plan, gradients, own_loss, *second)
         if not again["wrong"]:
@@ -150,6 +150,12 @@ def _without_dropout(build: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
     return make
 
 
+def _limit(plan: ParallelPlan, expected: dict[str, torch.Tensor]) -> float:
+    """The error that the format of the step allows: of autocast, or of a model that is in 16 bits itself."""
+    half = any(g.dtype in (torch.bfloat16, torch.float16) for g in expected.values())
+    return TOLERANCE["bf16" if half else plan.precision]
+
+
 def _compare(
     plan: ParallelPlan,
     gradients: dict[str, torch.Tensor],
@@ -174,11 +180,13 @@ def _compare(
     loss_error = abs(sum(losses) / len(losses) - loss) / max(abs(loss), 1e-30)
     missing = sorted(set(expected) - {name for *_, names in everyone for name in names})
     gradient_error, culprit = max(((e, c) for _, e, c, _ in everyone), key=lambda p: (p[0] != p[0], p[0]))
-    limit, wrong = TOLERANCE[plan.precision], ""
+    limit, wrong = _limit(plan, expected), ""
     if missing:
         wrong = f"parameter {missing[0]} has a gradient on a single device but none in this plan"
     elif not loss_error <= limit:
         wrong = f"the loss differs from the single-device step by {loss_error:.2g} (allowed {limit:g})"
+        if plan.dp * plan.micro_batches > 1:
+            wrong += "; a loss that is no mean over samples, or a model that sees the whole batch, cannot be shared out"
     elif not gradient_error <= limit:
         size = f"{gradient_error:.2g} (allowed {limit:g})"
         wrong = f"the gradient of {culprit} differs from the single-device step by {size}"

@@ -103,7 +103,12 @@ def _steps(
         inputs, targets = share(plan, workload, rank, device, options.seed)
         built.append(step)
         data.extend((inputs, targets))
-        return lambda: losses.append(step.run(inputs, targets))
+        def once() -> None:
+            loss = step.run(inputs, targets)
+            if options.trace:  # a copy: the mean of some losses lies in a block as large as what it was taken of
+                losses.append(None if loss is None else loss.clone())
+
+        return once
 
     run: Any = None
     if options.measure:  # before the profiler: a step that was built under its dispatch mode stays slower

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from costmodels import hockney
 from costmodels.cluster import Cluster, Link, Tier, load_cluster
 from costmodels.collectives import KINDS, collective_price
-from costmodels.nccl_fabric import family_of, group_of, network_of
+from costmodels.nccl_fabric import across_of, family_of, group_of, network_of
 from costmodels.nccl_law import TUNER, Laws, shipped
 from costmodels.nccl_tuner import candidates
 
@@ -262,3 +262,28 @@ def test_two_levels_beat_one_between_nodes() -> None:
         collective_price(H100, "all_reduce", GIB, range(32), a).seconds for a in ("hierarchical", "rabenseifner")
     )
     assert two_levels < one
+
+
+@pytest.mark.parametrize("kind", ["all_reduce", "all_gather", "reduce_scatter", "broadcast", "reduce", "all_to_all"])
+@pytest.mark.parametrize("nbytes", [8.0, 2.0**20, 2.0**29])
+def test_rings_over_sockets_pass_every_device_of_their_hosts(kind: str, nbytes: float) -> None:
+    """A second host of PCIe boxes makes nothing faster (an all-to-all leaves less inside)."""
+    two = load_cluster("2x rtx4090-pcie")
+    alone, both = (collective_price(two, kind, nbytes, range(n)).seconds for n in (8, 16))
+    sparse = collective_price(two, kind, nbytes, (0, 8)).seconds
+    assert both > sparse
+    assert both > (0.5 if kind == "all_to_all" else 1.0) * alone
+    if kind == "all_reduce" and nbytes > 2**28:
+        assert both == pytest.approx(alone * (15 / 16) / (7 / 8), rel=0.01)
+
+
+@pytest.mark.parametrize(("name", "ranks"), [("8x dgx-h100", 32), ("16x dgx-a100", 64), ("2x gb200-nvl72", 72)])
+def test_one_rank_more_on_a_node_of_its_own_takes_its_own_nic_only(name: str, ranks: int) -> None:
+    """All that reaches the lone rank comes through its NIC; the others do not wait for it with theirs."""
+    cluster = load_cluster(name)
+    group = group_of(cluster, range(ranks + 1))
+    nic = across_of(cluster, 1, 1)
+    seconds = collective_price(cluster, "all_to_all", 2.0**30, range(ranks + 1)).seconds
+    bound = 2**30 * ranks / (ranks + 1) / nic
+    assert group.leaving == pytest.approx(ranks / (ranks + 1))
+    assert bound < seconds < 2.5 * bound

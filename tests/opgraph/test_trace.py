@@ -15,7 +15,7 @@ from opgraph.batch import trace_workload
 from opgraph.flops import NoFormulaError
 from opgraph.graph import OpGraph
 from opgraph.models import load_workload
-from opgraph.trace import TraceError, trace
+from opgraph.trace import LOSS, TraceError, trace
 from opgraph.workload import Workload, adamw, mean_square
 
 ZOO = [
@@ -296,7 +296,7 @@ def test_torch_logs_no_page_beside_the_sentence(caplog: pytest.LogCaptureFixture
 
 
 def test_bad_arguments() -> None:
-    with pytest.raises(ValueError, match="precision is 'fp8'; known are fp32, bf16, fp16"):
+    with pytest.raises(ValueError, match="precision is 'fp8'; known are fp32, tf32, bf16, fp16"):
         trace_net(precision="fp8")
     with pytest.raises(ValueError, match="inputs is a tensor"):
         trace(Net(), torch.randn(4, 8))
@@ -304,6 +304,15 @@ def test_bad_arguments() -> None:
         trace_net(loss=lambda y: y)
     with pytest.raises(TraceError, match="does not depend on any trainable parameter"):
         trace_net(loss=lambda y: y.detach().sum())
+
+
+def test_a_loss_that_is_a_module_is_the_loss() -> None:
+    """Its ops belong to no part of the model, so that targets cross no cut."""
+    outside = [
+        [op.name for op in trace(Net(), (torch.randn(4, 8),), (torch.randn(4, 8),), loss=loss).ops if op.module == LOSS]
+        for loss in (nn.MSELoss(), nn.functional.mse_loss)
+    ]
+    assert outside[0] == outside[1] and any("mse_loss" in name for name in outside[0])
 
 
 def test_tracing_leaves_the_module_as_it_was() -> None:

@@ -9,7 +9,7 @@ from planner.estimate import bound_seconds
 from planner.plan import ParallelPlan
 from planner.predict import predict, simulate_plan
 from planner.search import search
-from tests.planner.conftest import ALEXNET, GPT, model
+from tests.planner.conftest import ALEXNET, GPT, VIT, model
 from tests.planner.test_lowering import KINDS, plan_of
 
 
@@ -76,6 +76,14 @@ def test_where_torch_rounds_to_tf32_unasked_a_note_says_so():
     assert not any("allow_tf32" in note for note in said["dgx1-p100"])
     _, graph = model(GPT)
     assert not any("allow_tf32" in note for note in predict(graph, ParallelPlan(8), load_cluster("dgx-h100")).notes)
+
+
+def test_mfu_counts_each_flop_at_the_peak_of_its_format():
+    """Patches of a ViT are a convolution, which rounds to tf32; 99 % of its FLOP are products in full float32."""
+    _, graph = model(VIT)
+    found = predict(graph, ParallelPlan(8), load_cluster("dgx-a100"))
+    flops = graph.at_batch(8).flops() / found.step_seconds
+    assert 0.8 * flops / 19.5e12 < found.mfu <= flops / 19.5e12
 
 
 def test_a_plan_in_tf32_rounds_products_where_the_device_can():

@@ -199,3 +199,41 @@ def test_fully_shard_takes_no_scalars():
     assert said in {r.reason for r in space.rejected}
     with pytest.raises(ValueError, match=f"{said}, or use ddp or zero1"):
         lower(graph, ParallelPlan(8, dp=2, data_parallel="fsdp"), CLUSTER)
+
+
+class Lending(nn.Module):
+    """The weight of `first` is read again outside of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(self.second(self.first(x)), self.first.weight)
+
+
+def test_a_module_whose_weight_others_read_is_no_unit():
+    workload = Workload("lending", Lending, lambda n: ((torch.ones(n, 8),), ()), mean_square, adamw, 4)
+    space = enumerate_plans(workload, trace_workload(workload), CLUSTER, 8, 2)
+    assert {p.fsdp_units for p in space.plans if p.fully_sharded} == {("second",)}
+
+
+class Choosing(nn.Module):
+    """Rows that a value chooses: what runs depends on the data."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x[(x[:, 0] > 0).nonzero().flatten()].sum(0)
+
+
+def test_what_depends_on_data_gets_no_pipeline():
+    workload = Workload("choosing", Choosing, lambda n: ((torch.randn(n, 8),), ()), mean_square, adamw, 4)
+    graph = trace_workload(workload)
+    space = enumerate_plans(workload, graph, CLUSTER, 8, 2)
+    assert graph.traced_on == "real" and {p.pp for p in space.plans} == {1}
+    assert any("cannot record it for stages" in r.reason for r in space.rejected if "pp2" in r.label)

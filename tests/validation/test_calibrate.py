@@ -49,6 +49,14 @@ def test_a_fit_finds_the_coefficients_in_spite_of_outliers() -> None:
     assert fit(design, seconds) == pytest.approx(truth, rel=0.05)
 
 
+def test_a_feature_that_repeats_another_gets_no_coefficient() -> None:
+    """Of calls on one matrix each nobody can tell what a matrix costs: it must not be all that a call costs."""
+    calls = np.column_stack((np.ones(20), np.linspace(1e4, 1e6, 20), np.ones(20)))
+    found = fit(calls, calls @ np.array([1e-5, 1e-10, 0.0]))
+    assert found == pytest.approx([1e-5, 1e-10, 0.0])
+    assert (calls[:, 2] == 1).all()  # what is given is left alone
+
+
 def test_only_undisturbed_runs_count() -> None:
     calm, busy = Run((1.0,), 1.0), Run((5.0,), 2.0)
     assert undisturbed([busy, calm, calm, busy]) == [calm, calm]

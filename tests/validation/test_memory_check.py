@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
+from opgraph.batch import trace_workload
 from opgraph.models import load_workload
-from validation.memory_check import MODELS, Row, check, earlier, plans_of, write
+from opgraph.workload import Workload, adamw
+from planner.plan import ParallelPlan
+from validation.launch import run_plans
+from validation.measure import Options
+from validation.memory_check import MODELS, Row, check, earlier, plans_of, predicted, write
 
 
 def test_plans_of_every_family() -> None:
@@ -29,6 +35,33 @@ def test_the_report_says_what_happened(tmp_path) -> None:  # type: ignore[no-unt
     assert "failed: rank 0 died" in text and "-50.00%" in text and "`a command`" in text
     assert earlier(tmp_path) == rows and earlier(tmp_path / "none") == []
     assert "rank 0 died" in (tmp_path / "memory.csv").read_text()
+
+
+class Kept(torch.nn.Module):
+    """A layer that nothing calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.idle = torch.nn.Linear(64, 64), torch.nn.Linear(64, 512)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.body(x)
+        return out
+
+
+def kept() -> Workload:
+    batch = lambda n: ((torch.randn(n, 64),), (torch.randn(n, 64),))  # noqa: E731
+    return Workload("kept", Kept, batch, torch.nn.functional.mse_loss, adamw, 64)
+
+
+@pytest.mark.executed
+def test_idle_parameters_and_a_loss_in_the_block_of_its_elements_are_held() -> None:
+    plans = [ParallelPlan(64), ParallelPlan(64, micro_batches=2), ParallelPlan(64, dp=2, data_parallel="fsdp")]
+    expected = [predicted(trace_workload(kept(), accelerator=False), plan) for plan in plans]
+    found = run_plans("tests.validation.test_memory_check:kept", plans, Options(measure=False))
+    for bytes_, measured in zip(expected, found, strict=True):
+        assert measured.status == "ok", measured.reason
+        assert bytes_ == pytest.approx(measured.peak_bytes, rel=0.005)
 
 
 @pytest.mark.executed
