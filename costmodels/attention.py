@@ -91,7 +91,7 @@ def _held(device: Device, found: Found, dtype: str) -> float:
     tensor cores (`costmodels.gemm.sustained`)."""
     if found.whose != "relative":
         return 1.0
-    from costmodels.gemm import sustained
+    from costmodels.gemm_lending import sustained
 
     section = section_for(device, "gemm", dtype if dtype != "float32" else "bfloat16")
     return min(sustained(device, section, dtype), 1.0) if section is not None and section.device else 1.0

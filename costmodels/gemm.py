@@ -1,7 +1,7 @@
 """Prices of matrix products (mm, bmm, addmm, linear, grouped) by the tile law and its correction.
 
 The time is the kernel's alone; launching it from Python is the host's, and priced there. Products of a device without a
-table of its own borrow constants (`costmodels.relatives`) and are called extrapolated.
+table of its own borrow constants (`costmodels.gemm_lending`) and are called extrapolated.
 """
 
 from __future__ import annotations
@@ -9,15 +9,14 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cache
-from math import prod
+from math import log, prod
 
 import numpy as np
 
-from costmodels.device import Device, list_devices, load_device
+from costmodels.device import Device
 from costmodels.families import base_name, family
 from costmodels.features import gemm_dims
-from costmodels.gemm_correction import Packed, correction_from, factors_of
+from costmodels.gemm_correction import FADE, Packed, correction_from, factors_of
 from costmodels.gemm_correction import packed as packed_table
 from costmodels.gemm_law import (
     Array,
@@ -25,28 +24,22 @@ from costmodels.gemm_law import (
     Hardware,
     Menu,
     candidates_of,
-    constants_from,
     fastest,
     hardware_of,
     menu,
     packed,
 )
+from costmodels.gemm_lending import BORROWED_ERROR, Lent, lent
 from costmodels.ops import OpShape
 from costmodels.price import Price
-from costmodels.relatives import SAME, Section, measured, same_generation, section_for, vendor
+from costmodels.relatives import SISTER, Section, distance, relatives, section_for
 
 WIDTH = {"float64": 8, "float32": 4, "tf32": 4, "float16": 2, "bfloat16": 2, "int8": 1}
 REGIONS = (64, 512, 1024)  # upper ends of m of the regions whose errors a section lists; the last has none
-# Mean errors of borrowed constants: measured by predicting each device of a table from its nearest other one
-# (reports/gemm/borrowed.csv). generation: 0.05 to 0.14 with the relative's correction; vendor: of another generation,
-# 0.13 to 1.7, half of them under 0.35. ASSUMPTIONS: dtype: of another dtype of the device; other: of another maker.
-BORROWED_ERROR = {"generation": 0.08, "dtype": 0.25, "vendor": 0.40, "other": 0.50}
-# A board that may draw less power runs the same kernels at a lower clock: time grows as (power / limit) ** 0.4 where
-# the limit is 0.6 to 0.9 of what the work would draw. Median over 165 pairs of power limits of training runs on V100,
-# A40 and Quadro RTX 6000 (0.43, 0.36, 0.41; eight in ten between P10 and P90): `python -m validation.fit_power` on
-# the Zeus project's traces.
-POWER = 0.4
-OUTSIDE = 2.0  # outside the fitted range an error is taken to be twice as large, as for the other laws
+# Outside the fitted range an error is taken to be twice as large, as for the other laws, and once more for each factor
+# of 4 beyond the first; MOST at most. ASSUMPTION
+OUTSIDE, MOST = 2.0, 0.9
+WIDE = "_wide"  # ending of a second section of a dtype, whose table reaches to fewer rows, columns and steps of k
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -83,9 +76,29 @@ def gemm_prices(device: Device, shapes: Sequence[OpShape]) -> list[Price | None]
     for (dtype, batched), members in groups.items():
         pricing = pricing_of(device, dtype, batched)
         if pricing is not None:
-            found = _evaluate(pricing, [dims[i] for i in members])
-            for i, price in zip(members, found):
+            for i, price in zip(members, _prices_of(device, pricing, dtype, [dims[i] for i in members])):
                 prices[i] = price
+    return prices
+
+
+def _prices_of(
+    device: Device, pricing: Pricing, dtype: str, dims: Sequence[tuple[int, int, int, int]]
+) -> Sequence[Price]:
+    """Prices of products of one dtype and kind: below the range of their table by the wide one, where there is one;
+    float32's vectors times matrices, which are reads of the matrix, as 16-bit ones of as many bytes."""
+    prices = _evaluate(pricing, dims)
+    if dtype != "float32":
+        return prices
+    below = [i for i, d in enumerate(dims) if min(d) > 0 and any(x < low for x, low in zip(d, pricing.low))]
+    if below and (wide := wide_of(device, dtype, dims[below[0]][0] > 1)) is not None:
+        for i, price in zip(below, _evaluate(wide, [dims[i] for i in below])):
+            prices[i] = price
+    vectors = [i for i in below if 1 in dims[i][1:3]]
+    if vectors and (reads := reads_of(device)) is not None:
+        as_read = [(b, m, n, 2 * k) for b, m, n, k in (dims[i] for i in vectors)]
+        for i, price in zip(vectors, _evaluate(reads, as_read)):
+            if price.seconds < prices[i].seconds:
+                prices[i] = Price(price.seconds, "extrapolated", min(OUTSIDE * price.error, MOST))
     return prices
 
 
@@ -97,11 +110,20 @@ def _evaluate(pricing: Pricing, dims: Sequence[tuple[int, int, int, int]]) -> li
     prices = []
     for value, product in zip(seconds.tolist(), dims):
         error = pricing.errors[bisect_right(REGIONS, product[1])]
-        if not pricing.borrowed and all(low <= x <= high for low, x, high in zip(pricing.low, product, pricing.high)):
-            prices.append(Price(value, "interpolated", error))
+        if all(low <= x <= high for low, x, high in zip(pricing.low, product, pricing.high)):
+            prices.append(Price(value, "extrapolated" if pricing.borrowed else "interpolated", error))
         else:
-            prices.append(Price(value, "extrapolated", error * (1 if pricing.borrowed else OUTSIDE)))
+            wider = max(1.0, OUTSIDE - pricing.borrowed) + max(_beyond(pricing, product) / FADE - 1.0, 0.0)
+            prices.append(Price(value, "extrapolated", min(error * wider, max(error, MOST))))
     return prices
+
+
+def _beyond(pricing: Pricing, product: tuple[int, int, int, int]) -> float:
+    """How far a product lies outside the fitted range: ln of the factors by which its dims do, added up."""
+    return sum(
+        log(low / max(x, 1)) if x < low else log(x / high) if x > high else 0.0
+        for low, x, high in zip(pricing.low, product, pricing.high)
+    )
 
 
 def pricing_of(device: Device, dtype: str, batched: bool) -> Pricing | None:
@@ -114,16 +136,49 @@ def pricing_of(device: Device, dtype: str, batched: bool) -> Pricing | None:
     return found
 
 
-def _pricing(device: Device, dtype: str, section: Section) -> Pricing:
-    """A relative of the same generation lends its correction too: it halves the error (reports/gemm/borrowed.csv)."""
-    values, whose = section.values, _whose(device, dtype, section)
-    constants = constants_from(values)
-    if whose == "generation":
-        constants = replace(constants, compute=constants.compute * sustained(device, section, dtype))
-    elif whose != "own":
-        constants = borrowed_constants(device, dtype, constants, _sisters(device, dtype) if whose == "other" else ())
+def wide_of(device: Device, dtype: str, batched: bool) -> Pricing | None:
+    """What prices products below the range of `pricing_of`'s table: a second section of the device, or of a sister with
+    the rate of long products that the device has by the first one. Other relatives' would be worse than the first
+    section beyond its range (A100's from V100 0.10 instead of 0.08 off, V100's from T4 0.33 instead of 0.10). Kept in
+    the device's cache."""
+    key = ("gemm", dtype + WIDE, batched)
+    if key not in device.cache:
+        first = dtype + "_batched" * batched
+        main = pricing_of(device, dtype, batched)
+        sisters = (d for d in relatives(device) if distance(device, d) < SISTER)
+        owner = next((d for d in (device, *sisters) if first + WIDE in d.kernels.get("gemm", {})), None)
+        if owner is None or main is None:
+            device.cache[key] = None
+        else:
+            own = owner is device
+            found = Section(owner.kernels["gemm"][first + WIDE], "" if own else owner.name, first, own)
+            device.cache[key] = _pricing(device, dtype, found, None if own else main.constants)
+    kept: Pricing | None = device.cache[key]
+    return kept
+
+
+def reads_of(device: Device) -> Pricing | None:
+    """What prices products as reads of their operands: the law of 16-bit products without the time of the units. It
+    comes from tables that begin at one row. Kept in the device's cache."""
+    if ("gemm", "reads") not in device.cache:
+        found = pricing_of(device, "bfloat16", False)
+        if found is not None:
+            hardware = replace(found.hardware, peak=float("inf"), operand_bytes=2.0, result_bytes=2.0)
+            law, candidates = packed(found.constants, hardware), candidates_of(found.constants, hardware, found.menu)
+            found = replace(found, hardware=hardware, law=law, candidates=candidates)
+        device.cache["gemm", "reads"] = found
+    kept: Pricing | None = device.cache["gemm", "reads"]
+    return kept
+
+
+def _pricing(device: Device, dtype: str, section: Section, known: Constants | None = None) -> Pricing:
+    """`known`: constants of the device whose rate of long products takes the place of the section's."""
+    values = section.values
+    loan: Lent = lent(device, dtype, section)
+    constants, correction = loan.constants, correction_from(values) if loan.corrected else None
+    if known is not None:
+        constants = replace(constants, compute=known.compute, throttle=known.throttle)
     hardware, choices = hardware_of(device, dtype, WIDTH.get(dtype, 1)), menu(values["tiles"], values["splits"])
-    correction = correction_from(values) if whose in ("own", "generation") else None
     return Pricing(
         constants=constants,
         hardware=hardware,
@@ -131,73 +186,18 @@ def _pricing(device: Device, dtype: str, section: Section) -> Pricing:
         correction=packed_table(correction) if correction else None,
         low=tuple(map(float, values["low"])),
         high=tuple(map(float, values["high"])),
-        errors=tuple(values["errors"]) if whose == "own" else (BORROWED_ERROR[whose],) * (len(REGIONS) + 1),
-        borrowed=whose != "own",
+        errors=tuple(values["errors"]) if loan.error is None else (loan.error,) * (len(REGIONS) + 1),
+        borrowed=loan.error is not None,
         law=packed(constants, hardware),
         candidates=candidates_of(constants, hardware, choices),
     )
-
-
-def _whose(device: Device, dtype: str, section: Section) -> str:
-    """ "own", or the key of `BORROWED_ERROR` that says how far the constants come from."""
-    if section.own:
-        return "own"
-    relative = next((d for d in measured() if d.name == section.device), device)
-    if vendor(relative) != vendor(device):
-        return "other"
-    if not same_generation(relative, device):
-        return "vendor"
-    fitted, wanted = section.dtype.removesuffix("_batched"), {dtype}
-    return "generation" if fitted in wanted | next((s for s in SAME if dtype in s), set()) else "dtype"
 
 
 def borrowed_pricing(device: Device, relative: Device, section: str) -> Pricing:
     """What prices products of a device by the constants and the correction of another one; for scoring that."""
     values = relative.kernels["gemm"][section]
     found = Section(values, relative.name, section, True)
-    return _pricing(device, section.removesuffix("_batched"), found)
-
-
-def borrowed_constants(
-    device: Device, dtype: str, constants: Constants, sisters: Sequence[Device] = ()
-) -> Constants:
-    """Constants of a relative, with the best share of its peak that anyone measured on this device in place of the
-    relative's, or the least that anyone measured on a sister of it: a stronger board must not lose to a weaker one for
-    having been measured."""
-    own = _best_share(device, dtype)
-    known = [own] if own else [share for d in sisters if (share := _best_share(d, dtype))]
-    return replace(constants, compute=min(*known, 1.0)) if known else constants
-
-
-def _best_share(device: Device, dtype: str) -> float:
-    """The best rate measured by anyone over the peak, in this dtype or one that shares its kernels; 0 where unknown."""
-    kin = next((group for group in SAME if dtype in group), {dtype})
-    best = max((device.best_flops.get(d, 0.0) for d in (dtype, *sorted(kin))), default=0.0)
-    return best / hardware_of(device, dtype, 2.0).peak
-
-
-def _sisters(device: Device, dtype: str) -> tuple[Device, ...]:
-    """Devices of its maker and generation with a measured rate."""
-    return tuple(d for d in _with_best() if same_generation(d, device) and dtype in d.peak_flops)
-
-
-@cache
-def _with_best() -> tuple[Device, ...]:
-    return tuple(d for d in map(load_device, list_devices()) if d.best_flops)
-
-
-def sustained(device: Device, section: Section, dtype: str) -> float:
-    """The share of its peak that a device reaches over that of the relative of its generation that lends constants:
-    by the best rates that anyone measured on both, else by their power limits (`POWER`), else 1."""
-    relative = next((d for d in measured() if d.name == section.device), None)
-    if relative is None:
-        return 1.0
-    own, lent = (d.best_flops.get(dtype, 0.0) / hardware_of(d, dtype, 2.0).peak for d in (device, relative))
-    if own and lent:
-        return own / lent
-    if device.tdp and relative.tdp:
-        return float(min(device.tdp / relative.tdp, 1.0) ** POWER)
-    return 1.0
+    return _pricing(device, section.removesuffix(WIDE).removesuffix("_batched"), found)
 
 
 def _dtype(shape: OpShape) -> str:

@@ -22,7 +22,7 @@ import pandas as pd
 
 from costmodels import tomlfile
 from costmodels.device import CATALOGUE, load_device
-from costmodels.gemm import borrowed_pricing
+from costmodels.gemm import WIDE, borrowed_pricing
 from costmodels.gemm_correction import factors_of
 from costmodels.gemm_law import law_seconds
 from costmodels.relatives import measured, relatives
@@ -106,13 +106,13 @@ def _do(table: Table, out: Path) -> None:
 
 
 def keep(table: Table, fitted: Fit, mask: Mask) -> None:
-    """Write the section of a table into the device's kernels file, unless it is the second campaign of a device."""
+    """Write the section of a table into the device's kernels file; that of a second campaign beside the first as the
+    one that prices what lies below its range (`costmodels.gemm.WIDE`)."""
     path = CATALOGUE / "kernels" / f"{table.device}.toml"
     data: dict[str, Any] = tomlfile.read_toml(path) if path.is_file() else {}
     sections = data.setdefault("gemm", {})
-    if table.campaign == "random" and "models" in sections.get(table.section, {}).get("data", ""):
-        return
-    sections[table.section] = section_values(table, fitted, mask)
+    second = table.campaign == "random" and "models" in sections.get(table.section, {}).get("data", "")
+    sections[table.section + WIDE * second] = section_values(table, fitted, mask)
     tomlfile.write_toml(path, data)
 
 

@@ -1,4 +1,4 @@
-"""How the rate of a GPU falls with its power limit: the exponent `POWER` of `costmodels.gemm`.
+"""How the rate of a GPU falls with its power limit: the exponent `POWER` of `costmodels.power`.
 
     python -m validation.fit_power --traces FOLDER [--json]
 

@@ -10,7 +10,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from costmodels.device import Device, list_devices, load_device
-from costmodels.gemm import BORROWED_ERROR, gemm_price, gemm_prices, pricing_of, product_dims
+from costmodels.gemm import (
+    BORROWED_ERROR,
+    MOST,
+    WIDE,
+    _evaluate,
+    gemm_price,
+    gemm_prices,
+    pricing_of,
+    product_dims,
+    wide_of,
+)
 from costmodels.gemm_correction import STEP, Correction, correction_from, factors, section_of
 from costmodels.gemm_law import Constants, Hardware, law_seconds, menu
 from costmodels.kernels import kernel_price
@@ -125,7 +135,7 @@ def test_every_section_of_the_catalogue_is_complete(name: str) -> None:
         assert section["rows"] > 100 and section["held_out"] > 100 and section["data"]
         assert 0 < section["error"] < 0.25 and len(section["errors"]) == 4
         assert all(low <= high for low, high in zip(section["low"], section["high"]))
-        assert pricing_of(device, dtype.removesuffix("_batched"), dtype.endswith("_batched")) is not None
+        assert pricing_of(device, *kind_of(dtype)) is not None
 
 
 @pytest.mark.parametrize("name", ["a100-sxm-80gb", "h100-sxm", "b200"])
@@ -287,9 +297,62 @@ def test_experts_that_share_the_rows_cost_more_than_one_product_of_all_rows() ->
     assert price(h100, experts).seconds > 1.5 * price(h100, mm(4096, 1024, 2048)).seconds
 
 
+def kind_of(section: str) -> tuple[str, bool]:
+    """Dtype and whether batched, of the name of a section."""
+    plain = section.removesuffix(WIDE)
+    return plain.removesuffix("_batched"), plain.endswith("_batched")
+
+
+def test_what_lies_below_a_table_is_priced_by_the_wide_one_of_the_device() -> None:
+    """V100's table of models' products begins at 512 rows; the wide one was measured from 3 rows on."""
+    v100 = load_device("v100-pcie-32gb")
+    main, wide = pricing_of(v100, "float32", False), wide_of(v100, "float32", False)
+    assert main is not None and wide is not None
+    assert main.low[1] == 512 and wide.low[1] < 32 and not wide.borrowed
+    inside, below = mm(2048, 2048, 2048, "float32"), mm(100, 2000, 2000, "float32")
+    assert price(v100, inside) == _evaluate(main, [product_dims(inside)])[0]
+    assert price(v100, below) == _evaluate(wide, [product_dims(below)])[0]
+    assert price(v100, below).source == "interpolated"
+    sister = load_device("v100-sxm2-32gb")
+    assert price(sister, below).source == "extrapolated" and price(sister, below).seconds < price(v100, below).seconds
+    assert wide_of(load_device("h100-sxm"), "float32", False) is None  # no sister of it has one
+
+
+@pytest.mark.parametrize("name", ["a100-sxm-80gb", "h100-sxm", "b200", "v100-pcie-32gb", "t4", "mi300x"])
+def test_a_vector_times_a_matrix_reads_the_matrix(name: str) -> None:
+    device = load_device(name)
+    vector = mm(1, 8192, 8192, "float32")
+    least = 4 * 8192 * 8192 / device.memory_bandwidth
+    assert least < price(device, vector).seconds < 1.6 * least
+    assert price(device, vector).seconds <= price(device, mm(2, 8192, 8192, "float32")).seconds
+    assert price(device, mm(8192, 1, 8192, "float32")).seconds < 1.6 * least
+
+
+def test_an_error_grows_with_the_distance_from_the_table() -> None:
+    h100 = load_device("h100-sxm")
+    errors = [price(h100, mm(m, 4096, 4096, "float32")).error for m in (512, 256, 64, 16)]
+    assert errors == sorted(errors) and len(set(errors[1:])) == 3
+    assert price(h100, mm(2**22, 2**22, 2**22, "float32")).error <= MOST
+
+
+def test_boards_that_their_power_does_not_hold_back_are_faster_than_the_lender() -> None:
+    """L40S reaches 0.54 of its peak in 16 bits at 0.97 W for each TFLOP/s, L4 0.32 of float32's at 2.4 W."""
+    def share(name: str, dtype: str) -> float:
+        device = load_device(name)
+        return 2 * 8192**3 / price(device, mm(8192, 8192, 8192, dtype)).seconds / device.peak_flops[dtype]
+
+    assert share("rtx-4090", "bfloat16") == pytest.approx(0.8, abs=0.08)
+    assert share("l4", "bfloat16") < share("rtx-6000-ada", "bfloat16") < share("l40s", "bfloat16")
+    assert share("l40s", "bfloat16") < share("l40", "bfloat16") < share("rtx-4090", "bfloat16") + 1e-9
+    assert share("l4", "float32") < share("l40", "float32") < share("l40s", "float32") < share("rtx-4090", "float32")
+    assert share("t4", "float16") < 0.4 < share("quadro-rtx-6000", "float16")
+    assert price(load_device("l40s"), mm(8192, 8192, 8192, "float32")).error > 2 * BORROWED_ERROR["generation"]
+
+
 def test_a_board_with_less_power_sustains_a_lower_rate() -> None:
     """H100 with 500 W instead of 700: (5 / 7) ** 0.4 of the rate that its relative reaches on large products."""
-    from costmodels.gemm import POWER, sustained
+    from costmodels.gemm_lending import sustained
+    from costmodels.power import POWER
     from costmodels.relatives import Section
 
     weak, strong = load_device("h100-sxm-96gb"), load_device("h100-sxm")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from costmodels.gemm import POWER
+from costmodels.power import POWER
 from validation.fit_power import LEAST_DRAW, SHARES, exponents, fit, main
 
 HEADER = "dataset,network,batch_size,optimizer,power_limit,time_per_epoch,average_power\n"
