@@ -72,15 +72,12 @@ def _infer(
     progress(f"tracing {model}", 0.1)
     from opgraph.models import with_length
     from planner.inference import infer as predict
-    from planner.inference_graph import no_decode, trace_forward
+    from planner.inference_graph import trace_inference
 
     batch, prompt, generate = lengths
-    fast = cluster.device.kind != "cpu"
-    whole = trace_forward(with_length(model, prompt), kind, fast)
-    decodes = generate > 0 and not no_decode(whole)
-    if decodes:
-        with_length(model, prompt + generate)  # says where the model has fewer positions
-    token = trace_forward(with_length(model, 1), kind, fast) if decodes else None
+    whole, token = trace_inference(
+        lambda length: with_length(model, length), prompt, generate, kind, cluster.device.kind != "cpu"
+    )
     progress("simulating", 0.6)
     return predict(
         whole, token, cluster, batch=batch, prompt=prompt, generate=generate, **wanted,

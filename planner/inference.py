@@ -3,8 +3,9 @@
 The forward pass alone is lowered, priced and simulated as a training step is (tensor parallelism and host thread among
 it; no autograd). Stages of a pipeline take their micro-batches one behind the other (`planner.inference_pipeline`); of
 experts those run that are chosen (`planner.inference_experts`). ASSUMPTIONS: every replica runs its share of the batch
-as one static batch; the cache is allocated for the whole context at once; logits are computed for every token of the
-prompt, as the model's forward does; choosing a token and what servers do around a step costs nothing.
+as one static batch; the cache is allocated for the whole context at once; choosing a token and what servers do around
+a step costs nothing. Of a prompt the last token's logits are computed, and tensor-parallel ranks share the vocabulary
+(`planner.inference_head`).
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from opgraph.graph import OpGraph
 from planner.host_thread import Running, assumptions, host_costs, host_notes
 from planner.inference_experts import chosen_experts
 from planner.inference_graph import cache_bytes, decode_items, no_decode, prefill_items
+from planner.inference_head import gathered, head_of, head_shardings, with_gathered
 from planner.inference_pipeline import gradient_buffers, stage_cuts, timed
 from planner.lower import prepared_graph
 from planner.memory import memory
@@ -111,12 +113,12 @@ def infer(
     why = no_decode(prompt_graph)
     context = prompt + generate
     stages = stages_of(prompt_graph, plan)
-    forwards = [forward_script(stage) for stage in stages]
+    forwards = [with_gathered(forward_script(stage), stage) for stage in stages]
     decode = last = None
     said = tuple[str, ...]()
     if not why and token_graph is not None and generate > 0:
         single = stages_of(token_graph, plan)
-        tokens = [forward_script(stage) for stage in single]
+        tokens = [with_gathered(forward_script(stage), stage) for stage in single]
         (decode, said), (last, _) = (
             _simulated(
                 [decode_items(t, n, s.graph) for t, s in zip(tokens, single)], single, plan, cluster, running, True
@@ -131,7 +133,7 @@ def infer(
     peak, caches = need(batch // dp)
     waits = [p.breakdown["host"] / p.seconds for p in (prefill, decode) if p is not None and p.seconds]
     hosts = host_notes(max(waits, default=0.0), host_costs(cluster, running))
-    notes = (*prompt_graph.notes, *cluster.notes, *basis_of(cluster.device), *hosts)
+    notes = (*prompt_graph.notes, *_undivided(prompt_graph, tp), *cluster.notes, *basis_of(cluster.device), *hosts)
     return Inference(
         plan=plan, batch=batch, prompt=prompt, generate=generate, prefill=prefill, decode=decode, last=last,
         no_decode=why, kv_cache_bytes=sum(caches) * dp * tp, cache_per_rank=max(caches),
@@ -159,6 +161,7 @@ def _plan(
     shardings = tp_shardings(graph, tp) if tp > 1 else ()
     if tp > 1 and not shardings:
         raise ValueError(f"tp = {tp} is not possible: {explain_no_shardings(graph, tp)}")
+    shardings = head_shardings(graph, tp, shardings)
     flat = ParallelPlan(batch, dp=dp, tp=tp, micro_batches=micro_batches, shardings=shardings)
     if pp > 1:
         check_devices(cluster, pp * dp * tp)
@@ -166,6 +169,15 @@ def _plan(
     plan = replace(flat, pp=pp, cuts=cuts, schedule="gpipe" if pp > 1 else flat.schedule)
     check_size(plan, cluster)
     return plan
+
+
+def _undivided(graph: OpGraph, tp: int) -> tuple[str, ...]:
+    """That the vocabulary does not divide over the ranks."""
+    head = head_of(graph)
+    if head is None or head.vocabulary % tp == 0:
+        return ()
+    return (f"every rank has the whole vocabulary: {head.vocabulary} tokens do not divide by tp = {tp}, and nothing is "
+            f"padded",)  # fmt: skip
 
 
 def stages_of(graph: OpGraph, plan: ParallelPlan) -> tuple[Stage, ...]:
@@ -213,7 +225,8 @@ def _need(
             held = memory(stages, one, cluster.backend)
             held_caches = tuple(cache * sequences for cache in caches)
             whole = (
-                held[plan.tp * i].peak - gradient_buffers(stages[i]) + held_caches[i] for i in range(plan.pp)
+                held[plan.tp * i].peak - gradient_buffers(stages[i]) + gathered(stages[i])[0] + held_caches[i]
+                for i in range(plan.pp)
             )
             known[sequences] = max(whole), held_caches
         return known[sequences]

@@ -7,8 +7,8 @@ two copies that write the new ones into the cache.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from math import prod
 from typing import Any
@@ -18,14 +18,36 @@ from costmodels.ops import OpShape, is_causal
 from opgraph.batch import trace_workload
 from opgraph.graph import DTYPE_BYTES, Op, OpGraph
 from opgraph.workload import Workload
+from planner.inference_head import Head, head_of
 from planner.script import Item, Work
 
 DTYPES = {"fp32": "float32", "tf32": "float32", "bf16": "bfloat16"}
 
 
-def trace_forward(workload: Workload, precision: str, accelerator: bool | None = None) -> OpGraph:
+def trace_inference(
+    of_length: Callable[[int], Workload], prompt: int, generate: int, precision: str, accelerator: bool | None = None
+) -> tuple[OpGraph, OpGraph | None]:
+    """The forward passes of a prompt and of one token; the latter None where the model does not decode. of_length: the
+    workload at a length. Where tokens are generated, the prompt's logits are those of its last token, as engines
+    compute them, unless the model's own code needs all."""
+    whole = trace_forward(of_length(prompt), precision, accelerator)
+    if generate == 0 or no_decode(whole):
+        return whole, None
+    of_length(prompt + generate)  # says where the model has fewer positions
+    head = head_of(whole)
+    if head is not None and head.tokens >= 0:
+        # what the model does with its logits may need those of all tokens
+        with suppress(RuntimeError, ValueError, IndexError):
+            whole = trace_forward(of_length(prompt), precision, accelerator, head)
+    return whole, trace_forward(of_length(1), precision, accelerator)
+
+
+def trace_forward(
+    workload: Workload, precision: str, accelerator: bool | None = None, last: Head | None = None
+) -> OpGraph:
     """The forward pass of the module in eval mode, as it runs under no_grad with its weights in `precision`; exact at
-    every batch. The output lives until the pass is over. accelerator: as for `trace_workload`."""
+    every batch. The output lives until the pass is over. accelerator: as for `trace_workload`. last: the head that
+    reads the last token alone."""
     import torch
     from torch import nn
 
@@ -33,7 +55,14 @@ def trace_forward(workload: Workload, precision: str, accelerator: bool | None =
 
     def build() -> nn.Module:
         module: nn.Module = workload.build().eval().requires_grad_(False)
+        if last is not None:
+            module.get_submodule(last.module).register_forward_pre_hook(last_token)
         return module.to(dtype)
+
+    def last_token(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        assert last is not None, "it is registered with a head only"
+        row = inputs[0].narrow(last.tokens, inputs[0].shape[last.tokens] - 1, 1)
+        return row.contiguous(), *inputs[1:]  # rows side by side, so that the head is one product
 
     def batch(n: int) -> Any:
         inputs, _ = workload.batch(n)

@@ -57,6 +57,7 @@ def propagate(graph: OpGraph, plan: ParallelPlan) -> Layout:
 
 def _place_parameters(graph: OpGraph, plan: ParallelPlan, placements: list[int]) -> None:
     style = plan.style
+    tables = {graph.tensors[op.inputs[0]].storage for op in graph.ops if op.name == "aten.embedding.default"}
     by_module: dict[str, list[str]] = {}
     for name in graph.parameters:
         by_module.setdefault(name.rpartition(".")[0], []).append(name)
@@ -65,9 +66,9 @@ def _place_parameters(graph: OpGraph, plan: ParallelPlan, placements: list[int])
             raise ShardingError(f"sharding {path!r} names no module with parameters of {graph.name}")
         for name in by_module[path]:
             tensor = graph.parameters[name]
-            if style[path] == "rowwise":
+            if style[path] == "rowwise" and tensor.storage not in tables:
                 placement = 1 if len(tensor.shape) == 2 else REPLICATE
-            else:
+            else:  # a Linear's columns, an embedding's rows
                 placement = 0
             try:
                 local_shape(tensor.shape, placement, plan.tp)

@@ -230,6 +230,16 @@ def _norm(base: str, ins: list[Placed], outs: list[Shape], args: tuple[Any, ...]
     return [placement] * len(outs)
 
 
+def _embedding(base: str, ins: list[Placed], outs: list[Shape], args: tuple[Any, ...], parts: int) -> list[int]:
+    """Rows of the table are split (every rank looks up its own, others are zero) or its columns; ids are whole."""
+    (table, placement), *rest = ins
+    if base != "embedding":  # gathers and scatters
+        raise _fail(base, ins, "no rule for parts")
+    if placement == PARTIAL or len(table) != 2 or any(p != REPLICATE for _, p in rest):
+        raise _fail(base, ins, "only the table can be split")
+    return [PARTIAL if placement == 0 else len(out) - 1 for out in outs]
+
+
 def _attention(base: str, ins: list[Placed], outs: list[Shape], args: tuple[Any, ...], parts: int) -> list[int]:
     """Batch (dim 0) and heads (dim 1) are independent, in forward and backward."""
     tensors = [(s, p) for s, p in ins if len(s) >= 3]
@@ -253,5 +263,6 @@ _RULES: dict[str, Rule] = {
     "sum": _reduce, "mean": _reduce, "amax": _reduce, "amin": _reduce, "any": _reduce, "all": _reduce,
     "mm": _product, "addmm": _product, "bmm": _product, "baddbmm": _product,
     "native_layer_norm": _norm, "_fused_rms_norm": _norm,
+    "embedding": _embedding,
     "attention": _attention, "attention_backward": _attention,
 }  # fmt: skip
