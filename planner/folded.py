@@ -21,12 +21,10 @@ from planner.folded_parts import parts_of
 from planner.folded_pieces import pieces
 from planner.folded_step import Context, program_of
 from planner.plan import ParallelPlan
-from planner.predict import NINE_IN_TEN
+from planner.predict import NINE_IN_TEN, STEP_ERROR
 from planner.software import Software
 from planner.stages import within
 from simulator import breakdown, overall, simulate
-
-STEP_ERROR = 0.05  # GPUs of one cluster differ by 5 %, releases of one recipe by 0.5 to 8 %: a floor of every interval
 
 # What sustained work on tensor cores loses to the power limit against tables of short measurements: between nothing and
 # 15 % (B200, 100 kernels in a row: 1450 to 1237 TFLOP/s, flashinfer pull request 2899; A100, products of random numbers

@@ -16,9 +16,10 @@ from planner.host_thread import EAGER, Running
 from planner.layout import propagate
 from planner.plan import DataParallel, ParallelPlan, Precision, Schedule, Sharding
 from planner.runtime_data import no_fully_shard
-from planner.stages import LOSS, within
+from planner.stages import LOSS, OWN_CHECKPOINTS, recomputes, within
 from planner.step_costs import StepCosts, crossings, step_costs
 from planner.tensor_parallel import explain_no_shardings, tp_shardings
+from planner.tp_trial import forward_of, kinds, workable
 
 OVERSUBSCRIPTION = 4  # ranks per host core that a cluster of cores accepts
 
@@ -128,6 +129,9 @@ def _enumerate_mesh(b: _Builder, pp: int, dp: int, tp: int) -> None:
     if pp > 1 and b.costs.graph.traced_on == "real":
         b.reject(label, "the forward depends on the values of its data, so torch cannot record it for stages", count)
         return
+    if pp > 1 and recomputes(b.costs.graph):
+        b.reject(label, OWN_CHECKPOINTS, count)
+        return
     if b.global_batch % dp:
         b.reject(label, f"the global batch of {b.global_batch} is not divisible by dp = {dp}", count)
         return
@@ -190,7 +194,15 @@ def _shardings(b: _Builder, tp: int) -> tuple[tuple[tuple[str, Sharding], ...], 
     if key not in b.costs.cache:
         found = tp_shardings(graph, tp)
         reason = ""
-        if not found:
+        if found:
+            if "forward" not in b.costs.cache:
+                b.costs.cache["forward"] = forward_of(b.workload)
+            found, why = workable(b.workload, b.costs.cache["forward"], found, tp)
+            if why and not found:
+                reason = f"tp = {tp}: {why}"
+            elif why:
+                b.reject(f"tp{tp} of all pairs", f"only the pairs of {kinds(found)} are split: {why}", 0)
+        else:
             smaller = next((s for d in sorted({2, *divisors(tp)[1:-1]} - {tp}) if (s := tp_shardings(graph, d))), ())
             if smaller:
                 reason = f"tp = {tp} does not divide the features or heads of {smaller[0][0]!r} and of the others"

@@ -8,6 +8,10 @@ from opgraph.graph import Op, OpGraph
 from planner.layout import accumulates
 
 LOSS = "<loss>"  # the module path that the tracer gives to what runs outside the model
+OWN_CHECKPOINTS = (
+    "the model checkpoints itself, which stages made of its modules lose; leave its checkpoints out and add recompute "
+    "to the plan"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +33,8 @@ def within(module: str, path: str) -> bool:
 
 def stage_ops(graph: OpGraph, cuts: tuple[str, ...]) -> tuple[StageOps, ...]:
     """The stages that begin at the module paths `cuts`. ValueError for a cut that forward never reaches, in order."""
+    if cuts and recomputes(graph):
+        raise ValueError(f"no pipeline: {OWN_CHECKPOINTS}")
     stage_of = _forward_stages(graph, cuts)
     count = len(cuts) + 1
     forward: list[list[Op]] = [[] for _ in range(count)]
@@ -44,6 +50,11 @@ def stage_ops(graph: OpGraph, cuts: tuple[str, ...]) -> tuple[StageOps, ...]:
     sends = _crossing(graph, stage_of, constants, count)
     _check_sent(graph, cuts, sends)
     return tuple(StageOps(s, tuple(forward[s]), tuple(backward[s]), parameters[s], sends[s]) for s in range(count))
+
+
+def recomputes(graph: OpGraph) -> bool:
+    """Whether the model itself computes parts of its forward pass again while it goes backward."""
+    return any(op.phase == "recompute" for op in graph.ops)
 
 
 def shared_parameters(stages: tuple[StageOps, ...]) -> tuple[tuple[str, tuple[int, ...]], ...]:

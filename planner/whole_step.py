@@ -18,7 +18,7 @@ from costmodels.overlap import beside
 from costmodels.rounding import in_precision
 from costmodels.variability import synchronous
 from opgraph.graph import Op, OpGraph
-from planner.folded import STEP_ERROR, FoldedPrediction
+from planner.folded import FoldedPrediction
 from planner.folded_groups import Groups
 from planner.folded_kernels import Kernels, Priced, priced
 from planner.folded_local import local_step
@@ -26,7 +26,7 @@ from planner.folded_orders import order
 from planner.folded_overlap import lost
 from planner.folded_step import Lane, Tally
 from planner.plan import ParallelPlan
-from planner.predict import NINE_IN_TEN
+from planner.predict import NINE_IN_TEN, STEP_ERROR
 from planner.software import Software
 from planner.stages import StageOps, stage_ops, within
 from planner.whole_memory import is_divided, whole_memory

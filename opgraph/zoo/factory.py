@@ -33,6 +33,7 @@ INTEGER_MAKERS = (torch.randint, torch.randperm, torch.arange, torch.tensor, tor
 OTHER_MAKERS = (torch.zeros, torch.ones, torch.empty)
 UNIFORM = (torch.rand, torch.rand_like)
 KEEPING = frozenset("float double half to type view reshape flatten unsqueeze squeeze clone detach contiguous".split())  # noqa: SIM905
+LEAST_SHARE = 0.1  # of the parameters of the largest list of blocks: smaller lists are details
 WITHIN_ONE = "_parplan_within_one"
 Tensors = tuple[torch.Tensor, ...]
 
@@ -115,12 +116,12 @@ def read_result(result: Any, spec: str) -> Made | Workload:
 
 
 def find_blocks(module: nn.Module) -> tuple[str, ...]:
-    """The module paths in the longest ModuleList or Sequential of one class of children that have parameters.
+    """The module paths in the lists (ModuleList or Sequential) of one class of children that have parameters: of all
+    such lists that hold a tenth or more of what the largest does, as stages of a CNN, or an encoder and a decoder.
 
     Lists inside of such a list are parts of its blocks, however long they are.
     """
-    best: tuple[str, ...] = ()
-    found: list[str] = []
+    found: dict[str, tuple[tuple[str, ...], int]] = {}  # prefix of the paths in a list: paths, numbers in parameters
     for path, child in module.named_modules():
         if not isinstance(child, (nn.ModuleList, nn.Sequential)) or any(path.startswith(f) for f in found):
             continue
@@ -129,10 +130,9 @@ def find_blocks(module: nn.Module) -> tuple[str, ...]:
         if len(parts) < 2 or not same or not all(any(True for _ in part.parameters()) for _, part in parts):
             continue
         prefix = f"{path}." if path else ""
-        found.append(prefix)
-        if len(parts) > len(best):
-            best = tuple(prefix + name for name, _ in parts)
-    return best
+        found[prefix] = tuple(prefix + name for name, _ in parts), sum(p.numel() for p in child.parameters())
+    heaviest = max((size for _, size in found.values()), default=0)
+    return tuple(path for paths, size in found.values() if size >= LEAST_SHARE * heaviest for path in paths)
 
 
 def rows_like(example: torch.Tensor, rows: int, spec: str) -> torch.Tensor:
