@@ -33,14 +33,14 @@ class Prediction:
 
     interval: nine in ten step times should lie between these: the errors of the laws and tables on held-out samples,
     that of whole calibration steps (`Device.step_error`, `STEP_ERROR` where there are none), and that of the host's
-    assumed speed, added in squares, 1.645 standard deviations wide. peak_bytes: tensor bytes at the worst moment, by rank; memory_bytes: what a rank has.
-    breakdown: compute, exposed_communication, bubble, idle and host (waiting for the host thread), averaged over ranks;
-    they sum to the step. mfu: model FLOP (without
-    recomputation) per second over the peak of all devices. shares: of the time by kind of price. unpriced: ops that no
-    model covers. tasks: simulated. at_peak: bytes by category (`memory_ledger.CATEGORIES`) at the worst moment of the
-    fullest rank; resting_bytes: what it holds between steps. assumed: options that the step is assumed to run with;
-    fused: chains of ops that a compiled step runs as one kernel, and how often. host_bytes: by category, what offload
-    keeps of the fullest rank in the host's memory at most, of which host_pinned_bytes are page-locked.
+    assumed speed, added in squares, 1.645 standard deviations wide. peak_bytes: tensor bytes at the worst moment, by
+    rank; memory_bytes: what a rank has. breakdown: compute, exposed_communication, bubble, idle and host (waiting for
+    the host thread), averaged over ranks; they sum to the step. mfu: model FLOP (without recomputation) per second over
+    the peak of all devices. shares: of the time by kind of price. unpriced: ops that no model covers. tasks: simulated.
+    at_peak: bytes by category (`memory_ledger.CATEGORIES`) at the worst moment of the fullest rank; resting_bytes: what
+    it holds between steps. assumed: options that the step is assumed to run with; fused: chains of ops that a compiled
+    step runs as one kernel, and how often. host_bytes: by category, what offload keeps of the fullest rank in the
+    host's memory at most, of which host_pinned_bytes are page-locked.
     """
 
     plan: ParallelPlan

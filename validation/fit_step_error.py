@@ -1,4 +1,4 @@
-"""What whole steps are off beyond the errors of their ops: `STEP_ERROR` of `planner.predict`, by sets of published runs.
+"""What whole steps are off beyond the errors of their ops, by sets of published runs: `planner.predict.STEP_ERROR`.
 
     python -m validation.fit_step_error FOLDER [--json]
 

@@ -60,7 +60,9 @@ def test_code_that_asks_for_a_width_alone_is_split_whole() -> None:
     assert kinds(found) == "*.attention.o, *.down"
 
 
-@pytest.mark.parametrize(("view", "words"), [("all heads", "invalid for input of size"), ("narrow heads", "would compute")])
+@pytest.mark.parametrize(
+    ("view", "words"), [("all heads", "invalid for input of size"), ("narrow heads", "would compute")]
+)
 def test_code_that_counts_its_heads_keeps_them(view: str, words: str) -> None:
     made = workload(view)
     found = tp_shardings(trace_workload(made), 2)
@@ -78,7 +80,8 @@ def test_a_search_splits_what_runs_and_says_what_does_not() -> None:
     assert reason.startswith("only the pairs of *.down are split") and "view" in reason
 
 
-@pytest.mark.parametrize("spec", ["gpt2:layers=2,hidden=64,heads=4,seq=16", "bert-base:layers=2,hidden=64,heads=4,seq=16",
+@pytest.mark.parametrize("spec", ["gpt2:layers=2,hidden=64,heads=4,seq=16",
+                                  "bert-base:layers=2,hidden=64,heads=4,seq=16",
                                   "llama3-8b:layers=2,hidden=64,heads=4,kv_heads=2,ffn=64,vocab=64,seq=16",
                                   "mixtral-8x7b:layers=1,hidden=64,heads=4,kv_heads=2,ffn=64,vocab=64,seq=16",
                                   "vit-b16:layers=2", "alexnet"])  # fmt: skip
