@@ -85,7 +85,7 @@ def sustained(device: Device, section: Section, dtype: str) -> float:
         return 1.0
     if own := _best_share(device, dtype):
         return own / (_best_share(relative, dtype) or _best_of_law(relative, dtype, section))
-    if comparable(device, relative):
+    if comparable(device, relative, dtype):
         return board_ratio(device, relative, dtype, section.values)
     return own_ratio(device, relative, dtype, section.values)
 

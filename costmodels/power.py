@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from costmodels.relatives import same_generation, vendor
+from costmodels.relatives import has_tensor_cores, rate_per_clock, same_generation, vendor
 
 if TYPE_CHECKING:
     from costmodels.device import Device
@@ -30,6 +30,7 @@ LONG = 2.0  # decades of duration (`gemm_law.THROTTLE_FROM`) at which shares are
 # Draw of a FLOP in tensor cores (16 bits) over that of one in float32's units: L40S at 1.95 W per TFLOP/s and L4 at 8.2
 # as their tables and limits say; both are Ada's. ASSUMPTION for other generations.
 TENSOR_DRAW = 0.24
+ALIKE = 2.5  # times as many FLOP per clock and unit, up to which boards are compared (RTX 4090 and L40S: 2)
 BEST_SHARE = 0.9  # of the peak that a rate which a limit held back is raised to at most
 DOUBT = 0.5  # of the log of a power ratio that is added to the error
 
@@ -65,17 +66,23 @@ def long_share(section: Mapping[str, Any]) -> float:
 
 
 def held_to(device: Device, section: Mapping[str, Any]) -> float:
-    """What a device may draw of what its long products would, by its section of constants; 1 for other makers than
-    NVIDIA, whose long products lack of `FREE_SHARE` what their libraries do."""
-    return limit_of(long_share(section) / FREE_SHARE) if vendor(device) == "NVIDIA" else 1.0
+    """What a device may draw of what its long products would, by its section of constants; 1 where nothing tells: for
+    other makers than NVIDIA and devices without tensor cores, whose long products lack of `FREE_SHARE` what their
+    libraries do."""
+    return limit_of(long_share(section) / FREE_SHARE) if vendor(device) == "NVIDIA" and has_tensor_cores(device) else 1.0
 
 
-def comparable(one: Device, other: Device) -> bool:
-    """Whether watts per FLOP of two boards can be compared: of one generation, or of one maker and both with 8-bit
-    floats, which stands for the process (NVIDIA's are all made in one)."""
+def comparable(one: Device, other: Device, dtype: str) -> bool:
+    """Whether watts per FLOP of two boards can be compared: of one generation, or of one maker, both with 8-bit floats,
+    which stands for the process (NVIDIA's are all made in one), and with units of about the same kind. An L40S says
+    nothing of an H100, whose units do four times as much per clock: 0.58 of the peak at 0.97 W per TFLOP/s, 0.75 at
+    0.71."""
     if vendor(one) != vendor(other):
         return False
-    return same_generation(one, other) or all("float8_e4m3fn" in d.peak_flops for d in (one, other))
+    if same_generation(one, other):
+        return True
+    rates = [rate_per_clock(d, dtype) for d in (one, other)]
+    return all("float8_e4m3fn" in d.peak_flops for d in (one, other)) and max(rates) < ALIKE * min(rates)
 
 
 def watts_per_flop(device: Device, dtype: str) -> float:

@@ -187,6 +187,18 @@ def vendor(device: Device) -> str:
     return next((known[word] for word in words if word in known), "NVIDIA" if device.kind == "gpu" else device.kind)
 
 
+def has_tensor_cores(device: Device) -> bool:
+    """Whether a device computes some dtype in units of their own."""
+    return bool(_generation(device))
+
+
+def rate_per_clock(device: Device, dtype: str) -> float:
+    """FLOP of one unit per clock at the peak."""
+    from costmodels.ops import peak_of
+
+    return peak_of(device, dtype) / _clocks(device)
+
+
 def _generation(device: Device) -> frozenset[str]:
     """The dtypes for which a device has tensor cores; float16 at more than twice float32's rate is one."""
     peaks = device.peak_flops

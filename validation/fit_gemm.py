@@ -22,9 +22,9 @@ import pandas as pd
 
 from costmodels import tomlfile
 from costmodels.device import CATALOGUE, load_device
-from costmodels.gemm import WIDE, borrowed_pricing
+from costmodels.gemm import WIDE, borrowed_pricing, pricing_of, wide_of
 from costmodels.gemm_correction import factors_of
-from costmodels.gemm_law import law_seconds
+from costmodels.gemm_law import fastest, law_seconds
 from costmodels.relatives import measured, relatives
 from validation.fit_gemm_law import Array, Fit, Mask, calibration_half, fit, in_table, predictions, section_values
 from validation.table_clock import clock_scores
@@ -54,6 +54,8 @@ def main(arguments: list[str] | None = None) -> int:
                 _merge(args.out / "clock.csv", clock, ["device", "section", "campaign"])
             if args.borrow:
                 _merge(args.out / "borrowed.csv", _borrowed_scores(table), ["device", "section", "campaign"])
+            if args.borrow and table.campaign == "random":
+                _merge(args.out / "below.csv", _below_scores(table), ["device", "section"])
             if args.borrow and table.section == "float32" and table.campaign == "models":
                 _merge(args.out / "hull.csv", _outside_tables(table), ["shapes", "device"])
     except ValueError as error:
@@ -209,6 +211,27 @@ def _borrowed_scores(table: Table) -> list[dict[str, Any]]:
     rows = _scores(table, ~mask, in_table(bare, host, issue), {"split": "shape", "law": "bare", "from": near.name})
     corrected = in_table(bare * factors_of(pricing.correction, table.dims), host, issue)
     return rows + _scores(table, ~mask, corrected, {"split": "shape", "law": "corrected", "from": near.name})
+
+
+def _below_scores(table: Table) -> list[dict[str, Any]]:
+    """Errors on the held-out rows below the range of a device's first section: by that section, beyond its range, and
+    by the wide one. Empty where a device has no second section."""
+    device, batched = load_device(table.device), table.section.endswith("_batched")
+    own = device.kernels["gemm"].get(table.section + WIDE)
+    if own is None:
+        return []
+    dtype = table.section.removesuffix("_batched")
+    first, wide = pricing_of(device, dtype, batched), wide_of(device, dtype, batched)
+    assert first is not None and wide is not None, "the device has both sections"
+    below = ~calibration_half(table.dims) & (table.dims < np.array(first.low)).any(axis=1)
+    row: dict[str, Any] = {"device": table.device, "section": table.section, "n": int(below.sum())}
+    for name, pricing in (("first", first), ("wide", wide)):
+        kernel = fastest(pricing.law, pricing.candidates, table.dims[below])
+        assert pricing.correction is not None, "a device's own section has a correction"
+        kernel *= factors_of(pricing.correction, table.dims[below])
+        error = in_table(kernel, own["host_in_table"], own["issue_in_table"]) / table.seconds[below] - 1
+        row |= {f"{name}_mean": float(abs(error).mean()), f"{name}_bias": float(error.mean())}
+    return [row]
 
 
 def _merge(path: Path, rows: list[dict[str, Any]], key: list[str]) -> None:

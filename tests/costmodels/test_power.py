@@ -49,10 +49,13 @@ def test_shares_of_boards() -> None:
     assert board_ratio(replace(one, tdp=0.0, cache={}), one, "bfloat16", LIMITED) == 1.0
 
 
-def test_only_boards_of_a_process_are_compared() -> None:
-    l40s = load_device("l40s")
-    assert comparable(load_device("rtx-4090"), l40s) and comparable(load_device("l4"), l40s)
-    assert not comparable(load_device("a10"), l40s) and not comparable(load_device("mi300x"), load_device("h100-sxm"))
+def test_only_boards_of_a_process_and_kind_are_compared() -> None:
+    l40s, h100 = load_device("l40s"), load_device("h100-sxm")
+    for name in ("rtx-4090", "l4", "rtx-5090"):
+        assert comparable(load_device(name), l40s, "bfloat16")
+    assert not comparable(load_device("a10"), l40s, "bfloat16")
+    assert not comparable(load_device("mi300x"), h100, "bfloat16")
+    assert not comparable(h100, l40s, "bfloat16") and comparable(h100, load_device("l4"), "float32")
 
 
 def test_a_board_whose_float32_is_held_back_is_held_back_in_tensor_cores() -> None:
