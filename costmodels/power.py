@@ -69,7 +69,8 @@ def held_to(device: Device, section: Mapping[str, Any]) -> float:
     """What a device may draw of what its long products would, by its section of constants; 1 where nothing tells: for
     other makers than NVIDIA and devices without tensor cores, whose long products lack of `FREE_SHARE` what their
     libraries do."""
-    return limit_of(long_share(section) / FREE_SHARE) if vendor(device) == "NVIDIA" and has_tensor_cores(device) else 1.0
+    told = vendor(device) == "NVIDIA" and has_tensor_cores(device)
+    return limit_of(long_share(section) / FREE_SHARE) if told else 1.0
 
 
 def comparable(one: Device, other: Device, dtype: str) -> bool:

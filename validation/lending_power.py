@@ -1,10 +1,10 @@
-"""What the watts per FLOP of two measured boards say of the share of its peak that one reaches, beside what was measured.
+"""What watts per FLOP say of the share of its peak that a measured board reaches, beside what its own table says.
 
     python -m validation.lending_power [--out FOLDER]
 
 Every pair of devices with tables of products of one dtype whose watts are comparable (`costmodels.power.comparable`):
-the share of its peak at 8192 x 8192 x 8192 by each one's own section, the ratio of both, and what `board_ratio` makes of
-the lender's section. `power.csv` below `--out`.
+the share of its peak at 8192 x 8192 x 8192 by each one's own section, the ratio of both, and what `board_ratio` makes
+of the lender's section. `power.csv` below `--out`.
 """
 
 from __future__ import annotations
@@ -53,7 +53,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for p in found:
         print(f"{p.device:20} from {p.lender:20} {p.dtype:9} {p.watts:5.2f} and {p.lent_watts:5.2f} W per TFLOP/s, "
               f"{p.share:4.2f} of {p.lent_share:4.2f}: ratio {p.ratio:4.2f}, said {p.said:4.2f}")  # fmt: skip
-    print(f"{len(found)} pairs: off by a factor of {off(found, True):.2f} with the rule, {off(found, False):.2f} without")
+    said, one = off(found, True), off(found, False)
+    print(f"{len(found)} pairs: off by a factor of {said:.2f} with the rule, {one:.2f} without")
     if options.out:
         options.out.mkdir(parents=True, exist_ok=True)
         pd.DataFrame(map(asdict, found)).to_csv(options.out / "power.csv", index=False, float_format="%.4g")

@@ -9,9 +9,10 @@ import pandas as pd
 import pytest
 
 from costmodels.device import load_device
-from costmodels.gemm_correction import factors
-from costmodels.gemm_law import Constants, hardware_of, law_seconds, menu
-from validation.fit_gemm import main
+from costmodels.gemm import wide_of
+from costmodels.gemm_correction import factors, factors_of
+from costmodels.gemm_law import Constants, fastest, hardware_of, law_seconds, menu
+from validation.fit_gemm import _below_scores, main
 from validation.fit_gemm_law import (
     SPLITS,
     TENSOR_TILES,
@@ -156,3 +157,18 @@ def test_what_aligned_products_cannot_show_is_not_fitted_to_them() -> None:
     kernel = law_seconds(TRUTH, hardware, menu(["128x128"], [1]), dims)
     made = Table("v100-pcie-32gb", "float32_batched", "models", "made", dims, kernel + 30e-6, True, ("128x128",) * 200)
     assert fit(made, np.ones(200, bool)).constants.odd == 0.03
+
+
+def test_what_lies_below_the_first_table_is_nearer_by_the_second() -> None:
+    """Made of V100's own wide law, with its launch: the wide section gets its own times back, the first does not."""
+    v100 = load_device("v100-pcie-32gb")
+    wide, own = wide_of(v100, "float32", False), v100.kernels["gemm"]["float32_wide"]
+    assert wide is not None and wide.correction is not None
+    draw = np.random.default_rng(3)
+    sides = draw.integers(500, 4000, (2, 400))
+    dims = np.column_stack([np.ones(400), draw.integers(20, 400, 400), *sides]).astype(float)
+    kernel = fastest(wide.law, wide.candidates, dims) * factors_of(wide.correction, dims)
+    made = in_table(kernel, own["host_in_table"], own["issue_in_table"])
+    (row,) = _below_scores(Table("v100-pcie-32gb", "float32", "random", "made", dims, made, True))
+    assert row["wide_mean"] < 1e-9 < 0.03 < row["first_mean"] and 100 < row["n"] < 300
+    assert _below_scores(Table("h100-sxm", "float32", "random", "made", dims, made, True)) == []
