@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import lru_cache
 
 _MEMBERS = {
-    "gemm": "mm addmm bmm baddbmm addbmm linear matmul mv addmv dot vdot einsum _scaled_mm _grouped_mm "
+    "gemm": "mm addmm bmm baddbmm addbmm linear matmul mv addmv dot vdot einsum _scaled_mm _grouped_mm _int_mm "
     "linear_backward mkldnn_linear mkldnn_linear_backward_weights",
     "conv": "convolution _convolution conv1d conv2d conv3d mkldnn_convolution thnn_conv2d slow_conv2d "
     "conv_transpose2d convolution_overrideable",

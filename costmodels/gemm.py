@@ -39,6 +39,7 @@ REGIONS = (64, 512, 1024)  # upper ends of m of the regions whose errors a secti
 # Outside the fitted range an error is taken to be twice as large, as for the other laws, and once more for each factor
 # of 4 beyond the first; MOST at most. ASSUMPTION
 OUTSIDE, MOST = 2.0, 0.9
+THIN = 64  # rows or columns up to which a product's larger operand is taken to come from memory
 WIDE = "_wide"  # ending of a second section of a dtype, whose table reaches to fewer rows, columns and steps of k
 
 
@@ -71,8 +72,9 @@ def gemm_prices(device: Device, shapes: Sequence[OpShape]) -> list[Price | None]
     dims = [product_dims(s) for s in shapes]
     groups: dict[tuple[str, bool], list[int]] = {}
     for i, shape in enumerate(shapes):
-        if family(shape.name) == "gemm" and (shape.dtype in WIDTH or shape.dtype.startswith("float8")):
-            groups.setdefault((_dtype(shape), dims[i][0] > 1), []).append(i)
+        dtype = _dtype(shape) if family(shape.name) == "gemm" else ""
+        if dtype in WIDTH or dtype.startswith("float8"):
+            groups.setdefault((dtype, dims[i][0] > 1), []).append(i)
     for (dtype, batched), members in groups.items():
         pricing = pricing_of(device, dtype, batched)
         if pricing is not None:
@@ -83,14 +85,29 @@ def gemm_prices(device: Device, shapes: Sequence[OpShape]) -> list[Price | None]
 
 def _prices_of(
     device: Device, pricing: Pricing, dtype: str, dims: Sequence[tuple[int, int, int, int]]
-) -> Sequence[Price]:
-    """Prices of products of one dtype and kind: below the range of their table by the wide one, where there is one;
-    float32's vectors times matrices, which are reads of the matrix, as 16-bit ones of as many bytes."""
+) -> list[Price]:
+    """Prices of products of one dtype and kind: of float32 below the range of their table by the wide one, where there
+    is one, and its vectors times matrices, which are reads of the matrix, as 16-bit ones of as many bytes. tf32 takes
+    no longer than float32, which a library may always use. A thin product reads its larger operand from memory: tables
+    that repeat a product find it in the last cache, where a model's weights do not stay from step to step."""
     prices = _evaluate(pricing, dims)
-    if dtype != "float32":
-        return prices
+    if dtype == "tf32" and (plain := pricing_of(device, "float32", dims[0][0] > 1)) is not None:
+        return [min(pair, key=lambda p: p.seconds) for pair in zip(prices, _prices_of(device, plain, "float32", dims))]
+    if dtype == "float32":
+        _below(device, pricing, dims, prices)
+    hardware = pricing.hardware
+    for i, (b, m, n, k) in enumerate(dims):
+        if b == 1 and 0 < min(m, n) <= THIN and k:
+            size = (m * k + k * n) * hardware.operand_bytes + m * n * hardware.result_bytes
+            if prices[i].seconds < (least := size / hardware.bandwidth):
+                prices[i] = replace(prices[i], seconds=least)
+    return prices
+
+
+def _below(device: Device, pricing: Pricing, dims: Sequence[tuple[int, int, int, int]], prices: list[Price]) -> None:
+    """Puts better prices in the place of those below the range of float32's table."""
     below = [i for i, d in enumerate(dims) if min(d) > 0 and any(x < low for x, low in zip(d, pricing.low))]
-    if below and (wide := wide_of(device, dtype, dims[below[0]][0] > 1)) is not None:
+    if below and (wide := wide_of(device, "float32", dims[below[0]][0] > 1)) is not None:
         for i, price in zip(below, _evaluate(wide, [dims[i] for i in below])):
             prices[i] = price
     vectors = [i for i in below if 1 in dims[i][1:3]]
@@ -99,7 +116,6 @@ def _prices_of(
         for i, price in zip(vectors, _evaluate(reads, as_read)):
             if price.seconds < prices[i].seconds:
                 prices[i] = Price(price.seconds, "extrapolated", min(OUTSIDE * price.error, MOST))
-    return prices
 
 
 def _evaluate(pricing: Pricing, dims: Sequence[tuple[int, int, int, int]]) -> list[Price]:
@@ -201,8 +217,8 @@ def borrowed_pricing(device: Device, relative: Device, section: str) -> Pricing:
 
 
 def _dtype(shape: OpShape) -> str:
-    """The dtype that the operands have: scaled 8-bit products name their result's."""
-    return "float8_e4m3fn" if base_name(shape.name) == "_scaled_mm" else shape.dtype
+    """The dtype that the operands have: 8-bit products name their result's."""
+    return {"_scaled_mm": "float8_e4m3fn", "_int_mm": "int8"}.get(base_name(shape.name), shape.dtype)
 
 
 def product_dims(shape: OpShape) -> tuple[int, int, int, int]:

@@ -276,7 +276,8 @@ def roofline_seconds(device: Device, shape: OpShape) -> float:
 def peak_of(device: Device, dtype: str) -> float:
     """Dense FLOP/s of a dtype; what the data sheet leaves out runs as libraries run it.
 
-    All float8 share a rate, or the 16-bit one (A100). Accelerators compute 16-bit floats in float32 where that is
+    All float8 share a rate, or the 16-bit one (A100); 8-bit integers that are not listed take theirs (ASSUMPTION).
+    Accelerators compute 16-bit floats in float32 where that is
     faster (bfloat16 on V100, float16 on P40); a CPU's rates are measured, so they stand. The rest takes float32's rate,
     or the least listed. "tf32" must be asked for.
     """
@@ -285,7 +286,7 @@ def peak_of(device: Device, dtype: str) -> float:
     listed = peaks.get(dtype, 0.0)
     if dtype in ("float16", "bfloat16") and device.kind != "cpu":
         return max(listed, single)
-    if dtype.startswith("float8") and not listed:
+    if (dtype.startswith("float8") or (dtype == "int8" and device.kind != "cpu")) and not listed:
         return peaks.get("float8_e4m3fn") or max(peak_of(device, d) for d in ("bfloat16", "float16"))
     return listed or single
 

@@ -52,7 +52,8 @@ def fit_batch(first: OpGraph, second: OpGraph) -> OpGraph:
     square = next((t for t in tensors if _is_square(t)), None)
     note = "" if square is None else (
         f"tensors such as {square.shape} at batch {first.batch} grow with the square of the batch; other batch sizes "
-        f"are exact for these tensors, not for what is made of them in other shapes"
+        f"are exact for these tensors, not for what is made of them in other shapes. Samples meet each other there, so "
+        f"data parallelism and micro-batches, which part them, may compute something else"
     )
     return replace(
         first,

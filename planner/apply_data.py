@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from typing import Any
 
@@ -36,7 +37,7 @@ def data_parallel(
             )
         # torch frees no root after its forward
         fully_shard(model, mesh=along(mesh, "dp"), reshard_after_forward=False, offload_policy=away)
-        return model, workload.optimizer(_by_mesh(model))
+        return model, _by_mesh(workload.optimizer(model.parameters()))
     group = along(mesh, "dp").get_group()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # broadcast_buffers has another name from torch 2.13 on
@@ -50,17 +51,41 @@ def data_parallel(
         )
     if plan.data_parallel == "ddp":
         return wrapped, workload.optimizer(model.parameters())
+    return wrapped, _zero1(workload, list(model.parameters()), group)
+
+
+def _zero1(workload: Workload, parameters: list[nn.Parameter], group: Any) -> optim.Optimizer:
+    """ZeroRedundancyOptimizer around the workload's optimizer, which gets the rank's own part of the parameters as it
+    expects them; one that makes several groups gives them, and is made of them again."""
     from torch.distributed.optim import ZeroRedundancyOptimizer
 
+    whole = workload.optimizer(parameters)
+    known = inspect.signature(type(whole).__init__).parameters
+    defaults = {k: v for k, v in whole.defaults.items() if k in known}
+    alone = len(whole.param_groups) == 1
+
+    def own(groups: list[dict[str, Any]]) -> optim.Optimizer:
+        if alone:
+            return workload.optimizer([p for each in groups for p in each["params"]])
+        made: optim.Optimizer = type(whole)(groups, **defaults)
+        return made
+
     zero: Any = ZeroRedundancyOptimizer
-    return wrapped, zero(
-        model.parameters(), optimizer_class=workload.optimizer, process_group=group, parameters_as_bucket_view=True
-    )
+    found: optim.Optimizer = zero(
+        parameters if alone else whole.param_groups, optimizer_class=own, process_group=group,
+        parameters_as_bucket_view=True,
+    )  # fmt: skip
+    return found
 
 
-def _by_mesh(model: nn.Module) -> list[Any]:
-    """Parameters in one optimizer group per device mesh: fused optimizers cannot mix meshes in one call."""
-    groups: dict[Any, list[nn.Parameter]] = {}
-    for p in model.parameters():
-        groups.setdefault(p.device_mesh.ndim if isinstance(p, DTensor) else 0, []).append(p)
-    return next(iter(groups.values())) if len(groups) == 1 else [{"params": group} for group in groups.values()]
+def _by_mesh(optimizer: optim.Optimizer) -> optim.Optimizer:
+    """The optimizer with a group of its own for the parameters of each device mesh: fused ones cannot mix meshes in one
+    call."""
+    made = []
+    for group in optimizer.param_groups:
+        meshes: dict[int, list[nn.Parameter]] = {}
+        for p in group["params"]:
+            meshes.setdefault(p.device_mesh.ndim if isinstance(p, DTensor) else 0, []).append(p)
+        made += [{**group, "params": params} for params in meshes.values()]
+    optimizer.param_groups[:] = made
+    return optimizer

@@ -33,14 +33,14 @@ def make_schedule(
     index = plan.coordinates(rank)["pp"]
     program = whole.stages[index]
     last = index == plan.pp - 1
-    leaves = program.sends if not last else ()
+    made = [torch.empty(1, device="meta") for _ in range(program.outputs)]  # nobody receives them: their number counts
     stage = PipelineStage(
         wrapped,
         index,
         plan.pp,
         device,
         input_args=tuple(_meta(whole, v) for v in program.receives),
-        output_args=tuple(_meta(whole, v) for v in leaves) if not last else torch.empty(1, device="meta"),
+        output_args=tuple(made) if last else tuple(_meta(whole, v) for v in program.sends),
         group=along(mesh, "pp").get_group(),
     )
     model: Any = wrapped.module if isinstance(wrapped, nn.parallel.DistributedDataParallel) else wrapped

@@ -21,12 +21,12 @@ from opgraph.graph import OpGraph
 from planner.host_thread import Running, assumptions, host_costs, host_notes
 from planner.inference_experts import chosen_experts
 from planner.inference_graph import cache_bytes, decode_items, no_decode, prefill_items
-from planner.inference_head import gathered, head_of, head_shardings, with_gathered
+from planner.inference_head import gathered, head_shardings, whole_parts, with_gathered
 from planner.inference_pipeline import gradient_buffers, stage_cuts, timed
 from planner.lower import prepared_graph
 from planner.memory import memory
 from planner.plan import ParallelPlan
-from planner.predict import check_size, interval_of, memory_per_rank
+from planner.predict import check_size, format_notes, interval_of, memory_per_rank
 from planner.runtime import forward_script
 from planner.runtime_stage import Stage, prepare
 from planner.script import Item
@@ -133,7 +133,8 @@ def infer(
     peak, caches = need(batch // dp)
     waits = [p.breakdown["host"] / p.seconds for p in (prefill, decode) if p is not None and p.seconds]
     hosts = host_notes(max(waits, default=0.0), host_costs(cluster, running))
-    notes = (*prompt_graph.notes, *_undivided(prompt_graph, tp), *cluster.notes, *basis_of(cluster.device), *hosts)
+    said_of = (*whole_parts(prompt_graph, tp, plan.shardings), *format_notes(prompt_graph, cluster.device))
+    notes = (*prompt_graph.notes, *said_of, *cluster.notes, *basis_of(cluster.device), *hosts)
     return Inference(
         plan=plan, batch=batch, prompt=prompt, generate=generate, prefill=prefill, decode=decode, last=last,
         no_decode=why, kv_cache_bytes=sum(caches) * dp * tp, cache_per_rank=max(caches),
@@ -169,15 +170,6 @@ def _plan(
     plan = replace(flat, pp=pp, cuts=cuts, schedule="gpipe" if pp > 1 else flat.schedule)
     check_size(plan, cluster)
     return plan
-
-
-def _undivided(graph: OpGraph, tp: int) -> tuple[str, ...]:
-    """That the vocabulary does not divide over the ranks."""
-    head = head_of(graph)
-    if head is None or head.vocabulary % tp == 0:
-        return ()
-    return (f"every rank has the whole vocabulary: {head.vocabulary} tokens do not divide by tp = {tp}, and nothing is "
-            f"padded",)  # fmt: skip
 
 
 def stages_of(graph: OpGraph, plan: ParallelPlan) -> tuple[Stage, ...]:

@@ -51,7 +51,8 @@ def expected_experts(experts: int, top_k: int, tokens: int) -> float:
 
 def chosen_experts(items: Iterable[Item], graph: OpGraph) -> tuple[list[Item], tuple[str, ...]]:
     """A forward pass in which only chosen experts run, each expert's work by its share (`Work.share`), and what was
-    assumed, in short sentences. Of messages, which are whole, as many experts send theirs as are chosen in the mean."""
+    assumed, in short sentences. Ranks that share experts add up what all of a layer made, as engines do: one message
+    for all its tokens in place of one for each expert."""
     found = list(items)
     homes: dict[int, Mixture] = {}
     places: dict[str, tuple[int, Mixture]] = {}
@@ -62,8 +63,8 @@ def chosen_experts(items: Iterable[Item], graph: OpGraph) -> tuple[list[Item], t
     for item in found:
         if isinstance(item, Message) and item.module in places:
             index, mixture = places[item.module]
-            if index < round(mixture.read):
-                changed.append(replace(item, bytes=item.bytes * min(mixture.rows, mixture.slots) // mixture.slots))
+            if index == mixture.experts - 1:
+                changed.append(replace(item, bytes=item.bytes * mixture.tokens // mixture.slots))
         else:
             mine = isinstance(item, Work) and id(item) in homes
             changed.append(_chosen(item, homes[id(item)], graph) if isinstance(item, Work) and mine else item)

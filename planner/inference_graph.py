@@ -21,25 +21,29 @@ from opgraph.workload import Workload
 from planner.inference_head import Head, head_of
 from planner.script import Item, Work
 
+ALL_LOGITS = "logits are computed of every token of the prompt, as the model's own code does; engines need the last"
 DTYPES = {"fp32": "float32", "tf32": "float32", "bf16": "bfloat16"}
 
 
 def trace_inference(
     of_length: Callable[[int], Workload], prompt: int, generate: int, precision: str, accelerator: bool | None = None
 ) -> tuple[OpGraph, OpGraph | None]:
-    """The forward passes of a prompt and of one token; the latter None where the model does not decode. of_length: the
-    workload at a length. Where tokens are generated, the prompt's logits are those of its last token, as engines
-    compute them, unless the model's own code needs all."""
+    """The forward passes of a prompt and of one token; the latter None where nothing is generated or the model does not
+    decode. of_length: the workload at a length. A decoder's logits of the prompt are those of its last token, as
+    engines compute them, unless its own code needs all, which a note then says."""
     whole = trace_forward(of_length(prompt), precision, accelerator)
-    if generate == 0 or no_decode(whole):
+    if no_decode(whole):
         return whole, None
     of_length(prompt + generate)  # says where the model has fewer positions
+    every = replace(whole, notes=(*whole.notes, ALL_LOGITS)) if head_of(whole) is not None and prompt > 1 else whole
     head = head_of(whole)
+    shorter = None
     if head is not None and head.tokens >= 0:
         # what the model does with its logits may need those of all tokens
         with suppress(RuntimeError, ValueError, IndexError):
-            whole = trace_forward(of_length(prompt), precision, accelerator, head)
-    return whole, trace_forward(of_length(1), precision, accelerator)
+            shorter = trace_forward(of_length(prompt), precision, accelerator, head)
+    token = trace_forward(of_length(1), precision, accelerator) if generate else None
+    return shorter if shorter is not None else every, token
 
 
 def trace_forward(

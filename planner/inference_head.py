@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from costmodels.families import family
 from opgraph.graph import Op, OpGraph, Tensor
 from planner.layout import propagate
 from planner.plan import ParallelPlan, Sharding
 from planner.rules import ShardingError
 from planner.runtime_stage import Stage
 from planner.script import Item, Message
+from planner.stages import within
 
 PRODUCTS = ("mm", "addmm", "bmm", "baddbmm")
 
@@ -46,18 +48,26 @@ def head_of(graph: OpGraph) -> Head | None:
     if rows not in {graph.tensors[op.inputs[0]].shape[0] for op in _embeddings(graph)}:
         return None
     inside = [op for op in graph.ops if op.module == last.module]
-    return Head(last.module, _token_dim(graph, inside, last.inputs[-2]), owners[storage], rows)
+    return Head(last.module, _token_dim(graph, inside, last), owners[storage], rows)
 
 
 def _embeddings(graph: OpGraph) -> list[Op]:
     return [op for op in graph.ops if op.name.split(".")[1] == "embedding"]
 
 
-def _token_dim(graph: OpGraph, inside: list[Op], read: int) -> int:
-    """Follows views back to what the module is called with: (batch, tokens, width), in any order of the first two."""
+def _token_dim(graph: OpGraph, inside: list[Op], product: Op) -> int:
+    """Follows views back to what the module is called with: (batch, tokens, width), in any order of the first two. -1
+    where the module does more than the product (a model that multiplies with its embedding itself)."""
+    if any(op.module != product.module and within(op.module, product.module) for op in graph.ops):
+        return -1
+    if any(op is not product and op.name.split(".")[1] in (*PRODUCTS, "embedding") for op in inside):
+        return -1
+    read = product.inputs[-2]
     for op in reversed(inside):
         if op.is_view and read in op.outputs:
             read = op.inputs[0]
+    if any(read in op.outputs for op in inside):
+        return -1
     called: Tensor = graph.tensors[read]
     plain = [d for d in range(len(called.shape) - 1) if not (called.per_batch and called.per_batch[d])]
     return plain[0] if len(called.shape) == 3 and len(plain) == 1 else -1
@@ -85,6 +95,28 @@ def head_shardings(
             continue
         return wanted
     return pairs
+
+
+def whole_parts(graph: OpGraph, tp: int, shardings: tuple[tuple[str, Sharding], ...]) -> tuple[str, ...]:
+    """What every tensor-parallel rank has whole although engines split it, in sentences."""
+    if tp == 1:
+        return ()
+    said, split = [], {path for path, _ in shardings}
+    head = head_of(graph)
+    if head is not None and head.vocabulary % tp:
+        said.append(f"every rank has the whole vocabulary: {head.vocabulary} tokens do not divide by tp = {tp}, and "
+                    f"nothing is padded")  # fmt: skip
+    elif head is not None and not {head.owner, head.module} & split:
+        said.append("every rank has the whole head and embedding: what the model does with its logits needs them whole")
+    inside = [op for op in graph.ops if op.name.split(".")[1] in PRODUCTS and op.module not in split]
+    alone = [op.module for op in inside if head is None or op.module != head.module]
+    around = {op.module.rpartition(".")[0] for op in graph.ops if family(op.name) == "attention"}
+    around |= {op.module for op in graph.ops if family(op.name) == "attention"}
+    whole = next((m for m in alone if any(within(m, place) for place in around if place)), "")
+    if whole:
+        said.append(f"attention is whole on every rank ({whole!r} and those beside it): tp = {tp} does not divide its "
+                    f"heads, of keys among them, which engines would copy; a smaller tp may take less")  # fmt: skip
+    return tuple(said)
 
 
 def gathered(stage: Stage) -> tuple[int, str]:

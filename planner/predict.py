@@ -106,7 +106,7 @@ def _judge(
     waited = parts["host"] / step if step else 0.0
     said, away = host_notes(waited, host_costs(cluster, running)), offload_notes(plan, cluster)
     notes = (*graph.notes, *cluster.notes, *basis_of(cluster.device), *said, *away)
-    notes += (*_rounded(graph, plan, cluster.device), *_unknown_to(cluster.device, plan))
+    notes += format_notes(graph, cluster.device)
     held = memory(lowered.stages, plan, cluster.backend)
     peaks = device_peaks(held, cluster)
     fullest = max(held, key=lambda m: m.peak)
@@ -146,23 +146,20 @@ def _seconds_at_peak(graph: OpGraph, plan: ParallelPlan, device: Device) -> floa
     return rounded / peak_of(device, "tf32") + (graph.flops() - rounded) / peak_of(device, "float32")
 
 
-def _rounded(graph: OpGraph, plan: ParallelPlan, device: Device) -> tuple[str, ...]:
-    """A note where torch rounds float32 to tf32 unasked."""
-    if plan.precision != "fp32":
-        return ()
+def format_notes(graph: OpGraph, device: Device) -> tuple[str, ...]:
+    """What a reader should know of the formats of a step: that torch rounds float32 to tf32 unasked, or that a device
+    has no units for them (`costmodels.ops.peak_of` says what stands in)."""
+    if graph.precision == "tf32":
+        return () if device.in_tf32 else (f"{device.name} has no tf32; the step is that in fp32",)
+    heavy = (op for op in graph.ops if family(op.name) in ("gemm", "conv", "attention"))
+    if any(graph.tensors[t].dtype == "bfloat16" for op in heavy for t in op.inputs):
+        if device.kind == "cpu" or "bfloat16" in device.peak_flops:
+            return ()
+        return (f"{device.name} has no bfloat16; its products are priced at the rate of float32",)
     kinds = {family(op.name) for op in graph.ops} & set(device.in_tf32) & {"conv", "rnn"}
     names = " and ".join({"conv": "convolutions", "rnn": "recurrent layers"}[kind] for kind in sorted(kinds))
     said = f"{names} run in tf32, as torch has it unless torch.backends.cudnn.allow_tf32 is off"
     return (said,) if names else ()
-
-
-def _unknown_to(device: Device, plan: ParallelPlan) -> tuple[str, ...]:
-    """A note where a device has no units for the plan's precision (`costmodels.ops.peak_of` says what stands in)."""
-    if plan.precision == "tf32" and not device.in_tf32:
-        return (f"{device.name} has no tf32; the step is that in fp32",)
-    if plan.precision != "bf16" or device.kind == "cpu" or "bfloat16" in device.peak_flops:
-        return ()
-    return (f"{device.name} has no bfloat16; its products are priced at the rate of float32",)
 
 
 def device_peaks(held: tuple[RankMemory, ...], cluster: Cluster) -> tuple[int, ...]:

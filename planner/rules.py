@@ -149,6 +149,16 @@ _LINEAR_ONE = {"neg", "clone", "copy", "_to_copy", "contiguous", "detach", "alia
 _LINEAR_TWO = {"add", "sub", "copy", "add_"}
 
 
+def _halves(base: str, ins: list[Placed], outs: list[Shape], args: tuple[Any, ...], parts: int) -> list[int]:
+    """glu: element by element of two halves of a dim, which a part of that dim does not have."""
+    position = 1 if base == "glu" else 2
+    dim = args[position] if len(args) > position else -1
+    rank = len(outs[0])
+    if any(p == PARTIAL or p == dim % rank for _, p in ins):
+        raise _fail(base, ins, f"it needs all of dim {dim % rank}")
+    return _pointwise(base, ins, outs, args, parts)
+
+
 def _pointwise(base: str, ins: list[Placed], outs: list[Shape], args: tuple[Any, ...], parts: int) -> list[int]:
     if any(p == PARTIAL for _, p in ins):
         # a whole bias: the runtime divides it by the number of parts, so that the sum has it once
@@ -259,7 +269,7 @@ _RULES: dict[str, Rule] = {
     "detach": _pointwise, "alias": _pointwise, "lift_fresh": _pointwise, "clone": _pointwise, "copy": _pointwise,
     "_to_copy": _pointwise, "contiguous": _pointwise, "zeros_like": _pointwise, "ones_like": _pointwise,
     "full_like": _pointwise, "empty_like": _pointwise, "fill": _pointwise, "zero": _pointwise,
-    "native_dropout": _pointwise, "pointwise": _pointwise,
+    "native_dropout": _pointwise, "pointwise": _pointwise, "glu": _halves, "glu_backward": _halves,
     "sum": _reduce, "mean": _reduce, "amax": _reduce, "amin": _reduce, "any": _reduce, "all": _reduce,
     "mm": _product, "addmm": _product, "bmm": _product, "baddbmm": _product,
     "native_layer_norm": _norm, "_fused_rms_norm": _norm,

@@ -78,6 +78,8 @@ def enumerate_plans(
     devices = check_devices(cluster, devices)
     if global_batch < 1:
         raise ValueError(f"the global batch is {global_batch}; a step needs 1 or more samples")
+    if not graph.gradient_ops:
+        raise ValueError(f"{graph.name} has no parameter that is trained, so there is no training step to plan")
     costs = step_costs(graph, cluster, running)
     paths = sorted(costs.spans, key=lambda path: costs.spans[path])
     found = workload.blocks or tuple(p for p in paths if "." not in p and _has_parameters(graph, p))
@@ -175,7 +177,7 @@ def _enumerate_batch(
     blocks = tuple(u for u in b.workload.blocks if u in units)
     for schedule in schedules:
         if schedule == "1f1b" and m < pp:
-            reason = f"1f1b needs as many micro-batches as stages, {pp}, or more"
+            reason = f"1f1b needs as many micro-batches as stages, {pp}, or more: mb{pp}, or gpipe"
             b.reject(f"pp{pp} 1f1b", reason, 2 * len(kinds))
             continue
         for kind in kinds:

@@ -41,6 +41,11 @@ class StageProgram:
     held: tuple[str, ...]
     parameters: frozenset[str]
 
+    @property
+    def outputs(self) -> int:
+        """Tensors of the model's output, 0 where another stage makes it."""
+        return sum(map(_is_tensor_leaf, tree_leaves(self.output)))
+
 
 @dataclass(frozen=True, slots=True)
 class Split:

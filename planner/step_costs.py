@@ -40,6 +40,11 @@ def step_costs(graph: OpGraph, cluster: Cluster, running: Running = EAGER) -> St
     graph, cluster = graph.run_by(cluster.device.kind), in_precision(cluster, graph.precision)
     count = sum(op.phase == "forward" for op in graph.ops)
     assert all(op.phase == "forward" for op in graph.ops[:count]), "the forward comes first"
+    if any(op.forward >= count for op in graph.ops[count:]):
+        raise ValueError(
+            f"{graph.name} goes backward through a checkpoint that starts a backward pass of its own; give its "
+            f"checkpoints use_reentrant=False"
+        )
     spans: dict[str, tuple[int, int]] = {}
     for op in graph.ops[:count]:
         path = op.module

@@ -36,16 +36,18 @@ def forward_of(workload: Workload) -> OpGraph:
 
 
 def workable(workload: Workload, whole: OpGraph, shardings: Shardings, tp: int) -> tuple[Shardings, str]:
-    """The shardings with which the model runs on a rank's parts, all or those of other kinds of pairs than one, and why
-    the others are left out ("" where none is). whole: `forward_of` the workload."""
+    """The shardings with which the model runs on a rank's parts: all, or those of the kinds of pairs that run alone, as
+    far as they run together; and why the others are left out ("" where none is). whole: `forward_of` the workload."""
     why = _trial(workload, whole, shardings, tp)
     if not why:
         return shardings, ""
+    kept: Shardings = ()
     for kind in dict.fromkeys(map(_kind, _pairs(shardings))):
-        others = tuple(s for pair in _pairs(shardings) if _kind(pair) != kind for s in pair)
-        if others and not _trial(workload, whole, others, tp):
-            return others, why
-    return (), why
+        own = {s for pair in _pairs(shardings) if _kind(pair) == kind for s in pair}
+        more = tuple(s for s in shardings if s in own or s in kept)
+        if not _trial(workload, whole, more, tp):
+            kept = more
+    return kept, why
 
 
 def _pairs(shardings: Shardings) -> Iterator[Shardings]:
@@ -79,6 +81,8 @@ def _trial(workload: Workload, whole: OpGraph, shardings: Shardings, tp: int) ->
     except ValueError as error:
         what = str(error).removeprefix(f"{workload.name} cannot be traced: ").partition("; check that")[0]
         return f"on a part of what it works on, its code fails: {what}. {ADVICE}"
+    if whole.traced_on == "real":  # how many rows an expert gets depends on data
+        return ""
     wanted = _products(whole, ParallelPlan(global_batch=1, tp=tp, shardings=shardings))
     for (name, shapes), module in _products(part, ParallelPlan(global_batch=1)).items():
         if (name, shapes) not in wanted:

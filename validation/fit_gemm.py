@@ -24,7 +24,7 @@ from costmodels import tomlfile
 from costmodels.device import CATALOGUE, load_device
 from costmodels.gemm import WIDE, borrowed_pricing, pricing_of, wide_of
 from costmodels.gemm_correction import factors_of
-from costmodels.gemm_law import fastest, law_seconds
+from costmodels.gemm_law import constants_from, fastest, law_seconds, menu
 from costmodels.relatives import measured, relatives
 from validation.fit_gemm_law import Array, Fit, Mask, calibration_half, fit, in_table, predictions, section_values
 from validation.table_clock import clock_scores
@@ -32,6 +32,7 @@ from validation.tables_gemm import Table, download, eager_tables, kernel_tables,
 
 REGIONS = {"m < 64": (1, 64), "64 <= m < 512": (64, 512), "512 <= m < 1024": (512, 1024), "m >= 1024": (1024, 10**9)}
 ALL_LARGE = "m, n, k >= 1024"
+PACES = 1.5  # factor in the time of a large product up to which two campaigns of a device are taken to belong together
 WORST = 6  # rows of each table that worst.csv shows
 
 
@@ -113,9 +114,23 @@ def keep(table: Table, fitted: Fit, mask: Mask) -> None:
     path = CATALOGUE / "kernels" / f"{table.device}.toml"
     data: dict[str, Any] = tomlfile.read_toml(path) if path.is_file() else {}
     sections = data.setdefault("gemm", {})
-    second = table.campaign == "random" and "models" in sections.get(table.section, {}).get("data", "")
-    sections[table.section + WIDE * second] = section_values(table, fitted, mask)
+    found, name = section_values(table, fitted, mask), table.section
+    if table.campaign == "random" and "models" in sections.get(name, {}).get("data", ""):
+        name += WIDE
+        if not _same_pace(fitted, sections[table.section]):
+            print(f"{table.device} {name}: left out, its long products run at another pace than the first table's")
+            return
+    sections[name] = found
     tomlfile.write_toml(path, data)
+
+
+def _same_pace(fitted: Fit, first: dict[str, Any]) -> bool:
+    """Whether a large product takes about the same time by a second campaign's law as by the first section (P4's takes
+    3.1 times as long: its campaigns call different kernels)."""
+    large = np.array([[1.0, 4096, 4096, 4096]])
+    second = law_seconds(fitted.constants, fitted.hardware, fitted.menu, large)
+    one = law_seconds(constants_from(first), fitted.hardware, menu(first["tiles"], first["splits"]), large)
+    return bool(abs(np.log(second / one)).max() < np.log(PACES))
 
 
 def _scores(table: Table, held: Mask, seconds: Array, labels: dict[str, str]) -> list[dict[str, Any]]:

@@ -63,6 +63,11 @@ def read(folder: Path) -> dict[str, Array]:
         raise ValueError(f"{folder}: columns {', '.join(sorted(missing))} are missing from cases.csv")
     table = table[table.scored.astype(bool)].dropna(subset=["measured_seconds", "predicted_seconds", "low", "high"])
     sides = [1 - table.low / table.predicted_seconds, table.high / table.predicted_seconds - 1]
+    if (narrow := float(min(side.min() for side in sides) / NINE_IN_TEN)) < STEP_ERROR * 0.999:
+        raise ValueError(
+            f"{folder}: an interval is {narrow:.3f} standard deviations wide, less than STEP_ERROR = {STEP_ERROR}; "
+            f"write cases.csv with the present code first (parplan predict --cases)"
+        )
     widths = [np.sqrt(np.maximum((side / NINE_IN_TEN) ** 2 - STEP_ERROR**2, 0.0)) for side in sides]
     frame = np.column_stack([table.measured_seconds / table.predicted_seconds - 1, *widths]).astype(float)
     return {name: frame[(table["set"] == name).to_numpy()] for name in dict.fromkeys(table["set"])}

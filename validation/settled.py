@@ -64,6 +64,20 @@ def _likely(func: Any, args: Any, kwargs: Any) -> Any:
     return args[0].copy_(p >= 0.5) if isinstance(p, torch.Tensor) else args[0].fill_(float(p >= 0.5))
 
 
+def _whole(func: Any, args: Any, kwargs: Any) -> Any:
+    """`randint`, `randint_like`: whole numbers below a high end, or between two."""
+    ends = [a for a in args if isinstance(a, int) and not isinstance(a, bool)]
+    named = [kwargs[name] for name in ("low", "high") if name in kwargs]
+    low, high = ([0, *ends, *named])[-2:]
+    return func(*args, **kwargs).fill_((low + high) // 2)
+
+
+def _in_order(func: Any, args: Any, kwargs: Any) -> Any:
+    """`randperm`: nothing changes places."""
+    found = func(*args, **kwargs)
+    return found.copy_(torch.arange(len(found), dtype=found.dtype, device=found.device))
+
+
 _SETTLED: dict[str, Callable[[Any, Any, Any], Any]] = {
     "native_dropout": _dropout,
     "bernoulli": _certain,
@@ -71,6 +85,9 @@ _SETTLED: dict[str, Callable[[Any, Any, Any], Any]] = {
     "normal_": _filled(lambda mean=0.0, std=1.0: mean + std / 2),
     "uniform_": _filled(lambda low=0.0, high=1.0, **ends: (low + high) / 2),
     "exponential_": _filled(lambda rate=1.0, **named: 1 / named.get("lambd", rate)),
+    "random_": _filled(lambda low=0, high=None: 0 if high is None else (low + high) // 2),
+    "randperm": _in_order,
+    **dict.fromkeys(("randint", "randint_like"), _whole),
     **dict.fromkeys(("rand", "rand_like", "randn", "randn_like"), _made(0.5)),
 }
 

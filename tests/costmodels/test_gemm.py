@@ -24,7 +24,7 @@ from costmodels.gemm import (
 from costmodels.gemm_correction import STEP, Correction, correction_from, factors, section_of
 from costmodels.gemm_law import Constants, Hardware, law_seconds, menu
 from costmodels.kernels import kernel_price
-from costmodels.ops import OpShape, price, price_many
+from costmodels.ops import OpShape, peak_of, price, price_many
 from costmodels.relatives import distance, find, measured, relatives, section_for
 
 PLAIN = Constants(
@@ -326,6 +326,40 @@ def test_a_vector_times_a_matrix_reads_the_matrix(name: str) -> None:
     assert least < price(device, vector).seconds < 1.6 * least
     assert price(device, vector).seconds <= price(device, mm(2, 8192, 8192, "float32")).seconds
     assert price(device, mm(8192, 1, 8192, "float32")).seconds < 1.6 * least
+
+
+@pytest.mark.parametrize("name", ["l4", "a10g", "rtx-3090", "h20", "a100-sxm-80gb", "gb10"])
+def test_tf32_takes_no_longer_than_float32(name: str) -> None:
+    for dims in ((1, 128, 16384), (32, 4096, 4096), (4096, 4096, 128), (4096, 4096, 4096)):
+        rounded, plain = (price(load_device(name), mm(*dims, dtype)).seconds for dtype in ("tf32", "float32"))
+        assert rounded <= plain
+
+
+@pytest.mark.parametrize("name", ["l40s", "l4", "rtx-4090", "h100-sxm", "b200"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float8_e4m3fn", "float32"])
+def test_thin_products_read_their_weights_from_memory(name: str, dtype: str) -> None:
+    device, size = load_device(name), {"bfloat16": 2, "float8_e4m3fn": 1, "float32": 4}[dtype]
+    for m, n, k in ((1, 1600, 1600), (8, 4096, 1024), (64, 1024, 4096), (4096, 16, 4096)):
+        assert price(device, mm(m, n, k, dtype)).seconds >= size * (m * k + k * n) / device.memory_bandwidth
+
+
+def test_products_of_8_bit_integers_have_units_of_their_own() -> None:
+    shape = replace(mm(4096, 4096, 4096, "int32"), name="aten._int_mm.default")
+    for name in ("h100-sxm", "rtx-4090", "gb10"):
+        device = load_device(name)
+        found = kernel_price(device, shape)
+        assert found is not None
+        assert found.seconds > shape.flops / peak_of(device, "int8")
+        assert found.seconds < 1.5 * price(device, mm(4096, 4096, 4096, "float8_e4m3fn")).seconds
+
+
+def test_a_lent_tile_takes_the_lenders_cycles() -> None:
+    """RTX 3090's units do a quarter of A100's FLOP per clock: a tile's fixed part is a quarter of its steps."""
+    lender, own = (pricing_of(load_device(n), "bfloat16", False) for n in ("a100-sxm-80gb", "rtx-3090"))
+    assert lender is not None and own is not None
+    assert own.constants.prologue == pytest.approx(lender.constants.prologue * 512 / 2048, rel=0.05)
+    sister = pricing_of(load_device("a100-sxm-40gb"), "bfloat16", False)
+    assert sister is not None and sister.constants.prologue == pytest.approx(lender.constants.prologue)
 
 
 def test_an_error_grows_with_the_distance_from_the_table() -> None:

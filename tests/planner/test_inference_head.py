@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 from itertools import accumulate
 
@@ -9,10 +10,11 @@ import pytest
 import torch
 
 from costmodels.cluster import load_cluster
+from costmodels.device import load_device
 from opgraph.models import load_workload, with_length
 from opgraph.workload import Workload, adamw, mean_square
 from planner.inference import infer, stages_of
-from planner.inference_graph import trace_forward, trace_inference
+from planner.inference_graph import ALL_LOGITS, trace_forward, trace_inference
 from planner.inference_head import gathered, head_of, head_shardings, with_gathered
 from planner.plan import ParallelPlan
 from planner.runtime import forward_script
@@ -51,7 +53,8 @@ def test_a_prompt_has_the_logits_of_its_last_token(spec):
     assert every.tensors[every.ops[-1].outputs[0]].shape[1:] == (PROMPT, 512)
     less = 2 * every.batch * (PROMPT - 1) * 64 * 512
     assert every.flops() - whole.flops() == less and token is not None
-    assert trace_inference(lambda n: with_length(spec, n), PROMPT, 0, "bf16")[0].flops() == every.flops()
+    alone, nothing = trace_inference(lambda n: with_length(spec, n), PROMPT, 0, "bf16")
+    assert alone.flops() == whole.flops() and nothing is None
 
 
 class Reshapes(torch.nn.Module):
@@ -76,6 +79,28 @@ def test_a_model_that_needs_all_logits_keeps_them():
 
     whole, token = trace_inference(of, 8, 4, "fp32")
     assert token is not None and whole.tensors[whole.ops[-1].outputs[0]].shape[1:] == (8, 32)
+    assert ALL_LOGITS in whole.notes and ALL_LOGITS not in graphs(GPT)[0].notes
+
+
+class OwnTable(Reshapes):
+    """Multiplies with its embedding itself, so that no module's input is what the logits are made of."""
+
+    def forward(self, ids):
+        x = self.table(ids).unsqueeze(1)
+        x = torch.nn.functional.scaled_dot_product_attention(x, x, x, is_causal=True).squeeze(1)
+        return torch.nn.functional.linear(self.out(self.table(ids) + x) @ self.table.weight, self.table.weight)
+
+
+def test_a_head_in_the_models_own_forward_is_not_shortened():
+    def of(length: int) -> Workload:
+        return Workload(
+            "own table", OwnTable, lambda n: ((torch.zeros(n, length, dtype=torch.long),), ()), mean_square, adamw, 4
+        )
+
+    whole, _ = trace_inference(of, 8, 4, "fp32")
+    head = head_of(whole)
+    assert head is None or head.tokens == -1
+    assert whole.flops() == trace_forward(of(8), "fp32").flops()
 
 
 @pytest.mark.parametrize("tp", [2, 4])
@@ -106,6 +131,20 @@ def test_a_vocabulary_that_does_not_divide_stays_whole_and_says_so():
     found = infer(whole, token, H100, batch=2, prompt=PROMPT, generate=GENERATE, tp=2)
     assert any("511 tokens do not divide by tp = 2" in note for note in found.notes)
     assert not any("do not divide" in n for n in infer(whole, token, H100, batch=2, prompt=PROMPT, generate=8).notes)
+
+
+def test_attention_that_no_rank_has_a_part_of_is_said():
+    whole, token = graphs(LLAMA)  # four heads of keys
+    notes = {tp: infer(whole, token, H100, batch=2, prompt=PROMPT, generate=8, tp=tp).notes for tp in (2, 4, 8)}
+    said = {tp: any("attention is whole on every rank" in n for n in found) for tp, found in notes.items()}
+    assert said == {2: False, 4: False, 8: True}
+
+
+def test_formats_that_a_device_lacks_are_said():
+    t4 = replace(H100, device=load_device("t4"), cache={})
+    whole, token = graphs(LLAMA)
+    assert any("no bfloat16" in n for n in infer(whole, token, t4, batch=2, prompt=PROMPT, generate=8).notes)
+    assert not any("bfloat16" in n for n in infer(whole, token, H100, batch=2, prompt=PROMPT, generate=8).notes)
 
 
 def test_stages_gather_logits_at_the_end_only():

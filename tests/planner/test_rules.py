@@ -176,3 +176,19 @@ def test_a_selected_dim_comes_back_in_backward() -> None:
 
 def test_expanding_a_tensor_to_its_own_shape_makes_no_new_one() -> None:
     assert place("aten.expand.default", [((4, 8), 0)], [], (None, (4, 8)), 2) == []
+
+
+def test_halves_of_a_dim_are_no_halves_of_its_parts():
+    shape, half = (2, 8, 16), (2, 8, 8)
+    assert place("aten.glu.default", [(shape, 1)], [half], (None, -1), 2) == [1]
+    for dim, args in ((2, (None, -1)), (2, (None, 2)), (1, (None, 1))):
+        with pytest.raises(ShardingError, match="needs all of dim"):
+            place("aten.glu.default", [(shape, dim)], [half], args, 2)
+
+
+def test_rows_of_a_table_are_summed_and_its_columns_stay_apart():
+    table, ids, out = (64, 16), (2, 8), (2, 8, 16)
+    assert place("aten.embedding.default", [(table, 0), (ids, REPLICATE)], [out], (), 2) == [PARTIAL]
+    assert place("aten.embedding.default", [(table, 1), (ids, REPLICATE)], [out], (), 2) == [2]
+    with pytest.raises(ShardingError, match="only the table"):
+        place("aten.embedding.default", [(table, 0), (ids, 0)], [out], (), 2)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import gelu, scaled_dot_product_attention
+from torch.nn.functional import gelu, glu, scaled_dot_product_attention
 
 from costmodels.cluster import load_cluster
 from opgraph.batch import trace_workload
@@ -69,6 +71,28 @@ def test_code_that_counts_its_heads_keeps_them(view: str, words: str) -> None:
     assert kinds(found) == "*.attention.o, *.down"  # by shapes alone both could be split
     kept, why = workable(made, forward_of(made), found, 2)
     assert kinds(kept) == "*.down" and words in why
+
+
+class Crossed(nn.Module):
+    """Two kinds of attention that count their heads, and two ways to the same width."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.own, self.cross = Attention("all heads"), Attention("narrow heads")
+        self.up, self.down = nn.Linear(WIDTH, 64), nn.Linear(64, WIDTH)
+        self.gate, self.out = nn.Linear(WIDTH, 128), nn.Linear(64, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.own(x) + self.cross(x)
+        return x + self.down(gelu(self.up(x))) + self.out(glu(self.gate(x), -1))
+
+
+def test_every_kind_of_pair_is_tried_alone() -> None:
+    made = replace(workload("any heads"), build=lambda: nn.Sequential(Crossed(), Crossed()))
+    found = tp_shardings(trace_workload(made), 2)
+    assert "glu" not in kinds(found) and "out" not in kinds(found)  # halves of a dim are no halves of its parts
+    kept, why = workable(made, forward_of(made), found, 2)
+    assert kinds(kept) == "*.down" and "invalid for input of size" in why
 
 
 def test_a_search_splits_what_runs_and_says_what_does_not() -> None:

@@ -46,4 +46,6 @@ def test_the_present_number_is_taken_out_of_the_files(tmp_path: Path, capsys: py
     assert main([str(tmp_path), "--json"]) == 0
     assert [row["set"] for row in json.loads(capsys.readouterr().out)["sets"]] == ["a", "b"]
     assert main([str(tmp_path)]) == 0 and "mean of sets" in capsys.readouterr().out
+    (tmp_path / "one" / "cases.csv").write_text("\n".join([lines[0], "a,2.0,2.1,1.9,2.1,True"]))
+    assert main([str(tmp_path)]) == 2 and "with the present code first" in capsys.readouterr().err
     assert main([str(tmp_path / "none")]) == 2 and "there is no cases.csv" in capsys.readouterr().err

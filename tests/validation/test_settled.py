@@ -38,6 +38,9 @@ def test_outcomes() -> None:
     x = torch.zeros(3)
     with settled() as drawn:
         assert torch.rand(2).tolist() == torch.randn(2).tolist() == [0.5, 0.5]
+        assert torch.randint(10, (2,)).tolist() == torch.randint(0, 11, (2,)).tolist() == [5, 5]
+        assert torch.randint(4, 8, (1,)).tolist() == torch.randint_like(torch.zeros(1), 4, 8).tolist() == [6]
+        assert torch.randperm(3).tolist() == [0, 1, 2] and x.clone().random_(2, 6).tolist() == [4, 4, 4]
         assert x.normal_(1.0, 4.0).tolist() == [3.0] * 3 and x.uniform_(2, 4).tolist() == [3.0] * 3
         assert x.exponential_(4.0).tolist() == [0.25] * 3
         assert x.bernoulli_(0.2).tolist() == [0.0] * 3 and x.bernoulli_(0.5).tolist() == [1.0] * 3
