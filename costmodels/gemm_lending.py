@@ -17,7 +17,7 @@ import numpy as np
 from costmodels.device import Device, list_devices, load_device
 from costmodels.gemm_law import Constants, constants_from, hardware_of, law_seconds, menu
 from costmodels.power import BEST_SHARE, DOUBT, LONG, board_ratio, comparable, own_ratio
-from costmodels.relatives import SAME, Section, measured, rate_per_clock, same_generation, vendor
+from costmodels.relatives import SAME, Section, measured, same_generation, vendor
 
 # Mean errors of borrowed constants: measured by predicting each device of a table from its nearest other one
 # (reports/gemm/borrowed.csv). generation: 0.05 to 0.14 with the relative's correction; vendor: of another generation,
@@ -42,7 +42,6 @@ def lent(device: Device, dtype: str, section: Section) -> Lent:
     if whose == "own":
         return Lent(constants, True, None)
     error = BORROWED_ERROR[whose]
-    constants = replace(constants, prologue=constants.prologue * _slower_units(device, dtype, section))
     if whose == "other" or _lender(section) is None:
         sisters = _sisters(device, dtype) if whose == "other" else ()
         return Lent(borrowed_constants(device, dtype, constants, sisters), False, error)
@@ -50,15 +49,6 @@ def lent(device: Device, dtype: str, section: Section) -> Lent:
     if not _measured(device, dtype):
         error = hypot(error, DOUBT * log(share))
     return Lent(at_share(constants, share), whose == "generation", error)
-
-
-def _slower_units(device: Device, dtype: str, section: Section) -> float:
-    """A tile's fixed part is counted in steps of k, but takes cycles: units that do less per clock than the lender's
-    need fewer steps for it. (A100 158 and H100 152 steps at 2,048 and 4,096 FLOP per clock and unit in 16 bits, L40S 66
-    at 1,024.) At most 1."""
-    relative = _lender(section) or device
-    fitted = section.dtype.removesuffix("_batched")
-    return min(rate_per_clock(device, dtype) / rate_per_clock(relative, fitted), 1.0)
 
 
 def whose_is(device: Device, dtype: str, section: Section) -> str:

@@ -353,15 +353,6 @@ def test_products_of_8_bit_integers_have_units_of_their_own() -> None:
         assert found.seconds < 1.5 * price(device, mm(4096, 4096, 4096, "float8_e4m3fn")).seconds
 
 
-def test_a_lent_tile_takes_the_lenders_cycles() -> None:
-    """RTX 3090's units do a quarter of A100's FLOP per clock: a tile's fixed part is a quarter of its steps."""
-    lender, own = (pricing_of(load_device(n), "bfloat16", False) for n in ("a100-sxm-80gb", "rtx-3090"))
-    assert lender is not None and own is not None
-    assert own.constants.prologue == pytest.approx(lender.constants.prologue * 512 / 2048, rel=0.05)
-    sister = pricing_of(load_device("a100-sxm-40gb"), "bfloat16", False)
-    assert sister is not None and sister.constants.prologue == pytest.approx(lender.constants.prologue)
-
-
 def test_an_error_grows_with_the_distance_from_the_table() -> None:
     h100 = load_device("h100-sxm")
     errors = [price(h100, mm(m, 4096, 4096, "float32")).error for m in (512, 256, 64, 16)]
