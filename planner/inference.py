@@ -133,7 +133,7 @@ def infer(
     peak, caches = need(batch // dp)
     waits = [p.breakdown["host"] / p.seconds for p in (prefill, decode) if p is not None and p.seconds]
     hosts = host_notes(max(waits, default=0.0), host_costs(cluster, running))
-    said_of = (*whole_parts(prompt_graph, tp, plan.shardings), *format_notes(prompt_graph, cluster.device))
+    said_of = (*whole_parts(prompt_graph, replace(plan, pp=1, cuts=())), *format_notes(prompt_graph, cluster.device))
     notes = (*prompt_graph.notes, *said_of, *cluster.notes, *basis_of(cluster.device), *hosts)
     return Inference(
         plan=plan, batch=batch, prompt=prompt, generate=generate, prefill=prefill, decode=decode, last=last,

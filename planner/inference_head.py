@@ -97,25 +97,25 @@ def head_shardings(
     return pairs
 
 
-def whole_parts(graph: OpGraph, tp: int, shardings: tuple[tuple[str, Sharding], ...]) -> tuple[str, ...]:
+def whole_parts(graph: OpGraph, plan: ParallelPlan) -> tuple[str, ...]:
     """What every tensor-parallel rank has whole although engines split it, in sentences."""
-    if tp == 1:
+    if plan.tp == 1:
         return ()
-    said, split = [], {path for path, _ in shardings}
-    head = head_of(graph)
+    said, head, tp = [], head_of(graph), plan.tp
     if head is not None and head.vocabulary % tp:
-        said.append(f"every rank has the whole vocabulary: {head.vocabulary} tokens do not divide by tp = {tp}, and "
-                    f"nothing is padded")  # fmt: skip
-    elif head is not None and not {head.owner, head.module} & split:
+        said.append(
+            f"every rank has the whole vocabulary: {head.vocabulary} tokens do not divide by tp = {tp}, and nothing is "
+            f"padded"
+        )
+    elif head is not None and not {head.owner, head.module} & set(plan.style):
         said.append("every rank has the whole head and embedding: what the model does with its logits needs them whole")
-    inside = [op for op in graph.ops if op.name.split(".")[1] in PRODUCTS and op.module not in split]
-    alone = [op.module for op in inside if head is None or op.module != head.module]
-    around = {op.module.rpartition(".")[0] for op in graph.ops if family(op.name) == "attention"}
-    around |= {op.module for op in graph.ops if family(op.name) == "attention"}
-    whole = next((m for m in alone if any(within(m, place) for place in around if place)), "")
+    placements = propagate(graph, plan).placements
+    whole = [op for op in graph.ops if family(op.name) == "attention" and placements[op.inputs[0]] < 0]
     if whole:
-        said.append(f"attention is whole on every rank ({whole!r} and those beside it): tp = {tp} does not divide its "
-                    f"heads, of keys among them, which engines would copy; a smaller tp may take less")  # fmt: skip
+        said.append(
+            f"attention is whole on every rank ({whole[0].module!r} and the like): tp = {tp} does not divide its heads, "
+            f"those of keys among them, which engines would copy; a smaller tp may take less"
+        )
     return tuple(said)
 
 

@@ -138,6 +138,9 @@ def test_attention_that_no_rank_has_a_part_of_is_said():
     notes = {tp: infer(whole, token, H100, batch=2, prompt=PROMPT, generate=8, tp=tp).notes for tp in (2, 4, 8)}
     said = {tp: any("attention is whole on every rank" in n for n in found) for tp, found in notes.items()}
     assert said == {2: False, 4: False, 8: True}
+    whole, token = graphs("mixtral-8x7b:layers=1,hidden=64,heads=4,kv_heads=2,ffn=64,vocab=64,seq=64")
+    notes = infer(whole, token, H100, batch=2, prompt=PROMPT, generate=8, tp=2).notes  # its router is whole
+    assert not any("attention is whole" in n for n in notes)
 
 
 def test_formats_that_a_device_lacks_are_said():
