@@ -113,8 +113,8 @@ def whole_parts(graph: OpGraph, plan: ParallelPlan) -> tuple[str, ...]:
     whole = [op for op in graph.ops if family(op.name) == "attention" and placements[op.inputs[0]] < 0]
     if whole:
         said.append(
-            f"attention is whole on every rank ({whole[0].module!r} and the like): tp = {tp} does not divide its heads, "
-            f"those of keys among them, which engines would copy; a smaller tp may take less"
+            f"attention is whole on every rank ({whole[0].module!r} and others): tp = {tp} does not divide its heads, "
+            f"of keys among them, which engines would copy; a smaller tp may take less"
         )
     return tuple(said)
 
