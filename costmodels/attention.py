@@ -88,7 +88,7 @@ def _pricing(device: Device, found: Found, kernel: Kernel, dtype: str, backward:
 
 def _held(device: Device, found: Found, dtype: str) -> float:
     """The share of the lender's rate that a device holds under a lower power limit, as for products: both run on the
-    tensor cores (`costmodels.gemm.sustained`)."""
+    tensor cores (`costmodels.gemm_lending.sustained`)."""
     if found.whose != "relative":
         return 1.0
     from costmodels.gemm_lending import sustained

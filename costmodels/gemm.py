@@ -29,7 +29,7 @@ from costmodels.gemm_law import (
     menu,
     packed,
 )
-from costmodels.gemm_lending import BORROWED_ERROR, Lent, lent
+from costmodels.gemm_lending import BORROWED_ERROR, lent
 from costmodels.ops import OpShape
 from costmodels.price import Price
 from costmodels.relatives import SISTER, Section, distance, relatives, section_for
@@ -190,7 +190,7 @@ def reads_of(device: Device) -> Pricing | None:
 def _pricing(device: Device, dtype: str, section: Section, known: Constants | None = None) -> Pricing:
     """`known`: constants of the device whose rate of long products takes the place of the section's."""
     values = section.values
-    loan: Lent = lent(device, dtype, section)
+    loan = lent(device, dtype, section)
     constants, correction = loan.constants, correction_from(values) if loan.corrected else None
     if known is not None:
         constants = replace(constants, compute=known.compute, throttle=known.throttle)

@@ -277,9 +277,8 @@ def peak_of(device: Device, dtype: str) -> float:
     """Dense FLOP/s of a dtype; what the data sheet leaves out runs as libraries run it.
 
     All float8 share a rate, or the 16-bit one (A100); 8-bit integers that are not listed take theirs (ASSUMPTION).
-    Accelerators compute 16-bit floats in float32 where that is
-    faster (bfloat16 on V100, float16 on P40); a CPU's rates are measured, so they stand. The rest takes float32's rate,
-    or the least listed. "tf32" must be asked for.
+    Accelerators compute 16-bit floats in float32 where that is faster (bfloat16 on V100, float16 on P40); a CPU's rates
+    are measured, so they stand. The rest takes float32's rate, or the least listed. "tf32" must be asked for.
     """
     peaks = device.peak_flops
     single = peaks.get("float32") or min(peaks.values())

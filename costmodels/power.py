@@ -32,7 +32,7 @@ LONG = 2.0  # decades of duration (`gemm_law.THROTTLE_FROM`) at which shares are
 TENSOR_DRAW = 0.24
 ALIKE = 2.5  # times as many FLOP per clock and unit, up to which boards are compared (RTX 4090 and L40S: 2)
 BEST_SHARE = 0.9  # of the peak that a rate which a limit held back is raised to at most
-DOUBT = 0.5  # of the log of a power ratio that is added to the error
+DOUBT = 0.5  # of the log of a power ratio, which joins the error in squares. ASSUMPTION
 
 
 def share_under(limit: float) -> float:

@@ -35,15 +35,15 @@ def trace_inference(
     if no_decode(whole):
         return whole, None
     of_length(prompt + generate)  # says where the model has fewer positions
-    every = replace(whole, notes=(*whole.notes, ALL_LOGITS)) if head_of(whole) is not None and prompt > 1 else whole
+    token = trace_forward(of_length(1), precision, accelerator) if generate else None
     head = head_of(whole)
-    shorter = None
-    if head is not None and head.tokens >= 0:
+    if head is None or prompt == 1:
+        return whole, token
+    if head.tokens >= 0:
         # what the model does with its logits may need those of all tokens
         with suppress(RuntimeError, ValueError, IndexError):
-            shorter = trace_forward(of_length(prompt), precision, accelerator, head)
-    token = trace_forward(of_length(1), precision, accelerator) if generate else None
-    return shorter if shorter is not None else every, token
+            return trace_forward(of_length(prompt), precision, accelerator, head), token
+    return replace(whole, notes=(*whole.notes, ALL_LOGITS)), token
 
 
 def trace_forward(

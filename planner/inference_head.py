@@ -81,9 +81,7 @@ def head_shardings(
     head = head_of(graph)
     if head is None or tp == 1 or head.vocabulary % tp or any(path in (head.module, head.owner) for path, _ in pairs):
         return pairs
-    tables = {
-        op.module for op in _embeddings(graph) if graph.tensors[op.inputs[0]].shape[0] == head.vocabulary
-    }  # fmt: skip
+    tables = {op.module for op in _embeddings(graph) if graph.tensors[op.inputs[0]].shape[0] == head.vocabulary}
     split: tuple[tuple[str, Sharding], ...] = ()
     if head.owner not in tables:
         split = ((head.owner, "colwise"),)
@@ -113,8 +111,8 @@ def whole_parts(graph: OpGraph, plan: ParallelPlan) -> tuple[str, ...]:
     whole = [op for op in graph.ops if family(op.name) == "attention" and placements[op.inputs[0]] < 0]
     if whole:
         said.append(
-            f"attention is whole on every rank ({whole[0].module!r} and others): tp = {tp} does not divide its heads, "
-            f"of keys among them, which engines would copy; a smaller tp may take less"
+            f"attention is whole on every rank ({whole[0].module!r} and others): its heads, those of keys among them, do "
+            f"not split over tp = {tp}; engines copy heads of keys, so a smaller tp may take less here"
         )
     return tuple(said)
 

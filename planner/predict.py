@@ -21,9 +21,10 @@ from simulator import Timeline, breakdown, overall, simulate
 
 NINE_IN_TEN = 1.645  # standard deviations on either side of the mean of a normal distribution
 # What whole steps on devices that nobody calibrated are off beyond the errors of their ops: GPUs of one cluster differ
-# by 5 %, releases of one recipe by 0.5 to 8 %, trainers by what `planner.software` does not know. With this number nine
-# in ten published rows lie inside their intervals in the mean of 18 sets; each set scored with what the other 17 ask
-# for (0.06 to 0.09), 0.89 do (before, with 0.05: 0.84): `python -m validation.fit_step_error reports/published`.
+# by 5 %, releases of one recipe by 0.5 to 8 %, trainers by what `planner.software` does not know. The least number with
+# which nine in ten published rows lie inside their intervals, in the mean of 18 sets. Each set scored with what the
+# other 17 ask for (0.065 to 0.095), 0.89 do; with 0.05, which none of them had chosen, 0.84 did:
+# `python -m validation.fit_step_error reports/published`.
 STEP_ERROR = 0.09
 
 

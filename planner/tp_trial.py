@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from costmodels.families import family
 from opgraph.graph import OpGraph
 from opgraph.workload import Workload
+from planner.inference_graph import trace_forward
 from planner.layout import propagate
 from planner.plan import ParallelPlan, Sharding
 from planner.rules import local_shape
@@ -30,8 +31,6 @@ ADVICE = "Let views take the number of heads from what they get: view(..., -1, h
 
 def forward_of(workload: Workload) -> OpGraph:
     """The forward pass that parts are compared with."""
-    from planner.inference_graph import trace_forward
-
     return trace_forward(workload, "fp32", accelerator=False)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import cache
-from itertools import accumulate, pairwise
+from itertools import pairwise
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ from planner.plan import ParallelPlan
 from planner.runtime import forward_script
 from planner.script import Work
 from tests.planner.conftest import LLAMA as SMALL_LLAMA
-from validation.allocations import recorded_allocations
+from tests.planner.conftest import forward_peak
 
 H100 = load_cluster("dgx-h100")
 GPT = "gpt2:layers=3,hidden=128,heads=4,vocab=512,seq=64"
@@ -159,14 +159,7 @@ def test_the_forward_pass_holds_what_a_real_one_allocates(spec, uncalibrated):
     found = infer(whole, None, uncalibrated, batch=workload.batch_size, prompt=64, generate=0)
     torch.manual_seed(0)
     module, (inputs, _) = workload.build().eval(), workload.batch(workload.batch_size)
-    with torch.no_grad():
-        module(*inputs)
-        with recorded_allocations() as allocations:
-            module(*inputs)
-    changes = [size for _, _, size in allocations]
-    held = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in (*module.parameters(), *inputs)}
-    real = sum(held.values()) + max(accumulate(changes))
-    assert found.peak_bytes - found.cache_per_rank == pytest.approx(real, rel=0.002)
+    assert found.peak_bytes - found.cache_per_rank == pytest.approx(forward_peak(module, inputs), rel=0.002)
 
 
 class Encoder(torch.nn.Module):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import cache
-from itertools import accumulate
 
 import pytest
 import torch
@@ -20,7 +19,7 @@ from planner.plan import ParallelPlan
 from planner.runtime import forward_script
 from planner.script import Message, Work
 from planner.tensor_parallel import tp_shardings
-from validation.allocations import recorded_allocations
+from tests.planner.conftest import forward_peak
 
 H100 = load_cluster("dgx-h100")
 GPT = "gpt2:layers=2,hidden=64,heads=4,vocab=512,seq=64,positions=128"
@@ -166,11 +165,4 @@ def test_the_last_tokens_pass_holds_what_a_real_one_allocates(spec, uncalibrated
     torch.manual_seed(0)
     module, (inputs, _) = workload.build().eval(), workload.batch(4)
     module.get_submodule(head.module).register_forward_pre_hook(lambda _, x: (x[0][:, -1:].contiguous(),))
-    with torch.no_grad():
-        module(*inputs)
-        with recorded_allocations() as allocations:
-            module(*inputs)
-    changes = [size for _, _, size in allocations]
-    held = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in (*module.parameters(), *inputs)}
-    real = sum(held.values()) + max(accumulate(changes))
-    assert found.peak_bytes - found.cache_per_rank == pytest.approx(real, rel=0.002)
+    assert found.peak_bytes - found.cache_per_rank == pytest.approx(forward_peak(module, inputs), rel=0.002)
