@@ -111,8 +111,8 @@ def whole_parts(graph: OpGraph, plan: ParallelPlan) -> tuple[str, ...]:
     whole = [op for op in graph.ops if family(op.name) == "attention" and placements[op.inputs[0]] < 0]
     if whole:
         said.append(
-            f"attention is whole on every rank ({whole[0].module!r} and others): its heads, those of keys among them, do "
-            f"not split over tp = {tp}; engines copy heads of keys, so a smaller tp may take less here"
+            f"attention is whole on every rank ({whole[0].module!r} and others): its heads, those of keys among them, "
+            f"do not split over tp = {tp}; engines copy heads of keys, so a smaller tp may take less here"
         )
     return tuple(said)
 
