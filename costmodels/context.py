@@ -68,6 +68,33 @@ def price_in_order(device: Device, shapes: Sequence[OpShape]) -> list[Price]:
     return price_many(device, in_context(shapes) if device.laws else shapes)
 
 
+def price_with_host(
+    device: Device, shapes: Sequence[OpShape], phases: Sequence[str]
+) -> tuple[list[Price], list[float]]:
+    """`price_in_order`, and the seconds that Python and the framework take beside each of these ops (`per_op`)."""
+    from costmodels.ops import price_many
+
+    placed = in_context(shapes) if device.laws else shapes
+    return price_many(device, placed), [per_op(device, phase, s.swept) for s, phase in zip(placed, phases, strict=True)]
+
+
+def per_op(device: Device, phase: str, swept: int = 0) -> float:
+    """Seconds of Python and the framework beside an op that follows one which moved `swept` bytes: their code and data
+    share the caches with the ops' (`validation.calibrate`). None for an optimizer's, which `Device.host` counts by
+    tensors."""
+    if phase == "optimizer":
+        return 0.0
+    key = "op_backward" if phase == "backward" else "op_forward"
+    cold = device.host.get(f"{key}_swept", 0.0) if swept else 0.0
+    return device.host.get(key, 0.0) + cold * emptied(swept)
+
+
+def emptied(swept: int) -> float:
+    """The share of the caches that an op of so many bytes empties, as laws of ops count it."""
+    share: float = min(swept / SWEPT, 1.0) ** 0.5
+    return share
+
+
 def is_stream(name: str) -> bool:
     """Whether an op walks its operands element by element, so that their strides matter."""
     return family(name) == "pointwise" or base_name(name) in ("clone", "copy", "_to_copy", "contiguous")

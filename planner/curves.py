@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from costmodels.collectives import collective_price
+from costmodels.context import per_op
 from costmodels.ops import price_many
 from opgraph.graph import Tensor
 from planner.host_thread import host_costs
@@ -24,8 +25,8 @@ class Curves:
     """Per forward op: what runs or lives with it, at one micro-batch size and one tensor-parallel layout.
 
     forward, backward: seconds, host time and tensor-parallel messages among them; cold f8[2, n]: what of these emptied
-    caches cost; messages f8[2, n]: these of forward and backward. host f8[2, n]: seconds in which a host thread issues
-    them; least_host: the least.
+    caches cost; moved f8[2, n]: bytes that ops move; messages f8[2, n]: these of forward and backward. host f8[2, n]:
+    seconds in which a host thread issues them; least_host: the least.
     params: bytes of parameters; trained: of those that get gradients, which are `tensors` in number.
     bytes: of every storage. reads: bytes of the smallest view of a storage that forward reads.
     """
@@ -33,6 +34,7 @@ class Curves:
     forward: Floats
     backward: Floats
     cold: Floats
+    moved: Floats
     messages: Floats
     demand: float
     copies: Floats
@@ -61,7 +63,7 @@ def curves(costs: StepCosts, plan: ParallelPlan) -> Curves:
 def _curves(costs: StepCosts, plan: ParallelPlan) -> Curves:
     graph, n, place = costs.graph, costs.forward_ops, costs.place
     layout = propagate(graph, plan)
-    seconds, hot = op_seconds(costs, layout, plan.micro_batch)
+    seconds, hot, traffic = op_seconds(costs, layout, plan.micro_batch)
     after = np.array([op.phase not in ("forward", "optimizer") for op in graph.ops])
     before = np.arange(len(graph.ops)) < n
     (messages, sends), demand = np.zeros((2, 2, n)), 1.0
@@ -97,19 +99,19 @@ def _curves(costs: StepCosts, plan: ParallelPlan) -> Curves:
         return np.bincount(place[which], weights=weights[which], minlength=n)[:n].astype(np.float64)
 
     host, least_host = (np.array([along(w, x) for w in (before, after)]) + sends for x in (issue, least))
-    cold = np.array([along(w, seconds - hot) for w in (before, after)])
+    cold, traffic = (np.array([along(w, x) for w in (before, after)]) for x in (seconds - hot, traffic))
     return Curves(
-        along(before) + messages[0], along(after) + messages[1], cold, messages, demand, copies, sums,
+        along(before) + messages[0], along(after) + messages[1], cold, traffic, messages, demand, copies, sums,
         _transient(costs, nbytes_of), params, trained, tensors, held, nbytes_of, reads, host, least_host,
     )  # fmt: skip
 
 
 def _runtime_copies(costs: StepCosts, nbytes: float) -> tuple[float, float]:
     """Seconds of copying a float32 gradient of `nbytes` into and out of a bucket, and of adding it to another."""
-    elements, host = round(nbytes / 4), costs.cluster.device.host
+    elements, device = round(nbytes / 4), costs.cluster.device
     names = ("aten.mul.out", "aten.copy_.default", "aten.add_.Tensor")
     shapes = [copy_work(name, elements, "float32", "backward", "").shape for name in names]
-    mul, copy, add = (p.seconds + host.get("op_backward", 0.0) for p in price_many(costs.cluster.device, shapes))
+    mul, copy, add = (p.seconds + per_op(device, "backward") for p in price_many(device, shapes))
     return mul + copy, add
 
 

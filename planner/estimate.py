@@ -28,6 +28,7 @@ from planner.estimate_offload import add_offload
 from planner.host_thread import host_costs
 from planner.op_costs import optimizer_seconds
 from planner.plan import ParallelPlan
+from planner.runtime_host import calls_seconds, least_seconds
 from planner.script import copy_work
 from planner.stage_costs import StageCosts, stage_costs
 from planner.step_costs import StepCosts, step_costs
@@ -145,6 +146,9 @@ def _add_runtime(costs: StepCosts, plan: ParallelPlan, stages: StageCosts, kind:
     def cost(name: str) -> float:
         return host.get(name, 0.0)
 
+    def around(name: str, which: int, calls: Floats) -> Floats:
+        return calls_seconds(host, name, stages.moved[which] / np.maximum(calls, 1.0))
+
     row["optimizer"] = (
         row["optimizer"] + cost("optimizer_step") + cost("optimizer_param") * n / (plan.dp if kind == "zero1" else 1)
     )
@@ -152,9 +156,14 @@ def _add_runtime(costs: StepCosts, plan: ParallelPlan, stages: StageCosts, kind:
         return
     if not plan.fully_sharded:
         buckets = np.maximum(np.floor(stages.trained / plan.bucket_bytes), 1)
-        row["forward"] = row["forward"] + cost("ddp_step")
-        row["copies"] = stages.copies + cost("ddp_param") * n + cost("ddp_bucket") * buckets
-        row["least_copies"] = row["copies"]
+        halves = n / 2  # calls, see `planner.runtime_host.CALLS`
+        row["forward"] = row["forward"] + around("ddp_step", 0, np.ones(plan.pp))
+        row["copies"] = (
+            stages.copies + around("ddp_param", 1, halves) * n + around("ddp_bucket", 1, halves) * buckets
+        )
+        row["least_copies"] = (
+            stages.copies + least_seconds(host, "ddp_param") * n + least_seconds(host, "ddp_bucket") * buckets
+        )
         return
     units = np.full(plan.pp, len(plan.fsdp_units) / plan.pp + 1)
     copy, cut = (
@@ -162,12 +171,15 @@ def _add_runtime(costs: StepCosts, plan: ParallelPlan, stages: StageCosts, kind:
         for volume in (stages.params, stages.trained)
     )
     row["optimizer"] = row["optimizer"] + cost("fsdp_optimizer_param") * n
-    row["gather"] = row["gather"] + cost("fsdp_unit_forward") * units + cost("fsdp_param_forward") * n + copy
+    unit, parameter = (around(f"fsdp_{what}_forward", 0, units) for what in ("unit", "param"))
+    row["gather"] = row["gather"] + unit * units + parameter * n + copy
+    parameter = around("fsdp_param_backward", 1, units)
     if kind == "fsdp":
-        row["regather"] = row["regather"] + cost("fsdp_unit_backward") * units + cost("fsdp_param_backward") * n + copy
-    row["gather_least"] = row["gather_least"] + cost("fsdp_unit_forward") + cost("fsdp_param_forward") * n
-    row["copies"] = cost("fsdp_param_backward") * n + cut
-    row["least_copies"] = cost("fsdp_param_backward") * n
+        row["regather"] = row["regather"] + around("fsdp_unit_backward", 1, units) * units + parameter * n + copy
+    fewest, least = (least_seconds(host, f"fsdp_{what}_forward") for what in ("unit", "param"))
+    row["gather_least"] = row["gather_least"] + fewest + least * n
+    row["copies"] = parameter * n + cut
+    row["least_copies"] = least_seconds(host, "fsdp_param_backward") * n
     if kind == "zero2":  # gathered in the first micro-batch only
         row["gather"] = row["gather"] / plan.micro_batches
 

@@ -14,7 +14,7 @@ from itertools import pairwise
 from math import prod
 
 from costmodels.cluster import Cluster
-from costmodels.context import price_in_order
+from costmodels.context import price_with_host
 from costmodels.rounding import in_precision
 from costmodels.variability import synchronous
 from opgraph.graph import OpGraph
@@ -22,6 +22,7 @@ from planner.lower import prepared_graph
 from planner.plan import ParallelPlan
 from planner.runtime import stage_segments
 from planner.runtime_data import ddp_buckets
+from planner.runtime_host import host_seconds
 from planner.runtime_stage import prepare
 from planner.script import Host, Item, Message, Wait, Work
 from planner.software import HostCosts
@@ -96,20 +97,20 @@ def step_work(graph: OpGraph, plan: ParallelPlan, cluster: Cluster, host: HostCo
 
 def _finished(items: Sequence[Item], cluster: Cluster, host: HostCosts | None) -> list[float]:
     """When the device is through with each item if no message holds it up."""
-    prices = iter(price_in_order(cluster.device, [i.shape for i in items if isinstance(i, Work)]))
-    own, at, issued, ends = cluster.device.host, 0.0, 0.0, list[float]()
+    work = [i for i in items if isinstance(i, Work)]
+    prices = iter(zip(*price_with_host(cluster.device, [i.shape for i in work], [i.phase for i in work])))
+    beside = iter(host_seconds(items, cluster.device.host))
+    at, issued, ends = 0.0, 0.0, list[float]()
     for item in items:
         if isinstance(item, Work):
-            seconds = next(prices).seconds
-            backward = item.phase == "backward"
+            price, per_op = next(prices)
             if host is not None:
-                issued += host.view if item.is_view else host.backward if backward else host.op
-                at = max(at, issued) + seconds if seconds else at
+                issued += host.view if item.is_view else host.backward if item.phase == "backward" else host.op
+                at = max(at, issued) + price.seconds if price.seconds else at
             else:
-                per_op = own.get("op_backward" if backward else "op_forward", 0.0)
-                at += seconds + (per_op if item.phase != "optimizer" else 0.0)
+                at += price.seconds + per_op
         elif isinstance(item, Host):
-            at += own.get(item.kind, 0.0) * item.count
+            at += next(beside)
         elif isinstance(item, Message) and host is not None:
             issued += host.message
         ends.append(at)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from costmodels.cluster import Cluster
 from costmodels.collectives import collective_price
-from costmodels.context import price_in_order
+from costmodels.context import price_with_host
 from costmodels.families import is_known
 from costmodels.overlap import Beside, beside, slowdowns
 from opgraph.graph import OpGraph
@@ -16,6 +16,7 @@ from planner.compiled import fused_script
 from planner.host_queue import EMPTY, Run
 from planner.host_thread import Issued, item_seconds
 from planner.plan import ParallelPlan
+from planner.runtime_host import host_seconds
 from planner.script import Copy, Host, HostUpdate, Item, Message, Transfer, Wait, Work
 from planner.software import HostCosts
 
@@ -89,21 +90,21 @@ def _merge(
     script: tuple[Item, ...], cluster: Cluster, tally: Tally, other: Beside, costs: HostCosts | None
 ) -> list[Entry]:
     """Prices the work and joins what runs without a message in between; `costs` of a host thread that issues it."""
-    shapes = [i.shape for i in script if isinstance(i, Work)]
-    known = price_in_order(cluster.device, shapes)
-    prices = iter(zip(known, slowdowns(cluster.device, shapes, [p.seconds for p in known], other)))
-    host = cluster.device.host
+    work = [i for i in script if isinstance(i, Work)]
+    shapes = [i.shape for i in work]
+    known, beside = price_with_host(cluster.device, shapes, [i.phase for i in work])
+    prices = iter(zip(known, beside, slowdowns(cluster.device, shapes, [p.seconds for p in known], other)))
+    beside_ops = iter(host_seconds(script, cluster.device.host))
     merged: list[Entry] = []
     module = ""
     for item in script:
         issue = item_seconds(costs, item, module) if costs else 0.0
         if isinstance(item, Work):
             module = item.module
-            found, slowdown = next(prices)
+            found, per_op, slowdown = next(prices)
             issue *= item.share
-            per_op = host.get("op_backward" if item.phase == "backward" else "op_forward", 0.0)
             own = found.seconds * item.share
-            seconds = own + (per_op * item.share if item.phase != "optimizer" else 0.0)
+            seconds = own + per_op * item.share
             slowed = seconds + own * (slowdown - 1)
             tally.by_source[found.source] += own
             tally.by_source["measured"] += seconds - own
@@ -112,7 +113,7 @@ def _merge(
             if found.seconds > 0 and (not is_known(item.shape.name) or found.source == "roofline"):
                 tally.unpriced.add(item.shape.name)
         elif isinstance(item, Host):
-            seconds = slowed = host.get(item.kind, 0.0) * item.count
+            seconds = slowed = next(beside_ops)
             tally.by_source["measured"] += seconds
         else:
             if issue and not isinstance(item, Wait):

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from costmodels.context import price_in_order
-from costmodels.features import BYTES, FORMS, features
+from costmodels.context import per_op, price_with_host
+from costmodels.features import BYTES, FORMS, features, touched
 from costmodels.ops import OpShape, law_of, price_many, roofline_seconds, shape_of, variant_of
 from opgraph.flops import flops_of
 from opgraph.graph import Op, OpGraph, Ref, Tensor
@@ -23,9 +23,9 @@ from planner.step_costs import StepCosts, varying_storages
 Floats = NDArray[np.float64]
 VIEW, LEFT_OUT = -1, -2
 
-def op_seconds(costs: StepCosts, layout: Layout, batch: int) -> tuple[Floats, Floats]:
-    """Seconds of every op but the optimizer's at the local shapes of one rank, in the order of the trace, and what each
-    takes at least, whatever runs before it. Views cost their host time only."""
+def op_seconds(costs: StepCosts, layout: Layout, batch: int) -> tuple[Floats, Floats, Floats]:
+    """Seconds of every op but the optimizer's at the local shapes of one rank, in the order of the trace, what each
+    takes at least, whatever runs before it, and the bytes that it moves. Views cost their host time only."""
     compact, placed, kind = _classes(costs, layout)
     at = compact.at_batch(batch)
     tensors = tuple(_local(t, p, layout.parts) for t, p in zip(at.tensors, placed))
@@ -35,18 +35,21 @@ def op_seconds(costs: StepCosts, layout: Layout, batch: int) -> tuple[Floats, Fl
     at = replace(at, tensors=tensors, ops=ops)
     device = costs.cluster.device
     shapes = [shape_of(at, op) for op in at.ops]
-    host = device.host
-    own = np.array([host.get("op_backward" if op.phase == "backward" else "op_forward", 0.0) for op in costs.graph.ops])
+    phases = [op.phase for op in costs.graph.ops]
+    fewest = np.array([per_op(device, phase) for phase in phases])
+    own = fewest.copy()
     least = np.array([p.seconds for p in price_many(device, shapes)] + [0.0, 0.0])[kind]
+    moved = np.array([float(touched(shape)) for shape in shapes] + [0.0, 0.0])[kind]
     seconds = least
     if device.laws:
         seconds, priced = np.zeros(len(kind)), np.flatnonzero(kind >= 0)
-        seconds[priced] = [p.seconds for p in price_in_order(device, [shapes[k] for k in kind[priced]])]
+        prices, beside = price_with_host(device, [shapes[k] for k in kind[priced]], [phases[i] for i in priced])
+        seconds[priced], own[priced] = [p.seconds for p in prices], beside
     if costs.running.compiled:  # what is fused is left out: a bound, and an estimate of what no fusion changes
         kept = np.array([not vanishes(op.name) for op in costs.graph.ops])
-        seconds, least, own = seconds * kept, least * kept, own * kept
-    usual, hot = (np.where(kind == LEFT_OUT, 0.0, x + own) for x in (seconds, least))
-    return usual, hot
+        seconds, least, own, fewest = seconds * kept, least * kept, own * kept, fewest * kept
+    usual, hot = (np.where(kind == LEFT_OUT, 0.0, x) for x in (seconds + own, least + fewest))
+    return usual, hot, moved
 
 
 def host_seconds(costs: StepCosts, layout: Layout) -> tuple[Floats, Floats]:

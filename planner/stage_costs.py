@@ -12,6 +12,7 @@ from costmodels.collectives import collective_price
 from planner.curves import Curves, curves
 from planner.host_thread import host_costs
 from planner.plan import ParallelPlan
+from planner.runtime_host import calls_seconds, least_seconds
 from planner.runtime_stage import is_kept
 from planner.stages import is_deep, saved_tensors
 from planner.step_costs import StepCosts, crossings, uses_of
@@ -23,7 +24,8 @@ class StageCosts:
     """Arrays [stages]; seconds of one micro-batch, bytes of one rank.
 
     forward, backward: ops with their host time, what is recomputed, and tensor-parallel messages, which are `messages`
-    of these seconds and keep `message_work` core seconds busy; cold [2, stages]: what of them emptied caches cost.
+    of these seconds and keep `message_work` core seconds busy; cold [2, stages]: what of them emptied caches cost;
+    moved [2, stages]: bytes that their ops move.
     host_forward, host_backward: of the host thread that issues them; host_least: what every schedule issues. send: of
     the message to the next stage. copies: into and out of DDP's buckets. sums: adding one micro-batch's gradients to
     the others'. params: bytes of parameters; trained: of those that get gradients; tensors: how many these are. saved:
@@ -34,6 +36,7 @@ class StageCosts:
     forward: Floats
     backward: Floats
     cold: Floats
+    moved: Floats
     messages: Floats
     message_work: Floats
     host_forward: Floats
@@ -91,13 +94,14 @@ def _stage_costs(costs: StepCosts, plan: ParallelPlan) -> StageCosts:
         send[s] = collective_price(costs.cluster, "send", size, ranks, firsts=likes).seconds
     inputs = sum(s.bytes_per_batch * plan.micro_batch for s in graph.storages if s.role == "input")
     messages = per_stage(c.messages.sum(0) + np.where(again > 0, c.messages[0], 0.0))
-    around = _runtime_host(costs, plan)
+    moved = np.array([per_stage(c.moved[0]), per_stage(c.moved[1] + np.where(again > 0, c.moved[0], 0.0))])
+    around, warm = _runtime_host(costs, plan, moved)
     added, repeated = _runtime_issue(costs, plan), again > 0
     issue, least = c.host + added, (c.least_host + added).sum(0) + np.where(repeated, c.least_host[0], 0.0)
-    cold = np.array([c.cold[0], c.cold[1] + np.minimum(again, c.cold[0])])
+    cold = np.array([c.cold[0], c.cold[1] + np.minimum(again, c.cold[0])]) + around - warm
     return StageCosts(
         forward=per_stage(c.forward + around[0]), backward=per_stage(c.backward + again + around[1]),
-        cold=np.array([per_stage(x) for x in cold]), messages=messages,
+        cold=np.array([per_stage(x) for x in cold]), moved=moved, messages=messages,
         message_work=messages * c.demand, host_forward=per_stage(issue[0]),
         host_backward=per_stage(issue[1] + np.where(repeated, c.host[0], 0.0)), host_least=per_stage(least),
         send=send, copies=per_stage(c.copies), sums=per_stage(c.sums), params=params,
@@ -107,10 +111,12 @@ def _stage_costs(costs: StepCosts, plan: ParallelPlan) -> StageCosts:
     )  # fmt: skip
 
 
-def _runtime_host(costs: StepCosts, plan: ParallelPlan) -> Floats:
-    """Host seconds of pipelines, checkpoints and sharded Linears, in forward and backward [2], by forward op."""
-    host, found = costs.cluster.device.host, np.zeros((2, costs.forward_ops))
-    starts = [0, *(cut_start(costs, cut) for cut in plan.cuts)] if plan.pp > 1 else []
+def _runtime_host(costs: StepCosts, plan: ParallelPlan, moved: Floats) -> tuple[Floats, Floats]:
+    """Host seconds of pipelines, checkpoints and sharded Linears, in forward and backward [2], by forward op, and in
+    full caches; moved [2, stages]: bytes of a pass."""
+    host, (found, warm) = costs.cluster.device.host, np.zeros((2, 2, costs.forward_ops))
+    cuts = [0, *(cut_start(costs, cut) for cut in plan.cuts)]
+    starts = cuts if plan.pp > 1 else []
     regions = [costs.spans[path] for path in regions_of(costs, plan)]
     saved, deep = _saved_and_deep(costs)
     sharded = [costs.spans[path] for path, _ in plan.shardings] if plan.tp > 1 else []
@@ -122,10 +128,20 @@ def _runtime_host(costs: StepCosts, plan: ParallelPlan) -> Floats:
     }
     for i, phase in enumerate(("forward", "backward")):
         for kind, where in places.items():
-            np.add.at(found[i], where, host.get(kind if kind == "pp_action" else f"{kind}_{phase}", 0.0))
-        for first, last in regions:
-            found[i, first : last + 1] += saved[first : last + 1] * host.get(f"checkpoint_saved_{phase}", 0.0)
-    return found
+            stages = np.searchsorted(cuts, where, "right") - 1
+            calls = "dtensor_linear" if kind == "dtensor_view" else kind
+            every = np.searchsorted(cuts, places[calls], "right") - 1
+            between = moved[i] / np.maximum(np.bincount(every, minlength=plan.pp), 1)
+            key = kind if kind == "pp_action" else f"{kind}_{phase}"
+            np.add.at(found[i], where, calls_seconds(host, key, between)[stages])
+            np.add.at(warm[i], where, least_seconds(host, key))
+            if kind == "checkpoint":
+                key = f"checkpoint_saved_{phase}"
+                each = calls_seconds(host, key, between)
+                for (first, last), stage in zip(regions, stages):
+                    found[i, first : last + 1] += saved[first : last + 1] * each[stage]
+                    warm[i, first : last + 1] += saved[first : last + 1] * least_seconds(host, key)
+    return found, warm
 
 
 def _saved_and_deep(costs: StepCosts) -> tuple[Floats, NDArray[np.bool_]]:

@@ -25,18 +25,20 @@ from scipy.optimize import nnls
 
 from costmodels import tomlfile
 from costmodels.cluster import CollectiveTable, tables_data
+from costmodels.context import emptied
 from costmodels.device import Device, device_data, local_path
 from costmodels.families import PARTS, family
 from costmodels.features import FORMS, form_of, touched
 from costmodels.ops import OpShape, signature
 from costmodels.signature import Signature
 from costmodels.variability import highest_of
+from planner.runtime_host import WARM
 from validation.anchor import Beat, over
 from validation.calibrate_fit import fit_ops, step_errors
 from validation.environment import RANK_ENV, available_cores
 
 if TYPE_CHECKING:
-    from validation.calibrate_record import Sample
+    from validation.calibrate_record import Overhead, Sample
 
 Progress = Callable[[str, float], None]
 ROOT = Path(__file__).resolve().parent.parent
@@ -46,10 +48,12 @@ AFTER_ROUNDS = 42.0  # seconds kept for collectives of 2 and 4 ranks (31 to 46 o
 PER_WORLD, FITTING = 18.0, 6.0  # seconds kept for each further group size (start, one pass), and for what follows
 OWN_SECONDS = 90.0  # for calibration's own models and the collectives
 DRAWN, DRAWN_SECONDS, STARTING = 60, 75.0, 12.0  # further models measured at once; seconds: for them, to start and end
+DRAWN_SMALL = 40  # models of a few milliseconds a step beside them
 USUAL_BUDGET = OWN_SECONDS + 2 * DRAWN_SECONDS
 SAMPLE_SECONDS = 2e-5  # shorter ops are not stored one by one: their law is as good and the file stays small
 OUT_OF_CONTEXT = 2e-4  # seconds: below, a law that knows what runs before an op is nearer than the op's own time was
 SMALL_OPTIMIZER = 0.002  # seconds: the same for optimizer steps
+LAD_ROUNDS, LAD_LEAST = 30, 2e-7  # of reweighting towards least absolute deviations; seconds that count as none
 SMALL_STEP = 0.04  # seconds: host overhead is read off steps below this, where op noise does not drown it
 
 
@@ -216,7 +220,8 @@ def _wait(processes: list[subprocess.Popen[bytes]], job: dict[str, Any], folder:
 
 def _drawn_group(number: int, job: dict[str, Any], folder: Path, progress: Progress) -> list[Any]:
     """What the ranks measure of one group of drawn models."""
-    own = {"store": str(folder / f"store-drawn-{number}"), "drawn": [number * DRAWN, (number + 1) * DRAWN]}
+    own = {"store": str(folder / f"store-drawn-{number}"), "drawn": [number * DRAWN, (number + 1) * DRAWN],
+           "small": [number * DRAWN_SMALL, (number + 1) * DRAWN_SMALL]}  # fmt: skip
     return run_ranks({**job, **own, "until": time.time() + DRAWN_SECONDS - STARTING}, folder, progress)
 
 
@@ -311,8 +316,7 @@ def _host(main: list[dict[str, Any]], results: dict[int, list[dict[str, Any]]], 
     overheads = [o for r in main for o in r["overheads"]]
     for phase in ("forward", "backward"):
         small = [o for o in overheads if sum(p[0] for p in o.parts.values()) < SMALL_STEP] or overheads
-        rows = [(t - ops) / n for o in small for t, ops, n in [o.parts[phase]] if n]
-        host[f"op_{phase}"] = max(statistics.median(rows), 0.0)
+        host[f"op_{phase}"], host[f"op_{phase}_swept"] = per_op_of(small, phase)
     light = [o for o in overheads if o.parts["optimizer"][0] < SMALL_OPTIMIZER] or overheads
     rest = np.array([max(o.parts["optimizer"][0] - o.parts["optimizer"][1], 0.0) for o in light])
     (host["optimizer_step"], host["optimizer_param"]), _ = nnls(np.array([[1.0, o.parameters] for o in light]), rest)
@@ -329,6 +333,21 @@ def _host(main: list[dict[str, Any]], results: dict[int, list[dict[str, Any]]], 
     return {k: float(v) for k, v in host.items()}
 
 
+def per_op_of(overheads: Sequence[Overhead], phase: str) -> tuple[float, float]:
+    """Seconds beside an op of a phase, and how many more where the op before has emptied the caches, by least absolute
+    deviations from what each step took beyond its ops (a step of many ops says more than one of a few)."""
+    rows = [(*o.parts[phase], [s for s in o.shapes if s.phase == phase]) for o in overheads if o.parts[phase][2]]
+    if not rows:
+        return 0.0, 0.0
+    design = np.array([[1.0, sum(emptied(s.swept) for s in shapes) / n] for _, _, n, shapes in rows])
+    found, base = (np.array(column) for column in zip(*((max(t - ops, 0.0) / n, n**0.5) for t, ops, n, _ in rows)))
+    weights = base
+    for _ in range(LAD_ROUNDS):
+        coefficients, _ = nnls(design * weights[:, None], found * weights)
+        weights = base / np.sqrt(np.maximum(np.abs(design @ coefficients - found), LAD_LEAST))
+    return float(coefficients[0]), float(coefficients[1])
+
+
 def skew_of(rows: Sequence[dict[str, Any]], ranks: int) -> float:
     """By how much cores differ from moment to moment, as a standard deviation relative to the mean."""
     found = [row["skew"] for row in rows if row["ranks"] == ranks]
@@ -337,7 +356,9 @@ def skew_of(rows: Sequence[dict[str, Any]], ranks: int) -> float:
 
 HOST_KEYS = {
     "op_forward": "per aten op of a forward pass, views included, beyond the op's own price",
-    "op_backward": "the same in a backward pass",
+    "op_forward_swept": "more of it for an op after one that emptied the caches (costmodels.context.per_op)",
+    "op_backward": "the same as op_forward in a backward pass",
+    "op_backward_swept": "the same as op_forward_swept in a backward pass",
     "optimizer_step": "per optimizer step (fused AdamW and zero_grad), beyond its ops",
     "optimizer_param": "per parameter tensor of an optimizer step",
     "dtensor_op": "per op on DTensors, beyond the same op on plain tensors",
@@ -368,6 +389,11 @@ HOST_KEYS = {
     "loaded": "ratio: op time with all cores busy / alone; laws and samples are for all cores busy",
     "crowded_message": "per message of a group that is not the whole world, where more ranks than cores run: its ranks "
     "wait for their turns on the cores",
+}
+HOST_KEYS |= {
+    key + WARM: f"{text}, where next to nothing was moved since the call before"
+    for key, text in HOST_KEYS.items()
+    if key.startswith(("dtensor_linear", "dtensor_view", "fsdp_unit", "fsdp_param", "checkpoint", "pp_action", "ddp"))
 }
 
 

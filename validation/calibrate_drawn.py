@@ -1,7 +1,7 @@
 """Further calibration models for those who give calibration more time: drawn at random, the same ones every time.
 
-Families, widths, batches and lengths are spread evenly over the logarithms of what a core does in a tenth of a second;
-none is chosen for a model that is validated.
+Families, widths, batches and lengths are spread evenly over the logarithms of what a core does in a tenth of a second
+(`drawn`) or in a few milliseconds (`drawn_small`); none is chosen for a model that is validated.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from functools import partial
 
 from torch import nn
 
-from validation.calibrate_models import Source
+from validation.calibrate_models import SMALL_MICRO, Source
 from validation.calibrate_nets import (
     Case,
     Patches,
@@ -29,6 +29,7 @@ from validation.calibrate_nets import (
     routed,
     tied,
     transformer,
+    windows,
 )
 
 Draw = random.Random
@@ -43,6 +44,13 @@ def drawn(number: int) -> Source:
     family, make = draw.choice(FAMILIES)
     half = family in _HALF and draw.randrange(HALF_OF) == 0
     return Source(f"drawn{number}-{family}", make(draw), bf16=half)
+
+
+def drawn_small(number: int) -> Source:
+    """The model with this number, from 0 on, whose steps leave the caches of a core full."""
+    draw = Draw(f"small {number}")
+    family, make = draw.choice(SMALL_FAMILIES)
+    return Source(f"small{number}-{family}", make(draw), micro=SMALL_MICRO)
 
 
 def _between(draw: Draw, low: float, high: float) -> int:
@@ -157,3 +165,64 @@ FAMILIES: tuple[tuple[str, Callable[[Draw], Callable[[], Case]]], ...] = (
     ("tied", _tied),
 )  # fmt: skip
 _HALF = ("gpt", "bert", "llama", "vit", "bottleneck", "residual", "plain", "kernels", "mlp")
+
+
+def _few_tokens(draw: Draw) -> tuple[int, int, int, int, int]:
+    """Width, heads, batch, length and vocabulary of a small transformer."""
+    heads = draw.choice((1, 2, 3, 4, 6, 8))
+    width = heads * draw.choice([size for size in (8, 16, 24, 32, 48, 64) if heads * size <= 192])
+    return width, heads, draw.choice((1, 1, 2, 3, 4)), _between(draw, 4, 48), _between(draw, 20, 1500)
+
+
+def _small_gpt(draw: Draw) -> Callable[[], Case]:
+    return partial(transformer, *_few_tokens(draw), packed=draw.random() < 0.5, layers=draw.choice((1, 2)))
+
+
+def _small_bert(draw: Draw) -> Callable[[], Case]:
+    options = {"layers": draw.choice((1, 2)), "kinds": draw.choice((0, 2))}
+    return partial(transformer, *_few_tokens(draw), causal=False, packed=False, **options)
+
+
+def _small_llama(draw: Draw) -> Callable[[], Case]:
+    width, heads, *rest = _few_tokens(draw)
+    options = {"inner": int(width * draw.choice((2.0, 2.667, 3.5))), "inside": draw.random() < 0.5}
+    return partial(transformer, width, heads, *rest, llama=True, layers=draw.choice((1, 2)), **options)
+
+
+def _small_mlp(draw: Draw) -> Callable[[], Case]:
+    widths = [_between(draw, 8, 320) for _ in range(draw.choice((3, 4, 5)))]
+    activation = draw.choice((nn.ReLU, nn.GELU, nn.Tanh))
+    return partial(perceptron, _between(draw, 1, 32), *widths, draw.choice((2, 10, 40)), activation=activation)
+
+
+def _small_pictures(draw: Draw) -> Callable[[], Case]:
+    net = draw.choice((residual_net, plain_net, bottleneck_net))
+    return partial(net, draw.choice((2, 2, 3, 4)), 8 * draw.randint(2, 5), draw.choice((4, 6, 8, 12)))
+
+
+def _small_digits(draw: Draw) -> Callable[[], Case]:
+    first, second, inputs = draw.choice((3, 4, 6, 8)), draw.choice((6, 8, 12, 16)), draw.choice((1, 3))
+    return partial(digits_net, _between(draw, 1, 8), first, second, inputs, draw.choice((16, 20, 24, 28)))
+
+
+def _small_lstm(draw: Draw) -> Callable[[], Case]:
+    sizes = (draw.choice((1, 2, 4)), _between(draw, 3, 16), _between(draw, 30, 800))
+    return partial(recurrent, *sizes, _between(draw, 12, 96), _between(draw, 16, 96), draw.choice((1, 2)))
+
+
+def _small_windows(draw: Draw) -> Callable[[], Case]:
+    heads = draw.choice((1, 2, 3, 4))
+    return partial(windows, heads * draw.choice((8, 16, 24)), heads, _between(draw, 1, 8), _between(draw, 4, 36))
+
+
+def _small_experts(draw: Draw) -> Callable[[], Case]:
+    width = _between(draw, 16, 96)
+    inner, experts = _between(draw, width // 2, width * 3), draw.choice((2, 4, 6))
+    return partial(routed, width, inner, experts, draw.choice((1, 2)), _between(draw, 6, 40), bias=draw.random() < 0.4)
+
+
+SMALL_FAMILIES: tuple[tuple[str, Callable[[Draw], Callable[[], Case]]], ...] = (
+    ("gpt", _small_gpt), ("gpt", _small_gpt), ("bert", _small_bert), ("llama", _small_llama), ("mlp", _small_mlp),
+    ("mlp", _small_mlp), ("pictures", _small_pictures), ("pictures", _small_pictures), ("digits", _small_digits),
+    ("lstm", _small_lstm), ("windows", _small_windows), ("experts", _small_experts),
+)  # fmt: skip

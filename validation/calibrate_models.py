@@ -36,12 +36,15 @@ from validation.calibrate_nets import (
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """One training step to measure; `bf16` runs its forward under autocast. `large`: it holds more than 200 MB."""
+    """One training step to measure; `bf16` runs its forward under autocast. `large`: it holds more than 200 MB. The
+    step has `micro` forward and backward passes before its update: from the second one on, what is small lies in the
+    caches."""
 
     name: str
     make: Callable[[], Case]
     bf16: bool = False
     large: bool = False
+    micro: int = 1
 
 
 def _all() -> tuple[Source, ...]:
@@ -102,6 +105,7 @@ def _all() -> tuple[Source, ...]:
     return (
         *(Source(n, m, large=n in ("tied256", "mlp-heavy", "plain96")) for n, m in steps.items()),
         *(Source(n, m, True) for n, m in _half().items()),
+        *(Source(n, m, micro=SMALL_MICRO) for n, m in _small().items()),
     )
 
 
@@ -115,4 +119,26 @@ def _half() -> dict[str, Callable[[], Case]]:
     }
 
 
+def _small() -> dict[str, Callable[[], Case]]:
+    """Steps of a few milliseconds whose weights and activations stay in the caches of a core, as those of micro-batches
+    of one or two short samples do: there an op of 3 us was priced at 20, as all others had met it cold."""
+    return {
+        "mlp-small": partial(perceptron, 3, 80, 160, 112, 20),
+        "mlp-small-gelu": partial(perceptron, 12, 64, 192, 64, 12, activation=nn.GELU),
+        "mlp-small-tanh": partial(perceptron, 1, 144, 224, 144, 10, activation=nn.Tanh),
+        "t48": partial(transformer, 48, 2, 1, 20, 300, layers=2),
+        "t80": partial(transformer, 80, 4, 2, 12, 400, packed=False, layers=2),
+        "t112": partial(transformer, 112, 7, 1, 40, 200, causal=False, layers=1, kinds=2),
+        "llama56": partial(transformer, 56, 2, 1, 24, 250, llama=True, inner=144, kv_heads=1, layers=2),
+        "digits-small": partial(digits_net, 2, 4, 8, 1, 16),
+        "residual6": partial(residual_net, 2, 20, 6),
+        "plain5": partial(plain_net, 1, 24, 5),
+        "lstm40": partial(recurrent, 2, 6, 200, 24, 40, 1),
+        "windows24": partial(windows, 24, 2, 3, 9),
+        "routed40": partial(routed, 40, 72, 4, 1, 18),
+        "tied40": partial(tied, 40, 1, 10, 500),
+    }
+
+
+SMALL_MICRO = 3
 SOURCES = _all()

@@ -102,7 +102,7 @@ def measure_ops(job: dict[str, Any], rank: int) -> dict[str, Any]:
     import torch.distributed as dist
 
     from validation.anchor import make_beat
-    from validation.calibrate_drawn import drawn
+    from validation.calibrate_drawn import drawn, drawn_small
     from validation.calibrate_models import SOURCES
     from validation.calibrate_record import at_pace, medians, overhead, prepare, samples, workload_source
     from validation.environment import room_to_grow
@@ -117,6 +117,7 @@ def measure_ops(job: dict[str, Any], rank: int) -> dict[str, Any]:
     chosen = [s for s in SOURCES if s.name in job["models"] or not (job["models"] or (s.large and not job.get("room")))]
     if job.get("drawn"):
         chosen = [drawn(number) for number in range(*job["drawn"])]
+        chosen += [drawn_small(number) for number in range(*job["small"])]
     if job.get("workloads"):
         chosen = [workload_source(spec, batch) for spec, batch in job["workloads"]]
     steps = []

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from costmodels.context import in_context, inner_runs, price_in_order, runs_of
+from costmodels.context import in_context, inner_runs, per_op, price_in_order, price_with_host, runs_of
 from costmodels.device import Device, Law, load_device
 from costmodels.features import FORMS, MIB, features
 from costmodels.ops import OpShape, price
@@ -65,6 +65,17 @@ def test_the_first_bytes_take_most_with_them() -> None:
     assert (again, cold) == (MIB / 8, 0.0), "a quarter of what it moves; the op before has touched all of it"
     beyond = replace(quarter, swept=2**30, since=2**30)
     assert features(beyond, "stream")[1:3] == (1.0, 1.0)
+
+
+def test_python_beside_an_op_knows_what_the_op_before_moved() -> None:
+    host = {"op_forward": 1e-6, "op_forward_swept": 4e-5, "op_backward": 2e-6}
+    device = replace(core(), host=host)
+    shapes = [op("relu", 4096), VIEW, op("relu", 2 * MIB), op("relu", 4096)]
+    prices, beside = price_with_host(device, shapes, ["forward"] * 4)
+    assert prices == price_in_order(device, shapes)
+    assert beside == pytest.approx([1e-6, 1e-6, 1e-6, 1e-6 + 4e-5 / 2]), "2 MiB empty half: the root of a quarter"
+    assert per_op(device, "backward", 8 * MIB) == 2e-6, "calibrated before it was told apart"
+    assert per_op(device, "optimizer", 8 * MIB) == 0.0
 
 
 def test_kernels_of_accelerators_go_by_shapes() -> None:

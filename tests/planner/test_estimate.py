@@ -30,6 +30,8 @@ HOST = {
     "dtensor_linear_forward": 1e-4, "dtensor_linear_backward": 1e-4, "dtensor_view_forward": 2e-5,
     "dtensor_view_backward": 3e-5, "pp_action": 5e-5,
 }  # fmt: skip
+WARM = ("ddp", "fsdp_unit", "fsdp_param", "checkpoint", "dtensor_linear", "dtensor_view", "pp_action")
+HOST |= {f"{key}_warm": 0.7 * seconds for key, seconds in HOST.items() if key.startswith(WARM)}
 HOST_OF_GPUS = HOSTS["torch"]
 
 

@@ -22,10 +22,11 @@ from costmodels.device import device_data, load_device
 from costmodels.families import FREE, family
 from costmodels.ops import OpShape, price, shape_of, signature
 from validation.anchor import Beat, make_beat
-from validation.calibrate import HOST_KEYS, calibrate
+from validation.calibrate import HOST_KEYS, calibrate, per_op_of
 from validation.calibrate_fit import fit, fit_ops
 from validation.calibrate_models import SOURCES
 from validation.calibrate_record import (
+    Overhead,
     Run,
     Step,
     at_pace,
@@ -83,6 +84,27 @@ def test_runs_are_brought_to_one_pace() -> None:
     assert step.plain == [Run((4.0, 4.0, 2.0), 1.0), None]
     found = overhead(step)  # of the one round that ran whole steps: beyond the ops of that round
     assert found.parts == {"forward": (4.0, 1.5, 1), "backward": (4.0, 1.5, 1), "optimizer": (2.0, 0.0, 0)}
+
+
+def test_passes_of_one_step_are_summed_by_phase() -> None:
+    product = OpShape("aten.mm.default", "forward", ((8, 8), (8, 8)), ((8, 8),), "float32", 1024, 512, 256)
+    back = replace(product, phase="backward")
+    step = Step(SOURCES[0], (), [product, back, product, back], phases=("forward", "backward") * 2 + ("optimizer",))
+    step.times, step.plain = [Run((1.0, 2.0, 1.0, 2.0), 1.0)], [Run((2.0, 3.0, 2.5, 3.5, 1.0), 1.0)]
+    assert overhead(step).parts == {"forward": (4.5, 2.0, 2), "backward": (6.5, 4.0, 2), "optimizer": (1.0, 0.0, 0)}
+
+
+def test_python_beside_ops_is_told_apart_by_what_the_op_before_moved() -> None:
+    """Steps of 1 us an op, and 40 more after an op that emptied the caches; one step was disturbed."""
+    product = OpShape("aten.mm.default", "forward", ((8, 8), (8, 8)), ((8, 8),), "float32", 1024, 512, 256)
+    full, empty = product, replace(product, swept=2**23)
+    steps = []
+    for i, cold in enumerate((0, 1, 2, 4, 8, 3)):
+        shapes = (*[full] * (20 - cold), *[empty] * cold)
+        beyond = 20 * 1e-6 + cold * 4e-5 + (5e-3 if i == 5 else 0.0)
+        steps.append(Overhead(str(i), {"forward": (1e-3 + beyond, 1e-3, 20), "backward": (0.0, 0.0, 0)}, 0, shapes))
+    assert per_op_of(steps, "forward") == pytest.approx((1e-6, 4e-5), rel=0.05)
+    assert per_op_of(steps, "backward") == (0.0, 0.0)
 
 
 @pytest.mark.parametrize("name", ["t64", "residual24", "digits", "routed96"])

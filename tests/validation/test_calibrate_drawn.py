@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from costmodels.families import PARTS, family
+from costmodels.families import FREE, PARTS, family
 from parplan.cli_calibrate import BUDGET
 from validation.calibrate import USUAL_BUDGET, _at_pace_of, run_ranks
-from validation.calibrate_drawn import FAMILIES, TABLE, drawn
+from validation.calibrate_drawn import FAMILIES, SMALL_FAMILIES, TABLE, drawn, drawn_small
 from validation.calibrate_models import SOURCES
 from validation.calibrate_record import Sample, prepare
 
@@ -36,12 +36,24 @@ def test_a_drawn_model_is_the_same_every_time_and_trains(name: str) -> None:
     assert all(rows * width <= 2 * TABLE for rows, width in (w for w in weights if len(w) == 2))
 
 
+@pytest.mark.parametrize("number", range(24))
+def test_a_small_model_leaves_the_caches_full(number: int) -> None:
+    torch.manual_seed(0)
+    source = drawn_small(number)
+    assert source.name.partition("-")[2] in {name for name, _ in SMALL_FAMILIES}
+    once, again = (prepare(drawn_small(number)) for _ in range(2))
+    assert once.shapes == again.shapes
+    assert once.phases == ("forward", "backward") * source.micro + ("optimizer",)
+    priced = [s for s in once.shapes if family(s.name) not in FREE]
+    assert sum(s.swept == 0 for s in priced) > 0.8 * len(priced)
+
+
 @pytest.mark.executed
 def test_a_group_is_measured_and_brought_to_the_first_pace(tmp_path: Path) -> None:
     numbers = next(n for n in range(210) if kind(n) == "digits" and kind(n + 1) in ("mlp", "depthwise", "digits"))
     job = {
         "ranks": 2, "store": str(tmp_path / "store"), "anchor": 4, "kinds": [], "models": [], "timeout": 120,
-        "drawn": [numbers, numbers + 2], "least_rounds": 2, "until": time.time(),
+        "drawn": [numbers, numbers + 2], "small": [5, 6], "least_rounds": 2, "until": time.time(),
     }  # fmt: skip
     results = run_ranks(job, tmp_path, lambda what, fraction: None)
     assert len(results) == 2 and all(len(r["samples"]) > 20 and not r["unrepeatable"] for r in results)

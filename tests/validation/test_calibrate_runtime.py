@@ -17,13 +17,17 @@ def test_cases_run_in_turn_beside_the_anchor():
     def case(name, seconds):
         def run():
             order.append(name)
-            return (seconds, 2 * seconds)
+            share = 1.0 if runtime._Sweep.on else 0.5
+            return (share * seconds, 2 * share * seconds)
 
         return run
 
-    found = in_turn({"a": case("a", 1.0), "b": case("b", 3.0)}, lambda: next(paces))
-    assert order == ["a", "b"] * (runtime.ROUNDS + 2)
+    found, full = in_turn({"a": case("a", 1.0), "b": case("b", 3.0)}, lambda: next(paces))
+    again = runtime.BEFORE_WARM + 2
+    assert order == (["a"] * again + ["b"] * again) * (runtime.ROUNDS + 2)
     assert found == {"a": pytest.approx((50.0, 100.0)), "b": pytest.approx((150.0, 300.0))}
+    assert full == {"a": pytest.approx((25.0, 50.0)), "b": pytest.approx((75.0, 150.0))}
+    assert runtime._Sweep.on
 
 
 def test_sweeps_do_not_count(monkeypatch):
@@ -43,8 +47,11 @@ def test_a_runtime_that_fails_is_left_out(monkeypatch, capsys):
         raise RuntimeError("moved to another module")
 
     def works():
-        return {"mine": lambda: (3.0,)}, lambda found: {"key": found["mine"][0] - 1.0, "below": -1.0}
+        own = lambda: (3.0 if runtime._Sweep.on else 2.5,)  # noqa: E731
+        return {"mine": own}, lambda found: {"key": found["mine"][0] - 1.0, "below": -1.0, "dtensor_op": 5.0}
 
     monkeypatch.setattr(runtime._Sweep, "memory", torch.ones(8))
-    assert runtime._measured((broken, works), lambda: 1.0) == {"key": 2.0, "below": 0.0}
+    assert runtime._measured((broken, works), lambda: 1.0) == {
+        "key": 2.0, "below": 0.0, "key_warm": 1.5, "below_warm": 0.0, "dtensor_op": 5.0,
+    }  # fmt: skip
     assert "broken could not be measured: moved to another module" in capsys.readouterr().err
