@@ -27,7 +27,7 @@ from costmodels import tomlfile
 from costmodels.cluster import CollectiveTable, tables_data
 from costmodels.context import emptied
 from costmodels.device import Device, device_data, local_path
-from costmodels.families import PARTS, family
+from costmodels.families import family
 from costmodels.features import FORMS, form_of, touched
 from costmodels.ops import OpShape, signature
 from costmodels.signature import Signature
@@ -227,10 +227,12 @@ def _drawn_group(number: int, job: dict[str, Any], folder: Path, progress: Progr
 
 def _at_pace_of(main: list[dict[str, Any]], further: list[dict[str, Any]]) -> list[Sample]:
     """The ops that each rank measured later, at the pace to which those of the first models were brought."""
+    from validation.calibrate_record import part_of
+
     found: list[Sample] = []
     for first, then in zip(main, further):
         ratios = over(Beat(**first["parts"]), Beat(**then["parts"]))._asdict()
-        parts = [PARTS.get(family(s.shape.name), "passes") for s in then["samples"]]
+        parts = [part_of(s.shape) for s in then["samples"]]
         found += [replace(s, seconds=s.seconds * ratios[part]) for s, part in zip(then["samples"], parts)]
     return found
 

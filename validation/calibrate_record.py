@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 from costmodels.context import in_context, is_stream, runs_of
 from costmodels.families import FREE, PARTS, family
+from costmodels.features import MIB, touched
 from costmodels.ops import OpShape, signature, variant_of
 from costmodels.signature import Signature
 from opgraph.flops import flops_of
@@ -217,9 +218,14 @@ def at_pace(step: Step, reference: Beat) -> None:
     """Brings all runs to the pace at which the anchor takes `reference`, and drops those whose ops differed. Operators
     go by the part of the anchor that is like them, whole steps by all of it."""
     runs = [run for run in zip(step.times, step.plain, step.paces) if run[0].seconds]
-    parts = np.array([Beat._fields.index(PARTS.get(family(s.name), "passes")) for s in step.shapes], int)
+    parts = np.array([Beat._fields.index(part_of(s)) for s in step.shapes], int)
     step.times = [_scaled(timed, np.array(over(reference, pace))[parts]) for timed, _, pace in runs]
     step.plain = [_scaled(plain, reference.whole / pace.whole) if plain else None for _, plain, pace in runs]
+
+
+def part_of(shape: OpShape) -> str:
+    """The part of the anchor that an op goes by: one that moves less than a MiB is mostly its call."""
+    return PARTS.get(family(shape.name)) or ("passes" if touched(shape) >= MIB else "calls")
 
 
 def _scaled(run: Run, factors: NDArray[np.float64] | float) -> Run:
@@ -227,8 +233,9 @@ def _scaled(run: Run, factors: NDArray[np.float64] | float) -> Run:
 
 
 def medians(runs: list[Run]) -> list[float]:
-    """Median seconds of every op (or part) over the undisturbed runs."""
-    return [statistics.median(column) for column in zip(*(r.seconds for r in undisturbed(runs)))]
+    """Median seconds of every op (or part) over the undisturbed runs; of two middle ones the lower, as what disturbs an
+    op makes it longer."""
+    return [statistics.median_low(column) for column in zip(*(r.seconds for r in undisturbed(runs)))]
 
 
 @dataclass(frozen=True, slots=True)

@@ -134,19 +134,25 @@ def test_rescaling_multiplies_times_and_leaves_ratios() -> None:
 
 
 def test_ops_go_by_the_part_of_the_anchor_that_is_like_them() -> None:
-    stream, product = (0.0,) * 6 + (1e-9, 0.0, 0.0, 0.0), (1e-6, *(0.0,) * 9)
+    """Bytes of a pass by passes, what its call takes by calls."""
+
+    def law(key: str, form: str) -> Law:
+        return Law(key, form, tuple({"one": 1e-6, "bytes": 1e-9}.get(f, 0.0) for f in FORMS[form]))
+
     forms = {
         "mm.nn/float32": "gemm", "convolution.native/float32": "conv_native", "gemm:float32": "gemm",
         "gelu.tanh/float32": "stream", "_softmax/float32": "stream", "pointwise:float32": "stream",
     }  # fmt: skip
-    laws = {k: Law(k, form, product if form == "gemm" else stream) for k, form in forms.items()}
+    laws = {k: law(k, form) for k, form in forms.items()}
     host = {"loaded": 1.1, "op_forward": 1.0, "anchor_in_rank": 1.0, "anchor_passes": 1.0, "anchor_calls": 1.0}
     device = Device("x", "cpu", {}, 1, 1e10, laws=laws, samples={(k, ((8,),), ((8,),)): 1.0 for k in forms}, host=host)
     found = rescale(device, 2.0, {"products": 5.0, "passes": 3.0, "calls": 4.0})
     expected = [5.0, 2.0, 5.0, 3.0, 3.0, 3.0]  # of convolutions nothing is known: they go by the whole
     assert list(found.samples.values()) == expected
-    ratios = [max(found.laws[k].coefficients) / max(laws[k].coefficients) for k in forms]
-    assert ratios == pytest.approx(expected)
+    ratios = [found.laws[k].coefficients[0] / laws[k].coefficients[0] for k in forms]
+    assert ratios == pytest.approx([5.0, 2.0, 5.0, 4.0, 4.0, 4.0])
+    at = FORMS["stream"].index("bytes")
+    assert found.laws["_softmax/float32"].coefficients[at] == pytest.approx(3e-9)
     assert list(found.host.values()) == [1.1, 2.0, 2.0, 3.0, 4.0]  # overheads go by the whole of it
 
 

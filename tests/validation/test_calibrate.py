@@ -80,10 +80,10 @@ def test_runs_are_brought_to_one_pace() -> None:
     first, later = Beat(0.25, 0.125, 0.5, 0.125), Beat(1.0, 1.0, 1.0, 1.0)
     step.paces = [first, first, later]
     at_pace(step, Beat(0.5, 0.5, 0.5, 0.5))
-    assert [r.seconds for r in step.times] == [(2.0, 1.0), (1.0, 2.0)]
+    assert [r.seconds for r in step.times] == [(2.0, 4.0), (1.0, 2.0)], "a small pass goes by calls"
     assert step.plain == [Run((4.0, 4.0, 2.0), 1.0), None]
     found = overhead(step)  # of the one round that ran whole steps: beyond the ops of that round
-    assert found.parts == {"forward": (4.0, 1.5, 1), "backward": (4.0, 1.5, 1), "optimizer": (2.0, 0.0, 0)}
+    assert found.parts == {"forward": (4.0, 1.0, 1), "backward": (4.0, 2.0, 1), "optimizer": (2.0, 0.0, 0)}
 
 
 def test_passes_of_one_step_are_summed_by_phase() -> None:

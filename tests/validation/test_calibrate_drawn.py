@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from costmodels.families import FREE, PARTS, family
+from costmodels.families import FREE, family
 from parplan.cli_calibrate import BUDGET
 from validation.calibrate import USUAL_BUDGET, _at_pace_of, run_ranks
 from validation.calibrate_drawn import FAMILIES, SMALL_FAMILIES, TABLE, drawn, drawn_small
 from validation.calibrate_models import SOURCES
-from validation.calibrate_record import Sample, prepare
+from validation.calibrate_record import Sample, part_of, prepare
 
 
 def kind(number: int) -> str:
@@ -63,7 +63,7 @@ def test_a_group_is_measured_and_brought_to_the_first_pace(tmp_path: Path) -> No
     samples: list[Sample] = [s for r in results for s in r["samples"]]
     assert [s.shape for s in found] == [s.shape for s in samples]
     expected = times | {"convolutions": 4}  # between products and the anchor's convolutions
-    factors = [expected[PARTS.get(family(s.shape.name), "passes")] for s in samples]
+    factors = [expected[part_of(s.shape)] for s in samples]
     assert len(set(factors)) > 1
     assert [s.seconds for s in found] == pytest.approx([k * s.seconds for k, s in zip(factors, samples)])
 
