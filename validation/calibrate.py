@@ -54,6 +54,7 @@ SAMPLE_SECONDS = 2e-5  # shorter ops are not stored one by one: their law is as 
 OUT_OF_CONTEXT = 2e-4  # seconds: below, a law that knows what runs before an op is nearer than the op's own time was
 SMALL_OPTIMIZER = 0.002  # seconds: the same for optimizer steps
 LAD_ROUNDS, LAD_LEAST = 30, 2e-7  # of reweighting towards least absolute deviations; seconds that count as none
+LEAST_STEP = 0.01  # seconds of a step from which its error counts among those of whole steps
 SMALL_STEP = 0.04  # seconds: host overhead is read off steps below this, where op noise does not drown it
 
 
@@ -279,11 +280,13 @@ def _device(
 
 
 def _steps(main: list[dict[str, Any]]) -> dict[str, tuple[Sequence[OpShape], float]]:
-    """Every calibration step's ops and what they took together, mean over the ranks."""
+    """Every calibration step's ops and what they took together, mean over the ranks. Small steps, of which a call more
+    or less is a tenth, say nothing of others."""
     found: dict[str, tuple[Sequence[OpShape], list[float]]] = {}
-    for result in main:
-        for o in result["overheads"]:
-            found.setdefault(o.name, (o.shapes, []))[1].append(sum(ops for _, ops, _ in o.parts.values()))
+    overheads = [o for result in main for o in result["overheads"]]
+    long = [o for o in overheads if sum(seconds for seconds, _, _ in o.parts.values()) >= LEAST_STEP]
+    for o in long or overheads:
+        found.setdefault(o.name, (o.shapes, []))[1].append(sum(ops for _, ops, _ in o.parts.values()))
     return {name: (shapes, statistics.fmean(seconds)) for name, (shapes, seconds) in found.items()}
 
 
