@@ -22,7 +22,7 @@ from costmodels.device import device_data, load_device
 from costmodels.families import FREE, family
 from costmodels.ops import OpShape, price, shape_of, signature
 from validation.anchor import Beat, make_beat
-from validation.calibrate import HOST_KEYS, calibrate, per_op_of
+from validation.calibrate import HOST_KEYS, _steps, calibrate, per_op_of
 from validation.calibrate_fit import fit, fit_ops
 from validation.calibrate_models import SOURCES
 from validation.calibrate_record import (
@@ -92,6 +92,16 @@ def test_passes_of_one_step_are_summed_by_phase() -> None:
     step = Step(SOURCES[0], (), [product, back, product, back], phases=("forward", "backward") * 2 + ("optimizer",))
     step.times, step.plain = [Run((1.0, 2.0, 1.0, 2.0), 1.0)], [Run((2.0, 3.0, 2.5, 3.5, 1.0), 1.0)]
     assert overhead(step).parts == {"forward": (4.5, 2.0, 2), "backward": (6.5, 4.0, 2), "optimizer": (1.0, 0.0, 0)}
+
+
+def test_small_steps_say_nothing_of_the_error_of_others() -> None:
+    def of(name: str, seconds: float) -> Overhead:
+        parts = {phase: (seconds / 2, seconds / 4, 1) for phase in ("forward", "backward")}
+        return Overhead(name, parts, 0, ())
+
+    both = [of("small", 0.004), of("large", 0.02)]
+    assert _steps([{"overheads": both}, {"overheads": both}]) == {"large": ((), 0.01)}
+    assert _steps([{"overheads": both[:1]}]) == {"small": ((), 0.002)}, "where there is no other"
 
 
 def test_python_beside_ops_is_told_apart_by_what_the_op_before_moved() -> None:
