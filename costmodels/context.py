@@ -17,7 +17,7 @@ from math import log2, prod
 from typing import TYPE_CHECKING
 
 from costmodels.families import FREE, base_name, family
-from costmodels.features import SINCE, SWEPT, touched
+from costmodels.features import SINCE, SWEPT, emptied, touched
 
 if TYPE_CHECKING:
     from costmodels.device import Device
@@ -87,12 +87,6 @@ def per_op(device: Device, phase: str, swept: int = 0) -> float:
     key = "op_backward" if phase == "backward" else "op_forward"
     cold = device.host.get(f"{key}_swept", 0.0) if swept else 0.0
     return device.host.get(key, 0.0) + cold * emptied(swept)
-
-
-def emptied(swept: int) -> float:
-    """The share of the caches that an op of so many bytes empties, as laws of ops count it."""
-    share: float = min(swept / SWEPT, 1.0) ** 0.5
-    return share
 
 
 def is_stream(name: str) -> bool:

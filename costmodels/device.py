@@ -136,16 +136,15 @@ def rescale(device: Device, ratio: float, parts: Mapping[str, float] | None = No
     def of_host(key: str) -> float:  # the anchor itself by part; overheads by all of it
         return parts.get(key.removeprefix("anchor_"), ratio)
 
-    def of_features(key: str, form: str) -> list[float]:
+    def rescaled(law: Law, key: str) -> Law:
         # Of a pass over memory its bytes alone go by the memory's pace: what a call and what lies in caches takes, by
         # that of calls. Memory was 9 to 44 % slower one day than in calibration, and calls as fast as there.
-        whole, other = of(key), parts.get("calls", of(key))
-        return [whole if name.startswith(BYTES) or part_of(key) != "passes" else other for name in FORMS[form]]
+        whole = of(key)
+        call = parts.get("calls", whole) if part_of(key) == "passes" else whole
+        named = zip(law.coefficients, FORMS[law.form], strict=True)
+        return replace(law, coefficients=tuple(c * (whole if f.startswith(BYTES) else call) for c, f in named))
 
-    laws = {
-        k: replace(v, coefficients=tuple(c * of for c, of in zip(v.coefficients, of_features(k, v.form), strict=True)))
-        for k, v in device.laws.items()
-    }
+    laws = {k: rescaled(v, k) for k, v in device.laws.items()}
     ratios = {"loaded", "skew"}
     return replace(
         device,

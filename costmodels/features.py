@@ -158,7 +158,13 @@ def _emptied(shape: OpShape) -> tuple[float, float]:
     more with it than the next: float32 adds of a few KB take 7 us at once, 15 after 1 MiB, 20 after 4 and 22 after 16
     (medians of 40 on a Xeon), so both are square roots (ops of 112 models, a quarter left out at a time: 9.9 % in the
     mean become 9.7; no further with fourth roots)."""
-    return min(shape.swept / SWEPT, 1.0) ** 0.5, min(shape.since / SINCE, 1.0) ** 0.5
+    return emptied(shape.swept), emptied(shape.since, SINCE)
+
+
+def emptied(nbytes: int, whole: int = SWEPT) -> float:
+    """The share of the caches that so many bytes empty, of which `whole` leave nothing; see `_emptied`."""
+    share: float = min(nbytes / whole, 1.0) ** 0.5
+    return share
 
 
 def _context(shape: OpShape, moved: int) -> tuple[float, float, float, float]:

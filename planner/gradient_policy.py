@@ -15,6 +15,8 @@ from costmodels.cluster import Cluster
 from costmodels.compression import NONE, Compression, buffer_bytes, elements, payload, reply_bytes, state_bytes
 from costmodels.compression import wire_bytes as ring_bytes
 from costmodels.compression_ops import codec, seconds
+from costmodels.context import per_op
+from costmodels.features import SWEPT
 from costmodels.schemes import SCHEMES, Scheme, fits, scheme_price
 from opgraph.graph import OpGraph
 from planner.gradient_times import Load, Shapes, StepWork, step_seconds, step_work
@@ -102,9 +104,9 @@ class Exchange:
 
     @property
     def per_op(self) -> float:
-        """Seconds of the host for each op of a hook, which Python calls."""
-        host = self.cluster.device.host
-        return host.get("op_forward", 0.0) if self.cluster.device.kind == "cpu" else HOST["torch"].op
+        """Seconds of the host for each op of a hook, which Python calls after ops that moved a bucket."""
+        device = self.cluster.device
+        return per_op(device, "forward", SWEPT) if device.kind == "cpu" else HOST["torch"].op
 
     def work(self, bucket_bytes: int) -> StepWork:
         if bucket_bytes not in self.works:

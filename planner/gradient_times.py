@@ -79,8 +79,9 @@ def step_work(graph: OpGraph, plan: ParallelPlan, cluster: Cluster, host: HostCo
     buckets = ddp_buckets(plan, [stage.parameters[name] for name in stage.ready])
     if wrong := next((p for b in buckets for p in b if p.dtype != "float32"), None):
         raise ValueError(f"the gradient of {wrong.name} is {wrong.dtype}; schemes are priced for float32 gradients")
-    items = [item for segment in stage_segments(stage) for item in segment]
-    ends = _finished(items, cluster, host)
+    segments = stage_segments(stage)
+    items = [item for segment in segments for item in segment]
+    ends = _finished(segments, cluster, host)
     marks = [i for i, item in enumerate(items) if isinstance(item, Message)]
     waits = [i for i, item in enumerate(items) if isinstance(item, Wait)]
     update = next(i for i, item in enumerate(items) if isinstance(item, Host) and item.kind == "optimizer_step")
@@ -95,25 +96,27 @@ def step_work(graph: OpGraph, plan: ParallelPlan, cluster: Cluster, host: HostCo
     )  # fmt: skip
 
 
-def _finished(items: Sequence[Item], cluster: Cluster, host: HostCosts | None) -> list[float]:
-    """When the device is through with each item if no message holds it up."""
-    work = [i for i in items if isinstance(i, Work)]
-    prices = iter(zip(*price_with_host(cluster.device, [i.shape for i in work], [i.phase for i in work])))
-    beside = iter(host_seconds(items, cluster.device.host))
+def _finished(segments: Sequence[Sequence[Item]], cluster: Cluster, host: HostCosts | None) -> list[float]:
+    """When the device is through with each item if no message holds it up; passes are priced one by one, as
+    `planner.lower` prices them."""
     at, issued, ends = 0.0, 0.0, list[float]()
-    for item in items:
-        if isinstance(item, Work):
-            price, per_op = next(prices)
-            if host is not None:
-                issued += host.view if item.is_view else host.backward if item.phase == "backward" else host.op
-                at = max(at, issued) + price.seconds if price.seconds else at
-            else:
-                at += price.seconds + per_op
-        elif isinstance(item, Host):
-            at += next(beside)
-        elif isinstance(item, Message) and host is not None:
-            issued += host.message
-        ends.append(at)
+    for items in segments:
+        work = [i for i in items if isinstance(i, Work)]
+        prices = iter(zip(*price_with_host(cluster.device, [i.shape for i in work], [i.phase for i in work])))
+        calls = iter(host_seconds(items, cluster.device.host))
+        for item in items:
+            if isinstance(item, Work):
+                price, beside = next(prices)
+                if host is not None:
+                    issued += host.view if item.is_view else host.backward if item.phase == "backward" else host.op
+                    at = max(at, issued) + price.seconds if price.seconds else at
+                else:
+                    at += price.seconds + beside
+            elif isinstance(item, Host):
+                at += next(calls)
+            elif isinstance(item, Message) and host is not None:
+                issued += host.message
+            ends.append(at)
     return ends
 
 

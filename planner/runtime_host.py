@@ -30,10 +30,10 @@ CALLS = {
 
 
 def call_seconds(host: Mapping[str, float], kind: str, between: float) -> float:
-    """Seconds of one call where `between` bytes are moved from one to the next; of what was measured once, these."""
+    """Seconds of one call where `between` bytes are moved from one to the next; one number where there is only one."""
     cold = host.get(kind, 0.0)
     warm = min(host.get(kind + WARM, cold), cold)
-    return warm + (cold - warm) * min(log2(1 + between / MIB) / log2(1 + FULL), 1.0) if warm < cold else cold
+    return warm + (cold - warm) * min(log2(1 + between / MIB) / log2(1 + FULL), 1.0)
 
 
 def calls_seconds(host: Mapping[str, float], kind: str, between: Floats) -> Floats:

@@ -47,6 +47,21 @@ def test_an_uncompressed_ring_takes_what_the_lowered_plan_takes(spec, where, unc
         assert step_seconds(work, [Load()] * len(loads)) <= step_seconds(work, loads)
 
 
+def test_a_ring_agrees_with_the_lowering_where_calls_depend_on_what_was_moved(uncalibrated):
+    """Passes of several micro-batches are priced one by one, as the lowering prices them."""
+    host = {"ddp_step": 3e-4, "ddp_step_warm": 1e-4, "ddp_param": 2e-5, "ddp_param_warm": 5e-6, "optimizer_step": 1e-4}
+    cluster = replace(uncalibrated, device=replace(uncalibrated.device, host=host, cache={}), cache={})
+    _, graph = model(GPT)
+    steps = []
+    for micro_batches in (1, 4):
+        plan = ParallelPlan(global_batch=16, dp=2, micro_batches=micro_batches)
+        work = step_work(graph, plan, cluster)
+        prices = [collective_price(cluster, "all_reduce", payload(NONE, b), range(2)) for b in work.buckets]
+        steps.append(step_seconds(work, [Load(first=p.seconds, demand=p.demand) for p in prices]))
+        assert steps[-1] == pytest.approx(predict(graph, plan, cluster).step_seconds)
+    assert steps[1] > steps[0]
+
+
 def test_encoding_delays_backward_and_replies_of_a_server_pass_later_pushes():
     _, graph = model(GPT)
     work = step_work(graph, ParallelPlan(global_batch=16, dp=2, bucket_bytes=2**17), load_cluster("dgx-h100"))

@@ -22,8 +22,9 @@ from costmodels.device import device_data, load_device
 from costmodels.families import FREE, family
 from costmodels.ops import OpShape, price, shape_of, signature
 from validation.anchor import Beat, make_beat
-from validation.calibrate import HOST_KEYS, _steps, calibrate, per_op_of
+from validation.calibrate import _steps, calibrate
 from validation.calibrate_fit import fit, fit_ops
+from validation.calibrate_host import HOST_KEYS, per_op_of
 from validation.calibrate_models import SOURCES
 from validation.calibrate_record import (
     Overhead,
