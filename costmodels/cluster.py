@@ -186,6 +186,8 @@ def load_cluster(name: str | Path) -> Cluster:
     """
     text = str(name).strip()
     if " + " in text:
+        from costmodels.mixed_nodes import mixed
+
         return mixed([load_cluster(part) for part in text.split(" + ")])
     if match := re.fullmatch(r"(\d+)\s*x\s*(\S.*)", text):
         base = load_cluster(match[2])
@@ -209,28 +211,6 @@ def load_cluster(name: str | Path) -> Cluster:
             known = ", ".join(list_clusters())
             raise ValueError(f"'{text}' is no known cluster; give a path that ends in .toml, or one of: {known}")
     return cluster_from(toml.read_toml(path), path)
-
-
-def mixed(parts: Sequence[Cluster]) -> Cluster:
-    """One cluster of the nodes of several, in this order; its plain fields are those of the weakest part."""
-    if len({p.backend for p in parts}) > 1 or any(p.dims for p in parts):
-        raise ValueError(
-            "a mixed cluster needs parts of one backend, none of them a torus; put them in files of their own"
-        )
-    groups = tuple(g for p in parts for g in (p.groups or (NodeGroup(p.nodes, p),)))
-    return replace(
-        parts[0],
-        name=" + ".join(p.name for p in parts),
-        device=min((p.device for p in parts), key=lambda d: max(d.peak_flops.values(), default=0.0)),
-        nodes=sum(g.nodes for g in groups),
-        devices_per_node=min(g.part.devices_per_node for g in groups),
-        intra=min((p.intra for p in parts), key=lambda link: link.bandwidth),
-        inter=min((p.inter for p in parts), key=lambda link: link.bandwidth),
-        sources=tuple(dict.fromkeys(s for p in parts for s in p.sources)),
-        notes=tuple(dict.fromkeys(n for p in parts for n in p.notes)),
-        groups=groups,
-        cache={},
-    )
 
 
 def cluster_from(data: dict[str, Any], path: Path) -> Cluster:

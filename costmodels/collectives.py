@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 
 from costmodels import gloo, hockney, nccl, torus
-from costmodels.cluster import Cluster, Link
+from costmodels.cluster import LOOPBACK, Cluster, Link
+from costmodels.mixed_nodes import seen_by
 from costmodels.nccl_fabric import group_of
 from costmodels.nccl_law import Laws, error_of, shipped
 from costmodels.price import Source
@@ -74,6 +75,7 @@ def algorithms_of(cluster: Cluster, kind: str, ranks: Sequence[int]) -> tuple[st
     if cluster.fabric == "torus":
         return ("torus",)
     gloos = cluster.backend == "gloo"
+    cluster, ranks, _ = seen_by(cluster, ranks)
     own = (_gloo_way(kind),) if gloos else nccl.algorithms(group_of(cluster, ranks), kind)
     return (*own, *hockney.algorithms(kind))
 
@@ -108,6 +110,8 @@ def _price(
         raise ValueError(f"a {kind} of {nbytes:g} bytes; the size must be 0 or more")
     if len(ranks) < 2 or (len(ranks) < 64 and len(set(ranks)) < 2):
         return CollectivePrice(0.0, 0.0, "measured", 0.0)
+    if cluster.groups:
+        cluster, ranks, firsts = seen_by(cluster, ranks, firsts)
     if algorithm:
         algorithm = _asked(cluster, kind, ranks, algorithm)
     measured = None if algorithm or not cluster.tables else _measured(cluster, kind, nbytes, ranks)
@@ -124,23 +128,31 @@ def _price(
         seconds, way, protocol = nccl.price(cluster, kind, nbytes, group, laws, algorithm)
         source: Source = "roofline" if way in hockney.ALGORITHMS else "interpolated"
         return CollectivePrice(seconds, 0.0, source, error_of(laws or shipped(), group, nbytes), way, protocol)
-    one_node = len({cluster.node_of(r) for r in ranks}) == 1
-    link = cluster.intra if one_node else cluster.inter
+    members = set(ranks)
+    nodes = {cluster.node_of(r) for r in members}
+    one_node, inside = len(nodes) == 1, _inside(cluster)
+    link = inside if one_node else cluster.inter
     if not one_node and (slower := slowed_by_likes(cluster, kind, ranks, firsts)) > 1:
         link = replace(link, bandwidth=link.bandwidth / slower)
+    per_node = ceil(len(members) / len(nodes))
     if algorithm:
         by_formula = _textbook(cluster, algorithm, kind, nbytes, ranks, link)
     else:
-        by_formula = gloo.seconds(kind, nbytes, len(set(ranks)), link)
+        by_formula = gloo.seconds(kind, nbytes, len(members), link, *(() if one_node else (per_node, inside)))
     way = algorithm or _gloo_way(kind)
     return CollectivePrice(by_formula, 1.0 if one_node else 0.3, "roofline", FORMULA_ERROR, way, "tcp")
+
+
+def _inside(cluster: Cluster) -> Link:
+    """What gloo moves messages of one node over: between GPUs it knows no NVLink and goes over the host."""
+    return LOOPBACK if cluster.device.kind == "gpu" else cluster.intra
 
 
 def _textbook(cluster: Cluster, algorithm: str, kind: str, nbytes: float, ranks: Sequence[int], link: Link) -> float:
     """Over TCP: `link` is the slowest that the group uses; ranks of a node share its port between nodes."""
     size, nodes = len(set(ranks)), len({cluster.node_of(r) for r in ranks})
     per_node = ceil(size / nodes)
-    inside = (cluster.intra.latency, 1 / cluster.intra.flow_rate())
+    inside = (_inside(cluster).latency, 1 / _inside(cluster).flow_rate())
     flat = (link.latency, 1 / link.flow_rate())
     net = (flat[0], flat[1] * per_node) if nodes > 1 else flat
     return hockney.seconds(algorithm, kind, nbytes, (size, nodes, per_node), flat, inside, net)

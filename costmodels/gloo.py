@@ -22,12 +22,20 @@ INITIAL_WINDOW = 14600  # bytes, ten segments of 1460: RFC 6928
 # NCCL over sockets: share of a shaped link's rate, 6 points of all_reduce on 8 nodes; slow starts of a broadcast or
 # reduce for each doubling of the ranks, 12 points of broadcast on 16 and reduce on 4 nodes: EMPIRICAL
 SOCKET_SHARE, SOCKET_STARTS = 0.97, 1.7
+NCCL_FLOWS = 4  # sockets of a connection: shared/facts/communication.md A2, 5 to 8 MB of window together
 SOCKET_BUFFER = 4 * MIB  # bytes that an all_reduce ring may have under way: NCCL's Simple buffer (A1)
 
 
-def seconds(kind: str, nbytes: float, ranks: int, link: Link) -> float:
-    """Seconds of one collective among `ranks` equal ranks on a full-duplex link; no other traffic."""
-    flow, port, latency = link.flow_rate(), link.bandwidth, link.latency
+def seconds(
+    kind: str, nbytes: float, ranks: int, link: Link, per_node: int = 1, inside: Link | None = None
+) -> float:
+    """Seconds of one collective among `ranks` ranks on a full-duplex link; no other traffic.
+
+    per_node: ranks that share each end of `link`, neighbours in the group's order; inside: the link among them. A ring
+    leaves a node by one flow whatever lies on it; where every rank sends to others than its neighbour, the flows of a
+    node share its port. Several flows on parallel links collide (`Link.ecmp`), one alone does not."""
+    flow, port, latency = link.flow_rate(), link.bandwidth * link.ecmp, link.latency
+    outside = max(ranks - per_node, 1)
     if kind == "all_reduce":
         return all_reduce(nbytes, ranks, flow, latency)
     if kind == "reduce_scatter":  # the whole all_reduce, then a copy of the own part (pytorch PR 149869)
@@ -35,11 +43,13 @@ def seconds(kind: str, nbytes: float, ranks: int, link: Link) -> float:
     if kind == "all_gather":  # ring of P - 1 steps in halves; sends are posted before receives, so a first half waits
         return (ranks - 1) * (nbytes / ranks / flow + latency) + nbytes / ranks / 2 / flow
     if kind == "broadcast":
-        return broadcast(nbytes, ranks, port, latency, flow)
+        here = broadcast(nbytes, per_node, inside.bandwidth, inside.latency) if inside and per_node > 1 else 0.0
+        return here + broadcast(nbytes, ceil(ranks / per_node), port / per_node, latency, min(flow, port / per_node))
     if kind == "reduce":
-        return reduce(nbytes, ranks, port, latency, flow)
+        return reduce(nbytes, ranks, port, latency, flow, per_node)
     if kind == "all_to_all":  # all sends are posted before all receives: the last to enter writes while others wait
-        return nbytes / min(port, (ranks - 1) * flow) + latency
+        moved = per_node * outside / max(ranks - 1, 1) * nbytes
+        return moved / min(port, per_node * outside * flow) + latency
     if kind == "send":
         return nbytes / flow + max(slow_start(nbytes, flow, latency), latency)
     assert kind == "barrier", kind
@@ -56,10 +66,11 @@ def all_reduce(nbytes: float, ranks: int, bandwidth: float, latency: float) -> f
     return 2 * _half_ring(nbytes, ranks, bandwidth, LATENCY_SHARE * latency)
 
 
-def reduce(nbytes: float, ranks: int, port: float, latency: float, flow: float = 0.0) -> float:
-    """The reduce_scatter half of an all_reduce, then all parts to the root at once, whose port they share."""
-    flow = flow or port
-    gather = (ranks - 1) / ranks * nbytes / min(port, (ranks - 1) * flow)
+def reduce(nbytes: float, ranks: int, port: float, latency: float, flow: float = 0.0, per_node: int = 1) -> float:
+    """The reduce_scatter half of an all_reduce, then all parts to the root at once, whose port those of other nodes
+    share."""
+    flow, outside = flow or port, max(ranks - per_node, 1)
+    gather = outside / ranks * nbytes / min(port, outside * flow)
     return _half_ring(nbytes, ranks, flow, REDUCE_LATENCY_SHARE * latency) + gather + latency
 
 
@@ -77,11 +88,26 @@ def _ring(nbytes: float, segments: int, ranks: int, bandwidth: float, wait: floa
 
 
 def broadcast(nbytes: float, ranks: int, bandwidth: float, latency: float, flow: float = 0.0) -> float:
-    """Binomial tree of the whole message: in stage k a rank sends to k children at once, which share its port:
-    lgP (lgP + 1) / 2 * S / B where a single flow could fill the port, and one slow start per stage."""
-    depth, flow = ceil(log2(ranks)), flow or bandwidth
-    moved = sum(nbytes / min(flow, bandwidth / children) for children in range(1, depth + 1))
-    return moved + depth * max(slow_start(nbytes, flow, latency), latency)
+    """Binomial tree of the whole message: a rank sends to all its children at once, which share its port:
+    lgP (lgP + 1) / 2 * S / B where a single flow could fill the port and P is a power of two, and one slow start per
+    stage."""
+    flow, stages = flow or bandwidth, children(ranks)
+    moved = sum(nbytes / min(flow, bandwidth / count) for count in stages)
+    return moved + len(stages) * max(slow_start(nbytes, flow, latency), latency)
+
+
+def children(ranks: int) -> list[int]:
+    """Of each rank on the longest way from the root of gloo's binomial tree, to how many it sends. Rank v sends to
+    v + 2^j for all 2^j > v, so the first child of each (0, 1, 3, 7, ...) has most.
+
+    >>> children(8), children(6), children(5)
+    ([3, 2, 1], [3, 2], [3, 1])
+    """
+    found, rank = [], 0
+    while ranks > 2 * rank + 1:  # its first child, 2 rank + 1, is one of the group
+        found.append(sum(rank + 2**j < ranks for j in range(rank.bit_length(), ranks.bit_length())))
+        rank = 2 * rank + 1
+    return found
 
 
 def slow_start(nbytes: float, bandwidth: float, latency: float) -> float:
@@ -92,25 +118,39 @@ def slow_start(nbytes: float, bandwidth: float, latency: float) -> float:
     return latency * (1 + log2(max(window / INITIAL_WINDOW, 1.0)))
 
 
-def nccl_sockets(kind: str, nbytes: float, hosts: int, ranks: int, link: Link) -> float:
-    """Seconds of a NCCL collective whose ring passes TCP sockets between `hosts` of `ranks` ranks in all.
+def nccl_sockets(
+    kind: str, nbytes: float, hosts: int, ranks: int, link: Link, algorithm: str = ""
+) -> tuple[float, str]:
+    """Seconds and algorithm of a NCCL collective over TCP sockets between `hosts` of `ranks` ranks in all; algorithm:
+    only this one of an all_reduce's, "ring" or "tree".
 
     Rings hide latency behind their chunks: a + b^2 / (a + b) of transfer a and latency b is b for small messages, a for
-    large ones. Broadcast and reduce wait for slow starts instead."""
+    large ones; so do double binary trees, which pass fewer hosts one after the other and carry more (no sweep of trees
+    over sockets is known). Broadcast and reduce wait for slow starts instead."""
     ports = link.ports or max(ranks // hosts, 1)
-    rate, latency = SOCKET_SHARE * link.bandwidth * ports, link.latency
+    each = SOCKET_SHARE * min(link.bandwidth * link.ecmp, NCCL_FLOWS * link.flow_rate())
+    rate, latency = each * ports, link.latency
     if kind in ("broadcast", "reduce"):
         starts = SOCKET_STARTS * log2(hosts)
-        return nbytes / rate + max(starts * slow_start(nbytes / starts, link.bandwidth, latency), (hosts - 1) * latency)
+        wait = max(starts * slow_start(nbytes / starts, link.bandwidth, latency), (hosts - 1) * latency)
+        return nbytes / rate + wait, "ring"
     if kind == "send":
-        return nbytes / (SOCKET_SHARE * link.bandwidth) + slow_start(nbytes, link.bandwidth, latency)
+        return nbytes / each + slow_start(nbytes, link.bandwidth, latency), "p2p"
     share = (ranks - 1) / ranks
-    factor, steps = {"all_reduce": (2 * share, 2 * (hosts - 1)), "barrier": (0.0, 2 * (hosts - 1))}.get(
-        kind, (share, hosts - 1)
-    )
     if kind == "all_to_all":
-        factor, steps = (ranks / hosts) * (ranks - ranks / hosts) / ranks, 1
-    if latency and kind == "all_reduce":
+        return _hidden((ranks / hosts) * (ranks - ranks / hosts) / ranks * nbytes / rate, latency), "pairwise"
+    if kind not in ("all_reduce", "barrier"):
+        return _hidden(share * nbytes / rate, (hosts - 1) * latency), "ring"
+    if latency:
         rate = min(rate, SOCKET_BUFFER / (2 * latency) * ports)
-    moved, waits = factor * nbytes / rate, steps * latency
+    moved = 0.0 if kind == "barrier" else nbytes / rate
+    ways = {
+        "ring": _hidden(2 * share * moved, 2 * (hosts - 1) * latency),
+        "tree": _hidden((1 if hosts == 2 else 2) * moved, 2 * ceil(log2(hosts)) * latency),
+    }
+    best = algorithm if algorithm in ways else min(ways, key=lambda way: ways[way])
+    return ways[best], best
+
+
+def _hidden(moved: float, waits: float) -> float:
     return moved + waits**2 / (moved + waits) if moved + waits else 0.0

@@ -52,15 +52,16 @@ def price(
     if algorithm in hockney.ALGORITHMS:
         return hockney.on_group(algorithm, kind, nbytes, group), algorithm, "Simple"
     if _over_sockets(group):
-        return _sockets(cluster, kind, nbytes, group), algorithms(group, kind)[0], "sockets"
+        return *_sockets(cluster, kind, nbytes, group, algorithm), "sockets"
     line = _shipped_curve(group, kind, algorithm) if laws is None else curve_of(laws, group, kind, algorithm)
     return line.at(0.0 if kind == "barrier" else nbytes)
 
 
 def algorithms(group: Group, kind: str) -> tuple[str, ...]:
-    """Those that NCCL has for `kind` on the group. Over sockets rings alone: no law of trees over them was measured."""
+    """Those that NCCL has for `kind` on the group."""
     if _over_sockets(group):
-        return ({"all_to_all": "pairwise", "send": "p2p"}.get(kind, "ring"),)
+        both = kind in ("all_reduce", "barrier")
+        return ("ring", "tree") if both else ({"all_to_all": "pairwise", "send": "p2p"}.get(kind, "ring"),)
     return tuple(dict.fromkeys(way.algorithm for way in candidates(group, kind)))
 
 
@@ -104,18 +105,18 @@ def _wire(way: Candidate) -> np.ndarray:
     return np.asarray(SIZES * max(way.inside * share, way.across))
 
 
-def _sockets(cluster: Cluster, kind: str, nbytes: float, group: Group) -> float:
-    """TCP between hosts, with what the group gets of the ports beside its likes (`costmodels.sharing`). Inside the
-    hosts the ring passes every device, at the rate and after the hops that a group of one host has (no sweep over
-    sockets with several devices a host is known)."""
+def _sockets(cluster: Cluster, kind: str, nbytes: float, group: Group, algorithm: str) -> tuple[float, str]:
+    """Seconds and algorithm over TCP between hosts, with what the group gets of the ports beside its likes
+    (`costmodels.sharing`). Inside the hosts the ring passes every device, at the rate and after the hops that a group
+    of one host has (no sweep over sockets with several devices a host is known)."""
     from costmodels import gloo
 
     link, alone = cluster.inter, across_of(cluster, group.per_host, 1)
     if group.across < alone:
         link = replace(link, bandwidth=link.bandwidth * group.across / alone)
-    outside = gloo.nccl_sockets(kind, nbytes, group.hosts, group.ranks, link)
+    outside, way = gloo.nccl_sockets(kind, nbytes, group.hosts, group.ranks, link, algorithm)
     if group.per_host == 1 or kind == "send":
-        return outside
+        return outside, way
     inner = replace(group, ranks=group.per_host, hosts=1, domains=1, across=0.0, crossing=0.0, uplinks=(), leaving=0.0)
     least = price(cluster, kind, float(SIZES[0]), inner)[0]
     moving = price(cluster, kind, nbytes, inner)[0] - least
@@ -123,4 +124,4 @@ def _sockets(cluster: Cluster, kind: str, nbytes: float, group: Group) -> float:
         kind, (1 - 1 / group.ranks) / (1 - 1 / group.per_host)
     )
     rounds = group.hosts if kind != "all_to_all" else 1
-    return max(outside, more * moving) + rounds * least
+    return max(outside, more * moving) + rounds * least, way

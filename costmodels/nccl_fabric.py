@@ -116,7 +116,8 @@ def group_of(cluster: Cluster, ranks: Sequence[int]) -> Group:
     used = np.flatnonzero(counts)
     counts = counts[used]
     family = family_of(cluster.device.name)
-    wires = _wires(cluster, family)
+    bridged = bridged_rate(cluster, members)
+    wires = "nvlink" if bridged else _wires(cluster, family)
     hosts, per_host, domains = len(used), int(counts.max()), len(used)
     if family and family.tray:
         hosts, per_host, domains = _trays(family, cluster, size, used, int(counts.max()))
@@ -137,7 +138,7 @@ def group_of(cluster: Cluster, ranks: Sequence[int]) -> Group:
         wires=wires,
         generation=family.generation if family else 1,
         nvls_from=family.nvls_from if family and wires == "nvlink" else 0,
-        port=_port(cluster, members),
+        port=_port(cluster, members, bridged),
         across=across,
         network=network,
         hop=max(cluster.intra.latency - REFERENCE_HOP[wires], 0.0) if per_host > 1 else 0.0,
@@ -159,21 +160,35 @@ def _leaving(cluster: Cluster, counts: np.ndarray, domain_of: np.ndarray) -> flo
     return max(own * (total - own) / across_of(cluster, few, spread) for own, spread, few in kinds)
 
 
-def _port(cluster: Cluster, members: np.ndarray) -> float:
-    """bytes/s of one device of the group inside its node. In a cube mesh a ring uses only the wires between members:
-    the member with the fewest sets the rate of all rings together; two that share no NVLink talk over the host."""
-    if cluster.fabric != "cube-mesh" or not cluster.wires or cluster.groups:
+def _port(cluster: Cluster, members: np.ndarray, bridged: float) -> float:
+    """bytes/s of one device of the group inside its node: over NVLink, by the wires between members where the cluster
+    names them (`bridged`); members of a cube mesh that share none talk over the host."""
+    if bridged or cluster.fabric != "cube-mesh" or not cluster.wires or len(members) < 2:
+        return bridged or cluster.intra.bandwidth
+    if len(np.unique(members % cluster.devices_per_node)) < 2:
         return cluster.intra.bandwidth
+    return min(w.link.bandwidth for w in cluster.wires)
+
+
+def bridged_rate(cluster: Cluster, members: np.ndarray) -> float:
+    """bytes/s that rings of all members pass over the NVLink wires between them, 0 where these do not join them: every
+    ring crosses each cut of the group once each way, so the narrowest cut holds all rings together."""
+    if not cluster.wires or cluster.groups:
+        return 0.0
     places = {f"gpu{int(r) % cluster.devices_per_node}" for r in members}
-    if len(places) < 2:
-        return cluster.intra.bandwidth
-    rates = dict.fromkeys(places, 0.0)
-    for wire in cluster.wires:
-        if "nvlink" in wire.link.name.lower() and wire.a in places and wire.b in places:
-            rates[wire.a] += wire.link.bandwidth
-            rates[wire.b] += wire.link.bandwidth
-    least = min(rates.values()) or min(w.link.bandwidth for w in cluster.wires)
-    return min(least, cluster.intra.bandwidth)
+    wires = [w for w in cluster.wires if "nvlink" in w.link.name.lower() and {w.a, w.b} <= places]
+    if len(places) < 2 or {end for w in wires for end in (w.a, w.b)} != places:
+        return 0.0
+    import networkx as nx
+
+    graph: nx.Graph[str] = nx.Graph()
+    for wire in wires:
+        before = graph.get_edge_data(wire.a, wire.b, {"weight": 0.0})["weight"]
+        graph.add_edge(wire.a, wire.b, weight=before + wire.link.bandwidth)
+    if not nx.is_connected(graph):
+        return 0.0
+    cut, _ = nx.stoer_wagner(graph)
+    return float(min(cut, cluster.intra.bandwidth) if cluster.fabric == "cube-mesh" else cut)
 
 
 def _members(ranks: Sequence[int]) -> np.ndarray:
@@ -199,14 +214,16 @@ def _wires(cluster: Cluster, family: Family | None) -> str:
 
 
 def _trays(family: Family, cluster: Cluster, size: int, used: np.ndarray, most: int) -> tuple[int, int, int]:
-    """Hosts, ranks of a host and domains of devices whose NVLink domain holds several hosts (NVL72)."""
-    per_host = min(family.tray, most)
-    hosts = -(-size // per_host)
+    """Hosts, ranks of a host and domains of devices whose NVLink domain holds several hosts (NVL72). NCCL joins the
+    topologies of a domain's hosts, so trays of one rack are one host. Over several domains trays count: the only sweep
+    there is (128 GB200 on two racks) takes 186 us for 32 bytes, what 32 hosts take, not two."""
     per_node = cluster.devices_per_node
-    if per_node > family.tray:  # nodes of the cluster are whole domains
-        return hosts, per_host, len(used)
-    spread = len(np.unique(used * per_node // family.domain))
-    return hosts, per_host, max(spread, 1)
+    whole = per_node > family.tray  # nodes of the cluster are whole domains
+    domains = len(used) if whole else len(np.unique(used * per_node // family.domain))
+    if domains == 1:
+        return 1, size, 1
+    per_host = min(family.tray, most)
+    return -(-size // per_host), per_host, domains
 
 
 def across_of(cluster: Cluster, least: int, nodes_per_domain: int) -> float:

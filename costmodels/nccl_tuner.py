@@ -24,6 +24,9 @@ _PCI = {"tree": (1.0, 1.9, 4.0), "ring": (1.0, 2.5, 5.7)}
 HOP = {"nvlink": _NVLINK, "mesh": _NVLINK, "pci": _PCI, "host": _PCI}
 CROSSING = {"tree": (5.0, 8.5, 14.0), "ring": (2.7, 4.0, 14.0)}
 NVLS_HOP, NVLS_CROSSING, PAT_BASE = 25.0, 20.9, 8.0
+# Power of the ranks beyond 8 of one NVLink domain by which NVLS loses rate. EMPIRICAL, one point: 72 GB200 reach
+# 835 GB/s on the bus at 8 GiB (shared/facts/communication.md A6); by the law of 4 to 8 ranks alone it would be 1024.
+NVLS_USUAL, NVLS_WIDE = 8, 0.093
 # bytes/s, tuning.cc llMaxBws by generation; one, two, more hosts
 LL_CAP = ((39e9, 39e9, 20.4e9), (87.7e9, 22.5e9, 19e9), (141e9, 45e9, 35e9), (282e9, 90e9, 70e9))
 LL_SHARE, LL128_SHARE = 0.5, 0.92  # 4 of 8 bytes are data; 120 of 128, measured by NCCL's authors as 0.92
@@ -167,7 +170,8 @@ def _nvls(group: Group) -> list[Candidate]:
     name = "nvls_tree" if group.domains > 1 else "nvls"
     hops = NVLS_HOP * US + group.hop
     net = 2 * depth * NVLS_CROSSING * US
-    return [Candidate(name, "Simple", 0.0, hops, net, 2 * depth, (within + 1) / within / group.port, across)]
+    inside = (within + 1) / within / group.port * max(within / NVLS_USUAL, 1.0) ** NVLS_WIDE
+    return [Candidate(name, "Simple", 0.0, hops, net, 2 * depth, inside, across)]
 
 
 def _pat(group: Group, kind: str) -> list[Candidate]:

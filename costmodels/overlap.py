@@ -23,6 +23,7 @@ from costmodels.families import COMPUTE, FREE, family
 from costmodels.features import touched
 from costmodels.gemm import WIDTH, pricing_of, product_dims
 from costmodels.gemm_law import slowdown
+from costmodels.mixed_nodes import seen_by
 from costmodels.nccl_fabric import Group, group_of
 from costmodels.nccl_tuner import ring_rate
 from costmodels.ops import ASSUMED_EFFICIENCY, OpShape
@@ -67,7 +68,8 @@ def beside(cluster: Cluster, kind: str, nbytes: float, ranks: Sequence[int], sec
     if cluster.backend != "nccl" or cluster.device.kind != "gpu" or len(ranks) < 2 or nbytes <= 0:
         return Beside(0, 0.0)
     sent = ROUNDS.get(kind, 1) * (len(ranks) - 1) / len(ranks) * nbytes
-    units = channels(group_of(cluster, ranks), nbytes)
+    seen, own, _ = seen_by(cluster, ranks)
+    units = channels(group_of(seen, own), nbytes)
     return Beside(units, memory_demand(kind, sent, seconds), deals_tiles_beforehand(cluster.device))
 
 

@@ -11,12 +11,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import permutations
+from math import inf
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from costmodels.cluster import Cluster
 from costmodels.nccl_fabric import Group
+from costmodels.nccl_tuner import RING_SHARE, ring_rate
 from costmodels.topology_groups import ROUNDS, capacities, group_bound, rail_of
+
+if TYPE_CHECKING:
+    from costmodels.topology import Topology
 
 Firsts = range | tuple[int, ...]
 
@@ -35,15 +42,22 @@ def known(cluster: Cluster) -> bool:
 def shared_group(cluster: Cluster, group: Group, kind: str, ranks: Sequence[int], firsts: Firsts) -> Group:
     """`group` (of `ranks`) with what it gets of NICs and uplinks while its likes, which begin at `firsts`, do the same.
 
-    The same object where nothing is shared: one group, one node, or a cluster whose loads are not counted (`known`).
+    On one node, what it gets of the node's wires. The same object where nothing is shared: one group, switches that
+    give every device its own way, or a cluster whose loads are not counted (`known`).
     Where switches are rails' own, a group alone too has only the uplinks of the rails that it lies on.
     """
     alone = len(firsts) < 2
+    if group.domains == 1:
+        left = inf if alone else left_inside(cluster, kind, ranks, firsts)
+        if left == inf:
+            return group
+        # A ring moves RING_SHARE of a wire's rate, or less where devices stage through the host.
+        return replace(group, port=min(group.port, left * RING_SHARE * group.port / ring_rate(group)))
     if alone and any(t.rails for t in cluster.tiers):
         firsts = (ranks[0],)
     elif alone:
         return group
-    if group.domains < 2 or group.domains != group.hosts or not _counted(cluster, ranks, firsts):
+    if group.domains != group.hosts or not _counted(cluster, ranks, firsts):
         return group
     everywhere = kind == "all_to_all"
     layers = _layers(cluster, everywhere, ranks, firsts)
@@ -68,6 +82,39 @@ def slowed_by_likes(cluster: Cluster, kind: str, ranks: Sequence[int], firsts: F
     outside = [name for name in together if name != "devices"]
     own = max(alone[name] for name in outside)
     return max(max(together[name] for name in outside) / own, 1.0) if own > 0 else 1.0
+
+
+def left_inside(cluster: Cluster, kind: str, ranks: Sequence[int], firsts: Firsts) -> float:
+    """bytes/s that each rank of a group of one node can send while its likes there do the same, by the loads of the
+    node's named wires (links between sockets and switches of PCIe); inf without likes or wires."""
+    if not cluster.wires or cluster.groups or max(ranks) >= cluster.size:
+        return inf
+    first = cluster.first_ranks[cluster.node_of(ranks[0])]
+    own = [r - first for r in ranks]
+    rows = (alike(ranks, firsts) - first).tolist()
+    likes = [row for row in rows if row != own and min(row) >= 0 and max(row) < cluster.devices_per_node]
+    if not likes or max(own) >= cluster.devices_per_node:
+        return inf
+    topology = _node(cluster)
+    everywhere = kind == "all_to_all"
+    used, loads = set(), np.zeros(len(topology.capacity))
+    for row in (own, *likes):
+        for a, b in permutations(row, 2) if everywhere else zip(row, [*row[1:], row[0]]):
+            links = topology.road(a, b).links
+            loads[list(links)] += 1 / (len(row) - 1) if everywhere else 1
+            used |= set(links) if row is own else set()
+    mine = list(used)
+    return float((topology.capacity[mine] / loads[mine]).min())
+
+
+def _node(cluster: Cluster) -> Topology:
+    """The graph of one node."""
+    from costmodels.topology import expand
+
+    if "node" not in cluster.cache:
+        cluster.cache["node"] = expand(replace(cluster, nodes=1, cache={}))
+    found: Topology = cluster.cache["node"]
+    return found
 
 
 def _counted(cluster: Cluster, ranks: Sequence[int], firsts: Firsts) -> bool:

@@ -37,7 +37,11 @@ def collectives(
         ),
     ] = None,
     ranks: Annotated[
-        int | None, typer.Option(help="The group: the first so many devices; by default all.", show_default=False)
+        str | None,
+        typer.Option(help="The group: 8 (the first eight), 0,8,16 or 0-63:8; by default all.", show_default=False),
+    ] = None,
+    backend: Annotated[
+        str | None, typer.Option(help="nccl or gloo; by default the cluster's own.", show_default=False)
     ] = None,
     algorithm: Annotated[
         str | None, typer.Option(help="Only this one (ring, tree, nvls, rabenseifner, ...).", show_default=False)
@@ -53,6 +57,7 @@ def collectives(
     """Price a collective over sizes, or compare predictions with published sweeps.
 
     Example: parplan collectives --cluster "2x dgx-h100" --op all_gather
+    Example: parplan collectives --cluster "8x dgx-h100" --ranks 0-63:8
     Example: parplan collectives --cases nccl_cases.csv --out report
     """
     if (cases is None) == (cluster is None):
@@ -60,12 +65,12 @@ def collectives(
     if out is not None:
         _check_out(out)
     if cases is not None:
-        wanted = {"--op": op, "--ranks": ranks, "--algorithm": algorithm}
+        wanted = {"--op": op, "--ranks": ranks, "--algorithm": algorithm, "--backend": backend}
         refuse(wanted, "the file of --cases says what was measured; price one collective with --cluster")
         _score(cases, plain, out, json)
     elif cluster is not None:
         refuse({"--plain": plain}, "it leaves fitted constants out of a comparison with --cases; leave it out")
-        _prices(cluster, op or "all_reduce", ranks, algorithm or "", out, json)
+        _prices(cluster, backend, op or "all_reduce", ranks, algorithm or "", out, json)
 
 
 def _check_out(out: Path) -> None:
@@ -157,12 +162,15 @@ def _errors(entry: dict[str, Any]) -> tuple[str, ...]:
     return str(entry.get("n", "")), percent(entry["mape"]), *bands, bias
 
 
-def _prices(name: str, op: str, ranks: int | None, algorithm: str, out: Path | None, json: bool) -> None:
+def _prices(
+    name: str, backend: str | None, op: str, ranks: str | None, algorithm: str, out: Path | None, json: bool
+) -> None:
     from costmodels.cluster import load_cluster
+    from costmodels.mixed_nodes import over
     from validation.collective_table import group_on, measured_on
     from validation.collective_table import table as prices
 
-    cluster = load_cluster(name)
+    cluster = over(load_cluster(name), backend)
     group = group_on(cluster, 2 if op == "send" and ranks is None else ranks)
     rows = prices(cluster, op, group, algorithm=algorithm)
     sweeps = measured_on(cluster, op, group) if cluster.backend == "nccl" else []

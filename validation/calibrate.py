@@ -107,7 +107,7 @@ def calibrate(
             }  # fmt: skip
             low, high = (0.0, 0.75) if main else (0.75 + 0.2 * (i - 1) / len(sizes), 0.75 + 0.2 * i / len(sizes))
             results[world] = run_ranks(job, Path(folder), _between(progress, low / parts, high / parts))
-        job = {**common, "ranks": ranks, "anchor": 8, "models": [], "least_rounds": 2}
+        job = {**common, "ranks": ranks, "anchor": 8, "models": [], "least_rounds": 3}
         shares = [(1 + i * (parts - 1) / max(groups, 1)) / parts for i in range(groups + 1)]
         further = [
             _at_pace_of(results[ranks], _drawn_group(i, job, Path(folder), _between(progress, *shares[i : i + 2])))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -47,12 +48,29 @@ def table(
     return rows
 
 
-def group_on(cluster: Cluster, count: int | None) -> tuple[int, ...]:
-    """The first `count` ranks, spread evenly over as few nodes as hold them; all of them by default."""
-    size = cluster.size if count is None else count
-    if not 2 <= size <= cluster.size:
-        raise ValueError(f"a group of {size} on {cluster.size} devices; give --ranks between 2 and {cluster.size}")
-    return tuple(range(size))
+def group_on(cluster: Cluster, wanted: int | str | None) -> tuple[int, ...]:
+    """The ranks of a group: the first so many ("8"), those that are named ("0,8,16" or "0-7" or "0-63:8", or several of
+    them), or all of them by default."""
+    text = str(cluster.size if wanted is None else wanted).strip()
+    if text.isdigit():
+        size = int(text)
+        if not 2 <= size <= cluster.size:
+            raise ValueError(f"a group of {size} on {cluster.size} devices; give --ranks between 2 and {cluster.size}")
+        return tuple(range(size))
+    found: list[int] = []
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(\d+)(?:-(\d+)(?::(\d+))?)?\s*", part)
+        if match is None or match[3] == "0":
+            raise ValueError(
+                f"--ranks '{wanted}': '{part.strip()}' names no ranks; write 8 (the first eight), 0,8,16 or 0-63:8"
+            )
+        found += range(int(match[1]), int(match[2] or match[1]) + 1, int(match[3] or 1))
+    ranks = tuple(dict.fromkeys(found))
+    if len(ranks) < 2 or max(ranks) >= cluster.size:
+        raise ValueError(
+            f"--ranks {wanted} names {len(ranks)} rank(s); a group has two or more of 0 to {cluster.size - 1}"
+        )
+    return ranks
 
 
 def measured_on(cluster: Cluster, kind: str, ranks: Sequence[int]) -> list[Sweep]:

@@ -116,7 +116,7 @@ def test_nccl_feels_node_borders_and_group_size() -> None:
         ("dgx-h100", "all_to_all", "tree", "pairwise, or"),
         ("dgx-h100", "all_reduce", "rong", "ring, tree, nvls, rec"),
         ("dgx-h100", "send", "binomial", "p2p, or"),
-        ("p3-tcp", "all_reduce", "tree", "ring, rec"),
+        ("p3-tcp", "all_gather", "tree", "ring, rec"),
     ],
 )
 def test_an_algorithm_that_a_cluster_has_not_is_refused(name: str, kind: str, algorithm: str, has: str) -> None:

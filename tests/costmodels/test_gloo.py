@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from costmodels import gloo
 from costmodels.cluster import Link
+from simulator.flow_collectives import Road, broadcast
+from simulator.flows import FlowBuilder, simulate_flows
 
 MIB = 2**20
 KINDS = ("all_reduce", "all_gather", "reduce_scatter", "broadcast", "reduce", "send", "all_to_all", "barrier")
@@ -38,7 +41,7 @@ def test_formulas_meet_published_points(
     for nodes, delay, bits, size, seconds in points:
         link = Link("tcp", bits / 8, delay)
         found = (
-            gloo.nccl_sockets(kind, size * MIB, nodes, nodes, link)
+            gloo.nccl_sockets(kind, size * MIB, nodes, nodes, link)[0]
             if nccl
             else gloo.seconds(kind, size * MIB, nodes, link)
         )
@@ -71,7 +74,7 @@ def test_times_rise_with_bytes_and_latency_and_fall_with_bandwidth(
 ) -> None:
     def seconds(nbytes: float, link: Link) -> float:
         n = 2 if kind == "send" else ranks
-        return gloo.nccl_sockets(kind, nbytes, n, n, link) if nccl else gloo.seconds(kind, nbytes, n, link)
+        return gloo.nccl_sockets(kind, nbytes, n, n, link)[0] if nccl else gloo.seconds(kind, nbytes, n, link)
 
     link = Link("tcp", rate, latency)
     here, slack = seconds(size, link), 1 + 1e-9
@@ -81,3 +84,49 @@ def test_times_rise_with_bytes_and_latency_and_fall_with_bandwidth(
     assert seconds(size, replace(link, latency=latency * factor)) * slack >= here
     if kind not in ("barrier", "send", "all_gather", "all_to_all", "reduce_scatter"):
         assert here * slack >= size / rate
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 4, 5, 6, 7, 8, 9, 13, 16])
+def test_a_broadcast_takes_as_long_as_its_flows(ranks: int) -> None:
+    """The tree of any number of ranks, each port shared by the children of its rank."""
+    builder = FlowBuilder()
+    port = 1e9
+
+    def road(a: int, b: int) -> Road:
+        return Road((2 * a, 2 * b + 1))
+
+    broadcast(builder, 1e9, range(ranks), road, at_once=True)
+    flows = simulate_flows(builder.build(), np.full(2 * ranks, port)).makespan
+    assert gloo.seconds("broadcast", 1e9, ranks, Link("tcp", port, 0.0)) == pytest.approx(flows, rel=1e-3)
+
+
+@pytest.mark.parametrize(("nodes", "per_node"), [(2, 2), (2, 8), (4, 4), (3, 2)])
+def test_ranks_of_a_node_share_its_port(nodes: int, per_node: int) -> None:
+    """No collective is faster than the bytes that must leave a node through its one port."""
+    link, loop, size, ranks = Link("tcp", 1.25e9, 1e-4), Link("lo", 5e9, 2e-5), 2.0**28, nodes * per_node
+    least = {
+        "all_to_all": per_node * (ranks - per_node) / ranks * size, "broadcast": size,
+        "all_gather": size * (nodes - 1) / nodes,
+        "reduce": size * (nodes - 1) / nodes, "all_reduce": 2 * size * (nodes - 1) / nodes,
+    }  # fmt: skip
+    for kind, leaves in least.items():
+        assert gloo.seconds(kind, size, ranks, link, per_node, loop) >= leaves / 1.25e9, kind
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_caps_of_flows_and_colliding_hashes_slow_nccl(kind: str) -> None:
+    link = Link("tcp", 1.25e9, 1e-4, flow_cap=6.25e8, window=1.25e6)
+
+    def seconds(link: Link) -> float:
+        return gloo.nccl_sockets(kind, 2.0**30, 8 if kind != "send" else 2, 8 if kind != "send" else 2, link)[0]
+
+    usual = seconds(link)
+    slower = [seconds(replace(link, **change)) for change in ({"flow_cap": 1e8}, {"window": 1e4}, {"ecmp": 0.5})]
+    assert all(t == usual if kind == "barrier" else t > 1.5 * usual for t in slower)
+
+
+def test_small_all_reduces_over_sockets_take_trees() -> None:
+    link = Link("tcp", 1.25e9, 5e-5)
+    assert gloo.nccl_sockets("all_reduce", 8, 8, 8, link) == (pytest.approx(6 * 5e-5, rel=1e-3), "tree")
+    assert gloo.nccl_sockets("all_reduce", 2.0**30, 8, 8, link)[1] == "ring"
+    assert gloo.nccl_sockets("all_reduce", 8, 8, 8, link, "ring")[0] == pytest.approx(14 * 5e-5, rel=1e-3)

@@ -157,8 +157,16 @@ def test_oversubscribed_switches_slow_what_crosses_them() -> None:
 def test_a_domain_can_hold_several_hosts() -> None:
     tray = replace(B200, name="nvl", device=replace(B200.device, name="GB200 (per GPU)"), nodes=36, devices_per_node=4)
     rack, two = group_of(tray, range(72)), group_of(tray, range(144))
-    assert (rack.hosts, rack.per_host, rack.domains, rack.per_domain) == (18, 4, 1, 72)
+    assert (rack.hosts, rack.per_host, rack.domains, rack.per_domain) == (1, 72, 1, 72), "NCCL joins its hosts"
     assert (two.hosts, two.domains) == (36, 2) and two.across == 18 * 4 * tray.inter.bandwidth
+
+
+def test_a_fifth_device_of_a_rack_crosses_no_network() -> None:
+    rack = load_cluster("gb200-nvl72")
+    four, five = (collective_price(rack, "all_gather", 8, range(n)).seconds for n in (4, 5))
+    assert four < five < 1.3 * four
+    whole = collective_price(rack, "all_reduce", 8 * GIB, range(72))
+    assert 2 * 71 / 72 * 8 * GIB / whole.seconds == pytest.approx(835e9, rel=0.05), "communication.md A6"
 
 
 def test_families_and_networks_are_found_by_name() -> None:

@@ -135,3 +135,24 @@ def test_pools_share_wires_like_flows(ports: int, oversubscription: float, late:
                 share = min(layer.busy(cluster, kind, size, group, rank) / seconds, 1.0)
                 tasks.task(kind, kind, seconds, stream, after, share)
     assert simulate(tasks.build()).makespan == pytest.approx(exact, rel=0.05)
+
+
+def test_pairs_across_sockets_share_the_link_between_them() -> None:
+    """Four pairs, one device on each socket, of a server whose sockets have 16 GB/s between them."""
+    box = load_cluster("a100-pcie")
+    alone, two, four = (
+        collective_price(box, "all_reduce", 2.0**28, (0, 4), firsts=firsts).seconds
+        for firsts in ((0,), (0, 1), (0, 1, 2, 3))
+    )
+    exact = flows_take(box, "all_reduce", alike((0, 4), range(4)), 2.0**28)
+    assert alone <= two < four
+    assert four == pytest.approx(exact / 0.8, rel=0.05), "rings move 0.8 of what wires could"
+    bridged = [collective_price(box, "all_reduce", 2.0**28, (0, 1), firsts=f).seconds for f in ((0,), (0, 2, 4, 6))]
+    assert bridged[0] == bridged[1], "every pair has a bridge of its own"
+
+
+def test_a_bridged_pair_goes_over_its_bridge_and_two_pairs_over_pcie() -> None:
+    box = load_cluster("a100-pcie")
+    pair, apart, two = (group_of(box, ranks) for ranks in ((0, 1), (0, 2), (0, 1, 2, 3)))
+    assert (pair.wires, pair.port) == ("nvlink", 3e11)
+    assert apart.wires == two.wires != "nvlink"
