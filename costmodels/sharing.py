@@ -97,14 +97,14 @@ def left_inside(cluster: Cluster, kind: str, ranks: Sequence[int], firsts: First
         return inf
     topology = _node(cluster)
     everywhere = kind == "all_to_all"
-    used, loads = set(), np.zeros(len(topology.capacity))
-    for row in (own, *likes):
+    loads = np.zeros((1 + len(likes), len(topology.capacity)))
+    for load, row in zip(loads, (own, *likes)):
         for a, b in permutations(row, 2) if everywhere else zip(row, [*row[1:], row[0]]):
-            links = topology.road(a, b).links
-            loads[list(links)] += 1 / (len(row) - 1) if everywhere else 1
-            used |= set(links) if row is own else set()
-    mine = list(used)
-    return float((topology.capacity[mine] / loads[mine]).min())
+            load[list(topology.road(a, b).links)] += 1 / (len(row) - 1) if everywhere else 1
+    # Wires of a group's own say nothing: NCCL lays several rings over them, of which these roads are one.
+    shared = (loads[0] > 0) & (loads[1:].sum(axis=0) > 0)
+    rates = topology.capacity[shared] / loads.sum(axis=0)[shared]
+    return float(rates.min()) if shared.any() else inf
 
 
 def _node(cluster: Cluster) -> Topology:
