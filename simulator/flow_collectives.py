@@ -41,15 +41,25 @@ def collective(
             return ring(builder, nbytes, ranks, road, (2 if backend == "gloo" else 1) * (size - 1))
         case "all_gather":
             return ring(builder, nbytes, ranks, road, size - 1)
+        case "broadcast" if backend == "gloo":
+            return broadcast(builder, nbytes, ranks, road, at_once=True)
         case "broadcast":
-            return broadcast(builder, nbytes, ranks, road, at_once=backend == "gloo")
+            return chain(builder, nbytes, ranks, road)
+        case "reduce" if backend == "gloo":
+            return gathered(builder, nbytes, ranks, road, ring(builder, nbytes, ranks, road, size - 1))
+        case "reduce":
+            done = chain(builder, nbytes, ranks[::-1], road)
+            return done[::-1]
+        case "barrier":
+            return ring(builder, 0.0, ranks, road, 2 * (size - 1))
         case "all_to_all":
             return all_to_all(builder, nbytes, ranks, road)
         case "send":
             sent = _flow(builder, nbytes, ranks[0], ranks[1], road, ())
             return [[sent], [sent]]
     raise ValueError(
-        f"'{kind}' has no form as flows; use all_reduce, reduce_scatter, all_gather, broadcast, all_to_all, send"
+        f"'{kind}' has no form as flows; use all_reduce, reduce_scatter, all_gather, broadcast, reduce, all_to_all, "
+        "send, barrier"
     )
 
 
@@ -86,6 +96,27 @@ def broadcast(
             done[v + step].append(flow)
         step *= 2
     return [d + s for d, s in zip(done, sent)]
+
+
+def chain(builder: FlowBuilder, nbytes: float, ranks: Sequence[int], road: Roads) -> Done:
+    """From the first rank to the last, every rank passing on what it has got so far, as NCCL's ring broadcasts, and, in
+    the other direction, reduces: S / B + (P - 1) L."""
+    done: Done = [[] for _ in ranks]
+    late = 0.0
+    for r in range(len(ranks) - 1):
+        way = road(ranks[r], ranks[r + 1])
+        late += way.latency
+        flow = builder.flow(nbytes, way.links, latency=late, cap=way.cap)
+        done[r].append(flow)
+        done[r + 1].append(flow)
+    return done
+
+
+def gathered(builder: FlowBuilder, nbytes: float, ranks: Sequence[int], road: Roads, after: Done) -> Done:
+    """The parts of all ranks to the first at once, whose port they share: (P - 1) / P S / B + L."""
+    size = len(ranks)
+    flows = [_flow(builder, nbytes / size, ranks[r], ranks[0], road, after[r]) for r in range(1, size)]
+    return [flows, *([flow] for flow in flows)]
 
 
 def tree_all_reduce(

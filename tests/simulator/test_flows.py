@@ -149,6 +149,10 @@ def test_a_lone_group_takes_its_closed_form(ranks: int) -> None:
             lambda b, r, road: broadcast(b, S, r, road, at_once=True),
             depth * (depth + 1) / 2 * S / B + depth * L,
         ),
+        "nccl broadcast": (lambda b, r, road: collective(b, "broadcast", S, r, road), S / B + (ranks - 1) * L),
+        "nccl reduce": (lambda b, r, road: collective(b, "reduce", S, r, road), S / B + (ranks - 1) * L),
+        "gloo reduce": (lambda b, r, road: collective(b, "reduce", S, r, road, "gloo"), 2 * share_ + ranks * L),
+        "barrier": (lambda b, r, road: collective(b, "barrier", S, r, road), 2 * (ranks - 1) * L),
     }
     for name, (add, seconds) in closed.items():
         assert finish_of(add, ranks, B, L) == pytest.approx(seconds, rel=0.01), name
