@@ -22,7 +22,7 @@ from costmodels.device import CATALOGUE
 # Latencies that the fitted constants contain; what a link's file says beyond them is added to every hop (seconds).
 REFERENCE_HOP = {"nvlink": 1e-6, "mesh": 1e-6, "pci": 5e-6, "host": 5e-6}
 REFERENCE_CROSSING = {"ib": 2.7e-6, "roce": 2.7e-6, "efa-v1": 15e-6, "efa": 15e-6, "ethernet": 2.7e-6}
-EFA_V1_NODE = 6e10  # bytes/s of a node's several EFA up to which they are the first generation (p4d: 4 x 100 Gb/s)
+EFA_V1_PORTS = 4  # of a node: of the first generation p4d has 4, of later ones p5 32, p5en 16, p6 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,7 +238,7 @@ def network_of(link: Link) -> str:
     """ib, roce, efa-v1, efa, or ethernet (TCP sockets), by the link's name; what is not named counts as ib."""
     name = link.name.lower()
     if "efa" in name:
-        return "efa-v1" if link.ports > 1 and link.bandwidth * link.ports <= EFA_V1_NODE else "efa"
+        return "efa-v1" if 1 < link.ports <= EFA_V1_PORTS else "efa"
     if "roce" in name:
         return "roce"
     return "ethernet" if re.search(r"ethernet|tcp|eth\b|gbe|veth", name) else "ib"

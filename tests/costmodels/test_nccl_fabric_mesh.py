@@ -9,13 +9,12 @@ from costmodels.collectives import collective_price
 from costmodels.nccl_fabric import group_of
 
 
-@pytest.mark.parametrize(
-    ("ranks", "rate"),
-    [
-        ((0, 1), 25e9), ((0, 3), 50e9), ((0, 1, 2, 3), 100e9), ((0, 2, 4, 6), 50e9), ((0, 1, 4, 5), 50e9),
-        (tuple(range(8)), 150e9),
-    ],  # fmt: skip
-)
+CUTS = {
+    (0, 1): 25e9, (0, 3): 50e9, (0, 1, 2, 3): 100e9, (0, 2, 4, 6): 50e9, (0, 1, 4, 5): 50e9, tuple(range(8)): 150e9,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("ranks", "rate"), CUTS.items())
 def test_the_narrowest_cut_of_the_members_sets_the_rate(ranks: tuple[int, ...], rate: float) -> None:
     assert group_of(load_cluster("dgx1-v100"), ranks).port == pytest.approx(rate)
 
