@@ -47,7 +47,22 @@ BY_GFX = {
     "942": ("mi300x", "MI300A, MI325X"),
     "950": ("mi350x", "MI355X"),
 }
-# Without either, by the most NVLinks of a GPU: to a switch, to all others, to some others (bridges).
+# By PCI vendor and device, where the catalogue has that very model. Source: pci.ids of 2026-08.
+BY_PCI = {
+    "1002:738c": "mi100", "1002:740f": "mi210", "1002:74a0": "mi300a", "1002:74a1": "mi300x", "1002:74b5": "mi300x",
+    "1002:74a5": "mi325x", "1002:74b9": "mi325x", "1002:75a0": "mi350x", "1002:75a3": "mi355x", "10de:102d": "k80",
+    "10de:15f8": "p100-pcie", "10de:15f9": "p100-sxm2", "10de:17fd": "m40", "10de:1b38": "p40", "10de:1bb3": "p4",
+    "10de:1d81": "titan-v", "10de:1db1": "v100-sxm2-16gb", "10de:1db5": "v100-sxm2-32gb", "10de:1db6": "v100-pcie-32gb",
+    "10de:1e04": "rtx-2080-ti", "10de:1e07": "rtx-2080-ti", "10de:1eb8": "t4", "10de:20b0": "a100-sxm-40gb",
+    "10de:20b1": "a100-pcie-40gb", "10de:20b2": "a100-sxm-80gb", "10de:20b5": "a100-pcie-80gb",
+    "10de:20f1": "a100-pcie-40gb", "10de:2204": "rtx-3090", "10de:2230": "rtx-a6000", "10de:2235": "a40",
+    "10de:2236": "a10", "10de:2237": "a10g", "10de:2321": "h100-nvl", "10de:2324": "h800", "10de:2329": "h20",
+    "10de:2330": "h100-sxm", "10de:2331": "h100-pcie", "10de:2335": "h200", "10de:2338": "h100-sxm-96gb",
+    "10de:2342": "gh200-96gb", "10de:2684": "rtx-4090", "10de:26b1": "rtx-6000-ada", "10de:26b5": "l40",
+    "10de:26b9": "l40s", "10de:27b8": "l4", "10de:2901": "b200", "10de:2941": "gb200", "10de:2b85": "rtx-5090",
+    "10de:2bb9": "rtx-6000d", "10de:2e12": "gb10", "10de:3182": "b300", "10de:31c2": "gb300", "10de:31c3": "gb300",
+}  # fmt: skip
+# Without any of these, by the most NVLinks of a GPU: to a switch, to all others, to some others (bridges).
 BY_SWITCH = {6: "v100-sxm2-32gb", 8: "h800", 12: "a100-sxm-80gb", 18: "h100-sxm"}
 BY_MESH = {6: "v100-sxm2-32gb", 12: "a100-sxm-80gb", 18: "h100-sxm"}
 BY_BRIDGE = {2: "rtx-2080-ti", 3: "v100-sxm2-32gb", 4: "a40", 12: "a100-pcie-80gb", 18: "h200"}
@@ -97,6 +112,11 @@ class Joined:
         return groups
 
     @property
+    def meshed(self) -> bool:
+        """Every pair by the same number of links."""
+        return len(set(self.pairs.values())) == 1 and len(self.pairs) == self.gpus * (self.gpus - 1) // 2
+
+    @property
     def whole(self) -> bool:
         """Links lead from every GPU to every other."""
         return self.total > 0 and len(self.islands) == 1
@@ -104,16 +124,19 @@ class Joined:
 
 @dataclass(frozen=True, slots=True)
 class Hint:
-    """What the file says of the GPUs; 0 or empty where it does not. capability: 90 for 9.0. gfx: "942". grace: the
-    host is a Grace CPU (Arm beside NVLink-C2C)."""
+    """What the file says of the GPUs; 0 or empty where it does not. capability: 90 for 9.0. gfx: "942". pci: vendor and
+    device ("10de:2330"). grace: the host is a Grace CPU (Arm beside NVLink-C2C)."""
 
     capability: int = 0
     gfx: str = ""
+    pci: str = ""
     grace: bool = False
 
 
 def guess(joined: Joined, hint: Hint) -> tuple[str, str]:
     """The device of the catalogue that fits, and a sentence that says why, what else would, and how to name it."""
+    if hint.pci in BY_PCI:
+        return BY_PCI[hint.pci], f"device {BY_PCI[hint.pci]}, by the PCI id {hint.pci} in the file"
     if hint.gfx in BY_GFX:
         device, others = BY_GFX[hint.gfx]
         why = f"gfx{hint.gfx}"
@@ -124,9 +147,9 @@ def guess(joined: Joined, hint: Hint) -> tuple[str, str]:
         device = GRACE.get(device, device) if hint.grace else device
         why = _version(hint.capability)
     else:
-        device = _by_links(joined, hint.grace)
+        device = "mi100" if hint.gfx else _by_links(joined, hint.grace)
         others = LOOKALIKES.get(device, "")
-        why = f"{joined.total} NVLinks a GPU" if joined.total else "GPUs without NVLink in the file"
+        why = f"{joined.total} links a GPU" if joined.total else "GPUs without NVLink in the file"
         if hint.capability or hint.gfx:
             why = f"{why}, as {f'gfx{hint.gfx}' if hint.gfx else _version(hint.capability)} is not known here"
     alike = ", ".join(o for o in others.split(", ") if plain(o) != plain(device))
@@ -163,14 +186,16 @@ def _least(table: dict[int, str], count: int) -> str:
     return table[min((n for n in table if n >= count), default=max(table))]
 
 
-def lane_rate(device: Device, total: int, hint: Hint) -> float:
+def lane_rate(device: Device, joined: Joined, hint: Hint) -> float:
     """bytes/s of one NVLink or xGMI link: the data sheet's sum over its links, or by what the file says of the GPU."""
     if device.links and device.link_bandwidth:
         return device.link_bandwidth / device.links
+    if hint.gfx and device.link_bandwidth and joined.meshed:
+        return device.link_bandwidth / joined.total  # all links of MI300A lead to its three peers
     known = XGMI.get(hint.gfx) or NVLINK.get(hint.capability)
     if known:
         return known
-    return min(25e9, device.link_bandwidth / max(total, 1) or 25e9)  # a bridge may leave links unused
+    return min(25e9, device.link_bandwidth / max(joined.total, 1) or 25e9)  # a bridge may leave links unused
 
 
 def generation(device: Device) -> int:

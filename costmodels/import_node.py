@@ -59,7 +59,7 @@ def node_of(found: Found, device: Device, notes: Sequence[str]) -> Cluster:
     if left:
         said.append(f"left out, as slower or farther from the GPUs than other ports: {', '.join(left)}")
     fabric = _fabric(joined, device, found.hint)
-    lane = lane_rate(device, joined.total, found.hint)
+    lane = lane_rate(device, joined, found.hint)
     name = "xGMI" if found.hint.gfx or "xgmi" in device.link.lower() else "NVLink"
     pcie = [w for w in found.wires if w.a.startswith("gpu")]
     if fabric == "pcie":
@@ -140,8 +140,7 @@ def _fabric(joined: Joined, device: Device, hint: Hint) -> Fabric:
         return "pcie"
     if joined.switch:
         return "nvswitch"
-    counts = set(joined.pairs.values())
-    if hint.gfx and len(counts) == 1 and len(joined.pairs) == joined.gpus * (joined.gpus - 1) // 2:
+    if hint.gfx and joined.meshed:
         return "mesh"
     if joined.gpus == 2 and not device.links and not hint.gfx:
         return "pcie"  # two cards and a bridge, as pairs among more cards

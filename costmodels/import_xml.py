@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import xml.etree.ElementTree as ElementTree
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import inf
 
 from costmodels.cluster import Cluster, Link, Wire
@@ -18,6 +18,9 @@ LANE = COUNTED / 16  # bytes/s of a lane of PCIe 3.0
 SOURCE = "NCCL topology: link_speed and link_width, at NCCL's 12 GB/s for Gen3 x16"
 FROM = "give what NCCL_TOPO_DUMP_FILE wrote"
 SWITCH, BRIDGE, GPU, NETWORK = "0x0680", "0x068001", "0x03", "0x02"  # PCI classes; BRIDGE: NVLink to a POWER9 CPU
+AMAZON = "0x1d0f"  # PCI vendor of EFA
+GFX = {"910": "90a", "940": "942", "941": "942"}  # how RCCL once counted, and samples of the same GPU
+FASTEST = 1.6e6  # Mb/s; drivers that say more count in another unit
 
 
 @dataclass(slots=True)
@@ -29,7 +32,8 @@ class _Seen:
     links: list[tuple[int, str, int, str]] = field(default_factory=list)  # GPU, target bus id, count, class
     ports: list[Port] = field(default_factory=list)
     ways_of_ports: list[tuple[str, ...]] = field(default_factory=list)
-    kinds: dict[tuple[int, str], None] = field(default_factory=dict)  # (capability, gfx) in order
+    kinds: dict[Hint, None] = field(default_factory=dict)  # in order
+    told: bool = False  # there is a <gpu>, which lists its links
     switches: int = 0
 
 
@@ -56,13 +60,15 @@ def from_xml(text: str, where: str, device: str = "") -> Cluster:
     if not seen.gpus:
         raise ValueError(f"{where}: no <gpu> in it; dump the topology on a machine with GPUs")
     joined = _joined(seen)
-    capability, gfx = next(iter(seen.kinds), (0, ""))
-    hint = Hint(capability, gfx, any(h.get("arch", "").startswith(("arm", "aarch")) for h in hosts))
+    grace = any(h.get("arch", "").startswith(("arm", "aarch")) for h in hosts)
+    hint = replace(next(iter(seen.kinds)), grace=grace)
     given = catalogue_name(device) if device else named(text)
     assumed, note = guess(joined, hint)
     notes = [] if given else [note]
     if len(seen.kinds) > 1:
         notes.append("the GPUs of the file are of several kinds; all are taken as the first is")
+    if not seen.told:
+        notes.append("the file lists no links of its GPUs, as those of clouds do not: NVLink is not priced; dump one")
     near = tuple(tuple(_far(way, port) for port in seen.ways_of_ports) for way in seen.ways)
     found = Found(where, "NCCL topology", joined, tuple(seen.wires), tuple(seen.ports), near, hint)
     return node_of(found, load_device(given or assumed), notes)
@@ -81,12 +87,13 @@ def _walk(item: ElementTree.Element, way: tuple[str, ...], seen: _Seen) -> None:
             raise ValueError(f"{seen.where}: two GPUs have busid '{bus}'; {FROM} on one machine")
         seen.wires.append(Wire(f"gpu{len(seen.gpus)}", way[-1], Link("PCIe", rate, HOP / 2, SOURCE)))
         seen.ways.append(way)
-        _add_gpu(gpu, len(seen.gpus), seen)
+        _add_gpu(item, gpu, len(seen.gpus), seen)
         seen.gpus[bus] = len(seen.gpus)
     if nic is not None:
         _add_ports(nic, way, rate, bus, seen)
     elif kind.startswith(NETWORK) and gpu is None and not below:  # files of clouds list no <nic>
-        seen.ports.append(Port(f"port at {bus}", 0.0, way[-1], rate))
+        name = "efa" if item.get("vendor") == AMAZON else "port"
+        seen.ports.append(Port(f"{name} at {bus}", 0.0, way[-1], rate))
         seen.ways_of_ports.append(way)
     if below:
         switch = f"plx{seen.switches}"
@@ -98,13 +105,16 @@ def _walk(item: ElementTree.Element, way: tuple[str, ...], seen: _Seen) -> None:
             _walk(other, (*way, switch), seen)
 
 
-def _add_gpu(gpu: ElementTree.Element | None, index: int, seen: _Seen) -> None:
-    """Its kind and its links. NVIDIA writes sm="90"; RCCL gcn="gfx942" beside an sm of its own, once "910" for 90a."""
+def _add_gpu(item: ElementTree.Element, gpu: ElementTree.Element | None, index: int, seen: _Seen) -> None:
+    """Its kind and its links. NVIDIA writes sm="90"; RCCL gcn="gfx942" or "942" beside an sm of its own."""
+    pci = ":".join(item.get(key, "").lower().removeprefix("0x") for key in ("vendor", "device"))
     if gpu is None:
+        seen.kinds[Hint(pci=pci)] = None
         return
-    gfx = gpu.get("gcn", "").removeprefix("gfx").partition(":")[0].replace("910", "90a")
+    seen.told = True
+    gfx = gpu.get("gcn", "").removeprefix("gfx").partition(":")[0]
     sm = int(_figure(gpu, "sm", seen.where)) if gpu.get("sm") and not gfx else 0
-    seen.kinds[sm, gfx] = None
+    seen.kinds[Hint(sm, GFX.get(gfx, gfx), pci)] = None
     for wire in (*gpu.findall("nvlink"), *gpu.findall("xgmi")):
         if wire.get("target"):
             count = int(_figure(wire, "count", seen.where, least=1))
@@ -124,9 +134,9 @@ def _add_ports(nic: ElementTree.Element, way: tuple[str, ...], rate: float, card
 
 
 def _speed(net: ElementTree.Element, where: str) -> float:
-    """bytes/s from Mb/s; 0 where the driver did not know (-1, 0)."""
+    """bytes/s from Mb/s; 0 where the driver did not know (-1, 0) or cannot mean it."""
     mbits = _figure(net, "speed", where, least=-inf) if net.get("speed") else 0.0
-    return max(mbits, 0.0) * 1e6 / 8
+    return mbits * 1e6 / 8 if 0 < mbits <= FASTEST else 0.0
 
 
 def _joined(seen: _Seen) -> Joined:

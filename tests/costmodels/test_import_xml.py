@@ -7,6 +7,8 @@ from itertools import combinations
 import pytest
 
 from costmodels.cluster import Cluster, load_cluster
+from costmodels.device import list_devices
+from costmodels.import_device import BY_BRIDGE, BY_CAPABILITY, BY_GFX, BY_MESH, BY_PCI, BY_SWITCH, GRACE
 from costmodels.import_xml import from_xml
 from costmodels.nccl_fabric import group_of
 from tests.costmodels import topology_samples as samples
@@ -139,7 +141,35 @@ def test_links_to_a_power9_cpu_are_no_switch() -> None:
     assert from_xml(text, "node.xml").wires == from_xml(samples.dump(70, True), "node.xml").wires
 
 
-@pytest.mark.parametrize("speed", ["-1", "0", ""])
+def test_pci_ids_name_the_model() -> None:
+    def named(vendor: str, device: str, text: str = samples.dump(90, False)) -> Cluster:
+        return from_xml(text.replace('" link_speed', f'" vendor="{vendor}" device="{device}" link_speed'), "node.xml")
+
+    h200 = named("0x10de", "0x2335")
+    assert h200.device.name == "H200 SXM 141GB" and h200.notes[0] == "device h200, by the PCI id 10de:2335 in the file"
+    assert "guessed" in named("0x10de", "0x2300").notes[0], "an id that is not known here"
+    four = samples.rccl()
+    apu = named("0x1002", "0x74A0", four.replace("gfx942", "940"))
+    assert apu.device.name == "Instinct MI300A" and apu.intra.bandwidth == pytest.approx(3.84e11)
+    assert all(is_known(device) for device in BY_PCI.values())
+
+
+def is_known(device: str) -> bool:
+    return device in list_devices()
+
+
+def test_every_guess_is_in_the_catalogue() -> None:
+    rows = [*(row[:3] for row in BY_CAPABILITY.values()), *(row[:1] for row in BY_GFX.values())]
+    rows += [tuple(t.values()) for t in (BY_SWITCH, BY_MESH, BY_BRIDGE, GRACE)]
+    assert all(is_known(device) for row in rows for device in row)
+
+
+def test_amd_of_no_known_kind_is_no_nvidia_gpu() -> None:
+    cluster = from_xml(samples.rccl().replace("gfx942", "906"), "node.xml")
+    assert cluster.device.name == "Instinct MI100" and "gfx906 is not known here" in cluster.notes[0]
+
+
+@pytest.mark.parametrize("speed", ["-1", "0", "", "200000000"])
 def test_an_unknown_speed_is_assumed_and_said(speed: str) -> None:
     cluster = from_xml(one_gpu(port("ibp0", speed)), "node.xml")
     assert cluster.inter.bandwidth == pytest.approx(50e9)
@@ -194,4 +224,6 @@ def test_files_of_clouds_name_gpus_by_their_class() -> None:
     assert "<gpu" not in text
     cluster = from_xml(text, "node.xml")
     assert cluster.devices_per_node == 4 and cluster.inter.ports == 1
-    assert "port at 0101:00:00.0" in note(cluster, "gives no speed")
+    assert "port at 0101:00:00.0" in note(cluster, "gives no speed") and note(cluster, "NVLink is not priced")
+    efa = from_xml(text.replace('class="0x020700"', 'class="0x020000" vendor="0x1d0f"'), "node.xml")
+    assert (efa.inter.name, efa.inter.bandwidth) == ("EFA", pytest.approx(12.5e9))
