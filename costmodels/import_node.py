@@ -58,6 +58,10 @@ def node_of(found: Found, device: Device, notes: Sequence[str]) -> Cluster:
     left = [p.name for p in found.ports if p.name not in {q.name for q in ports}]
     if left:
         said.append(f"left out, as slower or farther from the GPUs than other ports: {', '.join(left)}")
+    if len(ports) > joined.gpus and network(ports)[0] != "EFA":
+        said.append(
+            f"{len(ports)} ports for {joined.gpus} GPUs: virtual functions of one card count as cards of their own"
+        )
     fabric = _fabric(joined, device, found.hint)
     lane = lane_rate(device, joined, found.hint)
     name = "xGMI" if found.hint.gfx or "xgmi" in device.link.lower() else "NVLink"

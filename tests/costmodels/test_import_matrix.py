@@ -182,6 +182,25 @@ def test_a_port_that_only_some_gpus_are_near_to() -> None:
     assert cluster.inter.ports == 2 and "NIC2" in note(cluster, "left out")
 
 
+def test_more_ports_than_gpus_are_said() -> None:
+    text = samples.matrix(["GPU0", "NIC0", "NIC1"], ["PIX PIX", "PIX", ""], [])
+    assert "2 ports for 1 GPUs" in note(from_matrix(text, "node.txt"), "virtual functions")
+    assert not any("virtual" in n for n in from_matrix(samples.dgx_h100(), "node.txt").notes)
+
+
+def test_cells_of_affinity_may_be_blank() -> None:
+    """A job that may use one core: other CPUs' GPUs show none."""
+    text = samples.matrix(
+        [f"GPU{i}" for i in range(4)] + ["NIC0"],
+        ["NV4 NV4 NV4 NODE", "NV4 NV4 NODE", "NV4 SYS", "SYS"],
+        ["0\t0\t\tN/A", "0\t0\t\tN/A", "\t1\t\tN/A", "\t1\t\tN/A"],
+        "CPU Affinity\tNUMA Affinity\tGPU NUMA ID",
+    )
+    cluster = from_matrix(text, "node.txt")
+    assert cluster.device.name == "A100 SXM4 80GB"
+    assert below(cluster, "cpu0") == {"gpu0", "gpu1", "nic0"} and below(cluster, "cpu1") == {"gpu2", "gpu3"}
+
+
 def test_no_port_is_said() -> None:
     assert "no network port: one of 200 Gb/s" in note(from_matrix(samples.A6000, "node.txt"), "no network port")
 
