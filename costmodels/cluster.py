@@ -177,9 +177,10 @@ def list_clusters() -> list[str]:
     return [*sorted(p.stem for p in (CATALOGUE / "clusters").glob("*.toml")), "local"]
 
 
-def load_cluster(name: str | Path) -> Cluster:
+def load_cluster(name: str | Path, device: str = "") -> Cluster:
     """A cluster by catalogue name ("dgx-h100"), TOML path, with more nodes ("8x dgx-h100"), of nodes that differ
     ("2x dgx-h100 + 2x dgx-a100"), what `nvidia-smi topo -m` printed (.txt), an NCCL topology (.xml), or "local".
+    device: of a .txt or .xml, which name none.
 
     >>> load_cluster("8x dgx-h100").size
     64
@@ -188,9 +189,9 @@ def load_cluster(name: str | Path) -> Cluster:
     if " + " in text:
         from costmodels.mixed_nodes import mixed
 
-        return mixed([load_cluster(part) for part in text.split(" + ")])
+        return mixed([load_cluster(part, device) for part in text.split(" + ")])
     if match := re.fullmatch(r"(\d+)\s*x\s*(\S.*)", text):
-        base = load_cluster(match[2])
+        base = load_cluster(match[2], device)
         count = int(match[1])
         if count < 1:
             raise ValueError(f"'{text}' has no nodes; write 1x or more")
@@ -198,13 +199,15 @@ def load_cluster(name: str | Path) -> Cluster:
             raise ValueError(f"'{text}': a torus does not grow by nodes; give its grid in a file, as tpu-v4-cube has")
         groups = base.groups * count
         return replace(base, name=f"{count}x {base.name}", nodes=count * base.nodes, groups=groups, cache={})
-    if text == "local":
-        return local_cluster()
     path = Path(text)
     if path.suffix in (".txt", ".xml"):
         from costmodels.import_topology import read_topology
 
-        return read_topology(path)
+        return read_topology(path, device)
+    if device:
+        raise ValueError(f"'{text}' names its device itself; one can be given for a .txt or .xml of a machine")
+    if text == "local":
+        return local_cluster()
     if path.suffix != ".toml":
         path = CATALOGUE / "clusters" / f"{text.lower()}.toml"
         if not path.is_file():

@@ -176,7 +176,7 @@ def bridged_rate(cluster: Cluster, members: np.ndarray) -> float:
     if not cluster.wires or cluster.groups:
         return 0.0
     places = {f"gpu{int(r) % cluster.devices_per_node}" for r in members}
-    wires = [w for w in cluster.wires if "nvlink" in w.link.name.lower() and {w.a, w.b} <= places]
+    wires = [w for w in cluster.wires if re.search("nvlink|xgmi", w.link.name, re.I) and {w.a, w.b} <= places]
     if len(places) < 2 or {end for w in wires for end in (w.a, w.b)} != places:
         return 0.0
     import networkx as nx

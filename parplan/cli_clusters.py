@@ -18,9 +18,13 @@ Name = Annotated[
     ),
 ]
 Picture = Annotated[Path | None, typer.Option("--out", help="Draw NAME as a graph into this PNG.", show_default=False)]
+DeviceName = Annotated[
+    str,
+    typer.Option("--device", help="The GPUs of a .txt or .xml, which does not name their model.", show_default=False),
+]
 
 
-def clusters(name: Name = None, out: Picture = None, json: Json = False) -> None:
+def clusters(name: Name = None, out: Picture = None, device: DeviceName = "", json: Json = False) -> None:
     """List the clusters of the catalogue, or show one with its sources and its graph.
 
     Example: parplan clusters "2x dgx1-v100" --out dgx1.png
@@ -29,6 +33,10 @@ def clusters(name: Name = None, out: Picture = None, json: Json = False) -> None
 
     if out and not name:
         raise ValueError("--out draws one cluster; name it, as in: parplan clusters dgx-h100 --out x.png")
+    if device and not name:
+        raise ValueError(
+            "--device says what GPUs a file has; name the file, as in: parplan clusters x.txt --device a40"
+        )
     if out and out.suffix != ".png":
         raise ValueError(f"{out}: --out writes a PNG; give a name that ends in .png")
     check_file("--out", out)
@@ -36,8 +44,8 @@ def clusters(name: Name = None, out: Picture = None, json: Json = False) -> None
         from costmodels.topology import expand
         from parplan.cluster_picture import draw
 
-        draw(expand(load_cluster(name)), out)
-    found = {n: cluster_entry(load_cluster(n)) for n in ([name] if name else list_clusters())}
+        draw(expand(load_cluster(name, device)), out)
+    found = {n: cluster_entry(load_cluster(n, device)) for n in ([name] if name else list_clusters())}
     if json:
         emit({"clusters": [{"name": n, **entry} for n, entry in found.items()]})
     elif name:

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from costmodels.cluster import load_cluster
-from costmodels.import_topology import from_matrix, from_xml
+from costmodels.import_matrix import from_matrix
+from costmodels.import_xml import from_xml
 from costmodels.topology import expand, route
 
 SWITCHED = """\
@@ -79,7 +80,8 @@ def test_a_hybrid_cube_mesh_matrix_is_the_one_of_the_catalogue() -> None:
 
 def test_a_plain_pcie_matrix_with_its_device_named() -> None:
     cluster = from_matrix(PLAIN, "box.txt")
-    assert cluster.fabric == "pcie" and cluster.device.name == "GeForce RTX 4090" and not cluster.notes
+    assert cluster.fabric == "pcie" and cluster.device.name == "GeForce RTX 4090"
+    assert not any("guessed" in note for note in cluster.notes)
     topology = expand(cluster)
     names = route(topology, 0, 3)
     assert names == ["n0/gpu0", "n0/plx0", "n0/cpu0", "n0/cpu1", "n0/gpu3"]
@@ -197,13 +199,48 @@ def test_a_broken_matrix_gets_one_sentence(text: str, words: str) -> None:
         ("<system><cpu/></system>", "no <gpu>"),
         (XML.replace('count="6"', 'count="six"'), "six"),
         (XML.replace('count="6"', 'count="-1"'), "1 or more"),
-        (XML.replace('speed="200000"', 'speed="inf"'), "1 or more"),
-        (XML.replace('speed="200000"', 'speed="-1"'), "1 or more"),
+        (XML.replace('speed="200000"', 'speed="inf"'), "finite"),
+        (XML.replace('sm="80"', 'sm="eighty"'), "eighty"),
+        (XML.replace("0000:81:00.0", "0000:03:00.0"), "two GPUs have busid '0000:03:00.0'"),
+        (XML.replace('numaid="1"', 'numaid="1" host_hash="0x2"'), "several hosts"),
     ],
 )
 def test_a_broken_dump_gets_one_sentence(text: str, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         from_xml(text, "topo.xml")
+
+
+@pytest.mark.parametrize("name", ["none.xml", "none.txt"])
+@pytest.mark.parametrize("text", ["", "\n \n"])
+def test_an_empty_file(tmp_path: Path, name: str, text: str) -> None:
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match="is empty"):
+        load_cluster(tmp_path / name)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_files_of_windows(tmp_path: Path, encoding: str) -> None:
+    (tmp_path / "mine.txt").write_bytes(SWITCHED.replace("\n", "\r\n").encode(encoding))
+    assert load_cluster(tmp_path / "mine.txt").wires == from_matrix(SWITCHED, "mine.txt").wires
+    (tmp_path / "mine.txt").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ValueError, match="cannot be read"):
+        load_cluster(tmp_path / "mine.txt")
+
+
+def test_a_device_is_given_beside_the_file(tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").write_text(PLAIN)
+    cluster = load_cluster(f"2x {tmp_path / 'mine.txt'}", "L40S")
+    assert cluster.device.name == "L40S" and cluster.nodes == 2, "goes before the file's own"
+    with pytest.raises(ValueError, match="no known device"):
+        load_cluster(tmp_path / "mine.txt", "voodoo2")
+    with pytest.raises(ValueError, match="names its device itself"):
+        load_cluster("dgx-h100", "L40S")
+
+
+def test_the_name_of_a_file_changes_no_price() -> None:
+    """Names of links tell laws of collectives what they are; that of a file must not be among them."""
+    link = from_matrix(SWITCHED, "host-pcie.txt").intra
+    assert link == from_matrix(SWITCHED, "a.txt").intra
 
 
 def test_a_missing_file(tmp_path: Path) -> None:

@@ -37,3 +37,19 @@ def test_what_a_machine_prints_is_a_cluster(parplan, tmp_path):
 def test_mistakes_get_one_sentence(parplan, words, said):
     result = parplan("clusters", *words)
     assert result.code == 2 and said in result.err
+
+
+def test_a_file_of_a_machine_takes_its_device_from_an_option(parplan, tmp_path):
+    text = "\tGPU0\tGPU1\tCPU Affinity\nGPU0\t X \tNV4\t0-7\nGPU1\tNV4\t X \t0-7\n"
+    (tmp_path / "topo.txt").write_text(text)
+    guessed = parplan("clusters", tmp_path / "topo.txt")
+    assert guessed.code == 0 and "--device" in guessed.out and "RTX 3090" in guessed.out
+    (entry,) = parplan("clusters", tmp_path / "topo.txt", "--device", "RTX 3090", "--json").data["clusters"]
+    assert entry["device"] == "GeForce RTX 3090" and not any("guessed" in note for note in entry["notes"])
+    for words, said in (
+        (("--device", "a40"), "name the file"),
+        (("dgx-h100", "--device", "a40"), "names its device itself"),
+        ((tmp_path / "topo.txt", "--device", "voodoo2"), "no known device"),
+    ):
+        result = parplan("clusters", *words)
+        assert result.code == 2 and said in result.err and "Traceback" not in result.err
