@@ -173,7 +173,7 @@ def _port(cluster: Cluster, members: np.ndarray, bridged: float) -> float:
 def bridged_rate(cluster: Cluster, members: np.ndarray) -> float:
     """bytes/s that rings of all members pass over the NVLink wires between them, 0 where these do not join them: every
     ring crosses each cut of the group once each way, so the narrowest cut holds all rings together."""
-    if not cluster.wires or cluster.groups:
+    if cluster.fabric not in ("cube-mesh", "pcie") or not cluster.wires or cluster.groups:
         return 0.0
     places = {f"gpu{int(r) % cluster.devices_per_node}" for r in members}
     wires = [w for w in cluster.wires if re.search("nvlink|xgmi", w.link.name, re.I) and {w.a, w.b} <= places]
