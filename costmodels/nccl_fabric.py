@@ -100,7 +100,7 @@ def family_of(name: str) -> Family | None:
     """The family of a device by its name; None where there is none, or for the PCIe card of an NVLink family."""
     for family in families():
         if any(re.search(rf"(?<![A-Z0-9]){re.escape(m)}", name, re.IGNORECASE) for m in family.match):
-            return None if family.wires == "nvlink" and re.search(r"PCIe|NVL\b", name) else family
+            return None if family.wires == "nvlink" and re.search(r"(?i:pcie)|NVL\b", name) else family
     return None
 
 
@@ -208,7 +208,8 @@ def _wires(cluster: Cluster, family: Family | None) -> str:
     if cluster.fabric == "pcie" or "pcie" in text:
         staged = "host" in text or "no p2p" in text or (family is not None and family.wires == "host")
         return "host" if staged else "pci"
-    if family and (family.wires != "nvlink" or "nvlink" in text or not text.strip()):
+    bridged = "nvlink" in text and family is not None and family.wires in ("pci", "host")  # pairs of such cards
+    if family and not bridged and (family.wires != "nvlink" or "nvlink" in text or not text.strip()):
         return family.wires
     return "nvlink"
 

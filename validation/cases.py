@@ -10,19 +10,12 @@ from typing import Literal
 
 Kind = Literal["transformer", "vision"]
 
-TRANSFORMER = (
-    "case_id", "set", "model", "family", "layers", "hidden", "heads", "kv_heads", "ffn", "gated_mlp", "seq_len",
-    "vocab", "moe_experts", "moe_topk", "moe_ffn", "gpu", "num_gpus", "gpus_per_node", "intra_node", "inter_node",
-    "dp", "tp", "pp", "cp", "vpp", "sp", "ep", "zero_fsdp", "global_batch", "micro_batch", "recompute", "precision",
-    "attention", "software", "step_time_s",
-)  # fmt: skip
-VISION = (
-    "case_id", "set", "model", "gpu", "num_gpus", "gpus_per_node", "interconnect", "parallelism", "dp", "pp",
-    "chunks", "balance", "global_batch", "precision", "software", "step_time_s",
-)  # fmt: skip
-
-
-UNSTATED = ("", "nan", "none", "null", "n/a", "na", "-", "?")  # how tables write that nothing was published
+# Columns without which no row can be predicted; all others may be missing, and blank is what is usual.
+TRANSFORMER = ("layers", "hidden", "heads", "seq_len", "vocab", "gpu", "num_gpus", "global_batch", "micro_batch")
+VISION = ("model", "gpu", "num_gpus", "global_batch")
+SHAPE = {"layers", "hidden", "heads", "seq_len", "ffn", "tp", "vocab"}  # only a table of transformers has such columns
+# How tables write that nothing was published.
+UNSTATED = ("", "nan", "none", "null", "n/a", "na", "-", "?", "not stated", "unknown")
 MOST = 10**12  # of any whole number; more is a slip
 
 
@@ -39,11 +32,11 @@ class Case:
 
     @property
     def id(self) -> str:
-        return self.fields["case_id"]
+        return self.fields.get("case_id", "").strip()
 
     @property
     def set(self) -> str:
-        return self.fields["set"] or "(no set)"
+        return self.fields.get("set") or "(no set)"
 
     def text(self, name: str) -> str:
         return self.fields.get(name, "").strip()
@@ -66,6 +59,9 @@ class Case:
         if not least <= value <= MOST or value != int(value):
             raise CaseError(f"column {name} is {self.text(name)}; a whole number from {least} to {MOST:.0e} is needed")
         return int(value)
+
+    def stated(self, name: str) -> bool:
+        return self.text(name).lower() not in UNSTATED
 
     def degree(self, name: str) -> int:
         """A parallel degree: 1 where it is not stated, or 0 as some tables write for "off"."""
@@ -110,16 +106,14 @@ def read_cases(path: Path) -> list[Case]:
     kind = _kind(columns, path)
     if not rows:
         raise ValueError(f"{path} has a header line and no rows; give at least one case")
-    return [Case(kind, row) for row in rows]
+    return [Case(kind, row | {"case_id": row.get("case_id") or f"row {i}"}) for i, row in enumerate(rows, 1)]
 
 
 def _kind(columns: Sequence[str], path: Path) -> Kind:
-    missing = {kind: [c for c in names if c not in columns] for kind, names in
-               (("transformer", TRANSFORMER), ("vision", VISION))}  # fmt: skip
-    kind = min(missing, key=lambda k: len(missing[k]))
-    if missing[kind]:
-        raise ValueError(
-            f"{path} lacks the column(s) {', '.join(missing[kind][:8])} of {kind} cases; "
-            f"transformers need {', '.join(TRANSFORMER)}, and vision models {', '.join(VISION)}"
-        )
-    return "transformer" if kind == "transformer" else "vision"
+    kind: Kind = "transformer" if len(SHAPE & {*columns}) > 1 else "vision"
+    needed = TRANSFORMER if kind == "transformer" else VISION
+    other = {"global_batch": "per_gpu_batch"} if kind == "vision" else {}
+    if missing := [name for name in needed if not {name, other.get(name, name)} & {*columns}]:
+        what = f"cases of transformers need {', '.join(TRANSFORMER)}, those of vision models {', '.join(VISION)}"
+        raise ValueError(f"{path} lacks the column(s) {', '.join(missing)} of {kind} cases; {what}")
+    return kind

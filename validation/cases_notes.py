@@ -6,7 +6,7 @@ from costmodels.device import Device
 from costmodels.ops import peak_of
 from costmodels.rounding import rounded_families
 from validation.cases import Case
-from validation.cases_transformer import family_of, is_replaced_by_zero1, kv_heads_of, precision_of
+from validation.cases_transformer import family_of, is_replaced_by_zero1, kv_heads_of, precision_of, replicas_of
 
 TYPES = {"fp32": "float32", "tf32": "tf32", "fp16": "float16", "bf16": "bfloat16", "fp8": "float8_e4m3fn"}
 # Whose rate `peak_of` takes where a type is not listed, the likeliest first: several may be equally fast.
@@ -16,8 +16,12 @@ OTHERS = ("float32", "bfloat16", "float16", "float8_e4m3fn")
 
 def notes_of(case: Case, device: Device) -> tuple[str, ...]:
     """The notes of a row that was predicted on this device."""
-    said, built = case.text("family"), family_of(case)
+    said, built = case.text("family") or case.text("model"), family_of(case)
     notes = [f"family {said} is predicted as {built}"] if said.lower() != built else []
+    usual = {"ffn": "" if case.whole("moe_experts", 0) else "four times hidden", "precision": precision_of(case),
+             "dp": str(replicas_of(case))}  # fmt: skip
+    notes += [f"{name} is not stated and taken as {what}" for name, what in usual.items()
+              if what and not case.stated(name)]  # fmt: skip
     if is_replaced_by_zero1(case):
         notes.append(
             "zero3 in a pipeline is predicted as zero1: FSDP then keeps what it gathered until the step ends and "
@@ -32,9 +36,11 @@ def notes_of(case: Case, device: Device) -> tuple[str, ...]:
     return (*notes, *_missing_types(precision_of(case), device))
 
 
-def notes_of_pictures(precision: str, device: Device) -> tuple[str, ...]:
-    """The notes of a CNN's row in this precision."""
+def notes_of_pictures(case: Case, precision: str, device: Device) -> tuple[str, ...]:
+    """The notes of a CNN's row that was predicted in this precision."""
     notes = _missing_types(precision, device)
+    if not case.stated("precision"):
+        notes.append(f"precision is not stated and taken as {precision}")
     if precision == "fp32" and rounded_families(device, precision):
         notes.append("convolutions run in tf32 as torch does it unasked; a row in full float32 took longer")
     return tuple(notes)

@@ -144,7 +144,7 @@ class _Runner:
         p = predict_whole(graph, plan, cluster, software, sharing)
         found = Outcome(
             case, p.step_seconds, p.interval, p.allocated_bytes, None, p.device, p.shares, plan.label, software.name,
-            (*cluster.notes, *notes_of_pictures(plan.precision, cluster.device)),
+            (*cluster.notes, *notes_of_pictures(case, plan.precision, cluster.device)),
         )  # fmt: skip
         return _fitting(found, cluster)
 

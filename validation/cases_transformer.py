@@ -75,7 +75,7 @@ def model_of(case: Case, software: Software, traces: Traces) -> FoldedModel:
     llama = family in ("llama", "moe_mla")
     shape = Shape(
         layers=TRACED_BLOCKS, hidden=hidden, heads=heads, kv_heads=kv_heads,
-        ffn=case.whole("moe_ffn" if experts and not case.whole("ffn", 0) else "ffn", least=1), seq=seq // cp,
+        ffn=_ffn(case, hidden), seq=seq // cp,
         vocab=padded,
         norm="rms" if llama else "layer",
         mlp=_activation(case),
@@ -92,9 +92,26 @@ def model_of(case: Case, software: Software, traces: Traces) -> FoldedModel:
     return FoldedModel(graph, case.whole("layers", least=1), seq // cp, padded, _dense_first(case) if experts else 0)
 
 
+def _ffn(case: Case, hidden: int) -> int:
+    """The width of an MLP: with experts that of theirs, where the row does not say, and without a gate four times the
+    hidden size."""
+    if case.whole("ffn", 0):
+        return case.whole("ffn")
+    if case.whole("moe_experts", 0):
+        return case.whole("moe_ffn", least=1)
+    if is_gated(case):
+        raise CaseError(f"column ffn is {case.text('ffn')!r}; gated MLPs have no usual width, so a number is needed")
+    return 4 * hidden
+
+
+def family_named(case: Case) -> str:
+    """The word for a row's family: the name of its model where the column says nothing."""
+    return case.word("family") or case.word("model")
+
+
 def family_of(case: Case) -> str:
     """The family of the schema that a row's model is built as; other names count as what their layers are like."""
-    family = re.sub(r"[^a-z0-9]", "", case.word("family"))
+    family = re.sub(r"[^a-z0-9]", "", family_named(case))
     if found := next((known for known in FAMILIES if known.replace("_", "") == family), None):
         return found
     if "mla" in family or "deepseekv" in family:
@@ -104,13 +121,13 @@ def family_of(case: Case) -> str:
     if any(word in family for word in DECODERS):
         return "llama" if is_gated(case) else "gpt"
     raise CaseError(
-        f"family {case.text('family')!r} is none of {', '.join(FAMILIES)}; the columns do not tell what its layers are"
+        f"family {family_named(case)!r} is none of {', '.join(FAMILIES)}; the columns do not tell what its layers are"
     )
 
 
 def is_gated(case: Case) -> bool:
     """Whether MLPs, of experts and others, are gated: as the row says, else as models of its family have them."""
-    usual = case.whole("moe_experts", 0) > 0 or any(word in case.word("family") for word in GATED)
+    usual = case.whole("moe_experts", 0) > 0 or any(word in family_named(case) for word in GATED)
     return case.whole("gated_mlp", int(usual)) > 0
 
 
@@ -183,9 +200,16 @@ def _predicted(case: Case) -> int:
     return PREDICTIONS_PER_SEQUENCE if masked and "pytorch" not in case.text("software").lower() else 0
 
 
+def replicas_of(case: Case) -> int:
+    """The dp of a row; where it is not stated, as many as the other degrees leave of the GPUs."""
+    others = case.degree("tp") * case.degree("pp") * case.degree("cp")
+    gpus = case.whole("num_gpus", least=1)
+    return case.degree("dp") if case.stated("dp") or gpus % others else gpus // others
+
+
 def plan_of(case: Case, software: Software) -> ParallelPlan:
     """The plan of a row."""
-    dp, tp, pp, cp, ep, vpp = (case.degree(axis) for axis in ("dp", "tp", "pp", "cp", "ep", "vpp"))
+    dp, (tp, pp, cp, ep, vpp) = replicas_of(case), (case.degree(axis) for axis in ("tp", "pp", "cp", "ep", "vpp"))
     layers = case.whole("layers", least=1)
     if pp * vpp > layers + 2:
         raise CaseError(f"{layers} layers, embedding and loss cannot fill pp x vpp = {pp} x {vpp} chunks")
@@ -234,8 +258,11 @@ def _sequence_split(case: Case) -> bool:
         raise CaseError(f"sp is {case.text('sp')!r}; it must be 0 or 1, or the degree") from None
 
 
-def precision_of(case: Case) -> Any:
-    """What the products compute in: the first word of the column that names a type ("bf16-mixed", "fp8 (hybrid)")."""
+def precision_of(case: Case, usual: str = "bf16") -> Any:
+    """What the products compute in: the first word of the column that names a type ("bf16-mixed", "fp8 (hybrid)");
+    `usual` where the row does not say."""
+    if not case.stated("precision"):
+        return usual
     words = re.split(r"[^a-z0-9]+", case.word("precision"))
     found = next((PRECISIONS[word] for word in words if word in PRECISIONS), None)
     if found is None:

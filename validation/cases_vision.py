@@ -105,15 +105,20 @@ def sharing_of(case: Case) -> Sharing:
 
 def plan_of(case: Case) -> ParallelPlan:
     """The plan of a row."""
+    gpipe = case.word("parallelism") == "gpipe"
+    if gpipe and not case.stated("chunks"):
+        raise CaseError("column chunks is ''; gpipe needs the number of micro-batches")
     dp, pp, chunks = _replicas(case), case.degree("pp"), case.degree("chunks")
-    batch = case.whole("global_batch", least=1)
     each = case.number("per_gpu_batch")
+    if each is not None and not case.stated("global_batch"):
+        batch = case.whole("per_gpu_batch", least=1) * dp
+    else:
+        batch = case.whole("global_batch", least=1)
     if each is not None and each * dp != batch:
         raise CaseError(
             f"per_gpu_batch {case.text('per_gpu_batch')} x dp {dp} = {each * dp:g} differs from global_batch {batch}; "
             f"per_gpu_batch would be {batch / dp:g}, or global_batch {each * dp:g}"
         )
-    gpipe = case.word("parallelism") == "gpipe"
     if gpipe and batch // chunks * chunks != batch:
         batch = batch // chunks * chunks
     if batch % (dp * chunks):
@@ -145,7 +150,7 @@ def _replicas(case: Case) -> int:
 
 
 def _precision(case: Case) -> Any:
-    found = precision_of(case)
+    found = precision_of(case, "fp32")
     if found == "fp8":
         raise CaseError("convolutions in fp8 are not predicted; precision must be fp32, tf32, fp16 or bf16")
     return found

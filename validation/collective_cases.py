@@ -10,14 +10,17 @@ from __future__ import annotations
 import csv
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from costmodels import tomlfile as toml
 from costmodels.cluster import Cluster, Fabric, Link
-from costmodels.device import CATALOGUE, Device
+from costmodels.device import CATALOGUE, Device, load_device
+from costmodels.names import names, plain
 from costmodels.nccl_fabric import REFERENCE_CROSSING, REFERENCE_HOP, Family, family_of, network_of
+from validation.cases_cluster import published_device
+from validation.link_words import about_network, cube_mesh, network_named, nics_of, of_a_node
 
 SWEEPS = CATALOGUE / "collectives" / "nccl_sweeps.toml"
 KIND = {"sendrecv": "send", "alltoall": "all_to_all", "send_recv": "send", "p2p": "send", "allreduce": "all_reduce"}
@@ -70,10 +73,14 @@ class Setup:
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:
-    """The rows of a CSV file with a header line."""
+    """The rows of a CSV file with a header line, in any case."""
     try:
-        with path.open(newline="", encoding="utf-8") as file:
-            rows = list(csv.DictReader(file))
+        with path.open(newline="", encoding="utf-8-sig") as file:  # spreadsheets write a byte order mark
+            reader = csv.DictReader(file)
+            reader.fieldnames = [name.strip().lower() for name in reader.fieldnames or ()]
+            rows = [{k: v or "" for k, v in row.items() if k is not None} for row in reader]
+    except (UnicodeDecodeError, csv.Error):
+        raise ValueError(f"{path} is no CSV file; give one in the schema of nccl_cases.csv or tcp_cases.csv") from None
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror}; give a CSV file in the schema of nccl_cases.csv") from None
     if not rows:
@@ -128,8 +135,13 @@ def setup_of(sweep: Sweep) -> Setup:
     family = family_of(sweep.gpu)
     intra, fabric = _intra(sweep, family, per_node)
     inter, devices = _inter(sweep, family, per_node) if sweep.num_nodes > 1 else (intra, per_node)
+    wires = cube_mesh(sweep.interconnect, sweep.gpu) if fabric == "nvswitch" else ()
+    if wires:
+        fabric, devices = "cube-mesh", max(devices, len({w.a for w in wires if w.a.startswith("gpu")}))
     device = Device(sweep.gpu, "gpu", {"float32": 1e12}, 2**30, 1e12)
-    cluster = Cluster(sweep.config_id, device, sweep.num_nodes, devices, intra, inter, "nccl", fabric=fabric)
+    cluster = Cluster(
+        sweep.config_id, device, sweep.num_nodes, devices, intra, inter, "nccl", fabric=fabric, wires=wires
+    )
     ranks = tuple(n * devices + i for n in range(sweep.num_nodes) for i in range(per_node))
     host = TORCH_HOST if "all_reduce_bench" in text or "torch" in text.lower().split("nccl-tests")[0] else 0.0
     return Setup(cluster, kind, ranks, _forced(text), host)
@@ -141,26 +153,47 @@ def _forced(text: str) -> str:
 
 
 def _intra(sweep: Sweep, family: Family | None, per_node: int) -> tuple[Link, Fabric]:
-    words = sweep.interconnect
-    generation = re.search(r"NVLink\s*(\d)", words)
+    words = re.sub(r"(?i)\b(no|without) (nvlink|nvswitch)\b", "", sweep.interconnect)
+    generation = re.search(r"(?i)NVLink[\s-]*(\d)(?![\d.])", words)
+    device = _device_of(sweep.gpu)
     fabric: Fabric = "mesh" if re.search(r"xGMI|Infinity", words) else "nvswitch"
     wires = family.wires if family else "nvlink" if generation else "mesh" if fabric == "mesh" else "pci"
-    if "PCIe" in words and "NVLink" not in words.replace("no NVLink", ""):
+    if re.search(r"(?i)nvlink|\bnv[l-]?\s*bridge", words) and (_bridged(device) or "bridge" in words.lower()):
+        if per_node <= 2 and device and _bridged(device):
+            return Link("NVLink bridge", device.link_bandwidth, REFERENCE_HOP["nvlink"]), "nvswitch"
+        if per_node > 2 or device:  # bridges join pairs, and not those of every device
+            wires = "host" if wires == "host" else "pci"
+    elif re.search(r"(?i)pcie", words) and not re.search(r"(?i)nvlink", words):
         wires = "host" if re.search(r"no P2P|host|SHM", words) else "pci"
     if family and family.wires == wires:
         rate = family.port
     elif generation and wires == "nvlink":
         rate = NVLINK.get(generation[1], 4.5e11)
-    elif (found := re.search(r"PCIe\s*(?:Gen|gen)?\s*([3-6])", words)) or per_node == 1:
+    elif (found := re.search(r"(?i)PCIe\s*(?:gen)?\s*([3-6])", words)) or per_node == 1:
         rate = 1.6e10 * 2 ** (int(found[1]) - 3) if found else 3.2e10
-    elif wires == "pci" or wires == "host":
-        rate = 3.2e10
+    elif re.search(r"(?i)pcie|bridge", words) or wires == "host":
+        rate = device.pcie_bandwidth if device and device.pcie_bandwidth else 3.2e10
     else:
         raise ValueError(f"'{sweep.gpu}' has no family and '{words}' does not say how its devices are joined")
     if wires == "host" and _own_uplinks(sweep.notes, words):
         rate *= OWN_UPLINK  # devices of one switch share its way to the host; each of these has a way of its own
     name = {"nvlink": "NVLink", "mesh": "xGMI", "pci": "PCIe", "host": "PCIe through the host"}[wires]
     return Link(name, rate, REFERENCE_HOP[wires]), "pcie" if wires in ("pci", "host") else fabric
+
+
+def _device_of(gpu: str) -> Device | None:
+    """The catalogue's device of a sweep; a name without a size stands for all sizes, where their links are alike."""
+    try:
+        return published_device(gpu)
+    except ValueError:
+        begun = {file for name, file in names().items() if plain(gpu) and name.startswith(plain(gpu))}
+        found = [load_device(file) for file in sorted(begun)]
+        alike = len({(d.link, d.link_bandwidth, d.pcie_bandwidth) for d in found}) == 1
+        return found[0] if alike else None
+
+
+def _bridged(device: Device | None) -> bool:
+    return device is not None and "bridge" in device.link.lower()
 
 
 def _own_uplinks(notes: str, words: str) -> bool:
@@ -172,28 +205,24 @@ def _own_uplinks(notes: str, words: str) -> bool:
 
 def _inter(sweep: Sweep, family: Family | None, per_node: int) -> tuple[Link, int]:
     """The link between nodes, and how many devices a whole node has (more than the sweep used, maybe)."""
-    words = sweep.interconnect
+    words = about_network(sweep.interconnect)
     cloud = re.search(r"\bOCI\b|\bGCP\b|GKE", f"{sweep.notes} {sweep.source}")  # their RDMA networks are Ethernet
-    rdma = "RoCE" if "RoCE" in words or (cloud and "InfiniBand" not in words) else "InfiniBand"
-    name = "EFA" if "EFA" in words else "TCP" if "TCP" in words else rdma
-    nics, rate = _nics(words, sweep.notes, family, per_node)
+    name = network_named(words) or ("RoCE" if cloud else "InfiniBand")
+    nics, rate = _nics(sweep, family, per_node, name in ("TCP", "Ethernet"))
     devices = max(per_node, 8) if per_node == 1 and nics > 1 else per_node
     network = network_of(Link(name, rate, 0.0, ports=nics))
     return Link(name, rate, REFERENCE_CROSSING[network], ports=nics), devices
 
 
-def _nics(words: str, notes: str, family: Family | None, per_node: int) -> tuple[int, float]:
-    """NICs of a node and bytes/s of each."""
-    if found := re.search(r"(\d+)\s*x\s*(?:[A-Za-z]+\d?\s+)?(\d+)\s*G", words):
-        return int(found[1]), float(found[2]) * 1.25e8
-    usual = USUAL.get(family.name, (1, 12.5e9)) if family else None
-    usual = next((nics for platform, nics in PLATFORMS.items() if platform.lower() in notes.lower()), usual)
-    if found := re.search(r"(\d+)\s*NIC", words):
-        if rate := re.search(r"(\d+)\s*G", words):
-            return int(found[1]), float(rate[1]) * 1.25e8
-        return int(found[1]), usual[1] if usual else 12.5e9
-    if found := re.search(r"(?<![\w.])(\d+)\s*G(?:b|bps|bit)?(?![A-Za-z])", words):
-        return per_node if re.search(OWN_NICS, words, re.I) else 1, float(found[1]) * 1.25e8
+def _nics(sweep: Sweep, family: Family | None, per_node: int, sockets: bool) -> tuple[int, float]:
+    """NICs of a node and bytes/s of each. The usual machine of a family has RDMA, so it says nothing of sockets."""
+    words, notes = sweep.interconnect, sweep.notes.lower()
+    usual = USUAL.get(family.name, (1, 12.5e9)) if family and not sockets else None
+    usual = next((nics for platform, nics in PLATFORMS.items() if platform.lower() in notes), usual)
+    if said := nics_of(about_network(words)):
+        if not said.count and re.search(OWN_NICS, words, re.I):
+            said = replace(said, whose="gpu")
+        return of_a_node(said, per_node, usual)
     if usual is None:
         raise ValueError(f"'{words}' does not say how fast the network between the nodes is")
     return usual

@@ -63,10 +63,11 @@ def score_file(
 
     plain: NCCL's own constants alone, nothing fitted."""
     rows = read_rows(path)
-    needed = {"config_id", "collective", "bytes", "time_us"}
-    if missing := needed - set(rows[0]):
-        raise ValueError(f"{path}: columns {', '.join(sorted(missing))} are missing; see nccl_cases.csv for the schema")
-    if is_tcp(rows[0]):
+    tcp = is_tcp(rows[0])
+    schema, own = ("tcp_cases.csv", {"backend"}) if tcp else ("nccl_cases.csv", {"gpu", "num_gpus"})
+    if missing := {"config_id", "collective", "bytes", "time_us", "num_nodes", *own} - set(rows[0]):
+        raise ValueError(f"{path}: columns {', '.join(sorted(missing))} are missing; see {schema} for the schema")
+    if tcp:
         return score_tcp(rows)
     sweeps, skipped = read_sweeps(path)
     known = catalogue_sweeps()

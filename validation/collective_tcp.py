@@ -1,16 +1,25 @@
-"""Sweeps of torch.distributed over shaped TCP, in the schema of tcp_cases.csv: backend, num_nodes, delay_ms,
-bandwidth_gbps (0 where nothing was shaped), collective, bytes, time_us."""
+"""Sweeps of torch.distributed over shaped TCP, in the schema of tcp_cases.csv: backend, hardware, num_nodes,
+gpus_per_node (1 where it is not said), delay_ms, bandwidth_gbps (0 where nothing was shaped), collective, bytes,
+time_us."""
 
 from __future__ import annotations
 
-from costmodels.cluster import Cluster, Link
+import re
+
+from costmodels.cluster import LOOPBACK, Cluster, Fabric, Link
 from costmodels.collectives import collective_price
 from costmodels.device import Device
+from costmodels.nccl_fabric import REFERENCE_HOP, family_of
+from validation.link_words import about_network, network_named, nics_of, of_a_node
 
 # AWS p3.2xlarge without shaping: up to 10 Gbit/s, one flow 5 Gbit/s (both from the provider's pages); NCCL's rings
-# reach 0.93 of the 10 (EMPIRICAL: 4 points of all_reduce on 8 nodes and reduce on 4).
+# reach 0.93 of the 10 (EMPIRICAL: 4 points of all_reduce on 8 nodes and reduce on 4). Other machines whose words say
+# no rate are taken to have 10 Gbit/s, too (ASSUMPTION), which one flow can fill.
 PORT, FLOW, NCCL_SHARE = 1.25e9, 6.25e8, 0.93
-WINDOW = 2.9e6  # bytes under way in one flow: EMPIRICAL, 4 points of gloo send at 5 and 10 ms without shaping
+# Bytes under way in one flow: EMPIRICAL, 4 points of gloo send at 5 and 10 ms without shaping. It is the kernel's and
+# not the provider's: about half of the 6 MiB to which Linux lets a receive buffer grow by default (tcp_rmem).
+WINDOW = 2.9e6
+AMAZON = r"(?i)\b(?:aws|amazon|ec2)\b|\b[a-z]+\d+[a-z]*\.(?:\d*x?large|metal)\b|tc_cluster_setting"
 # Configurations of that campaign from whose rows a constant that prices them was taken, (backend, collective, nodes),
 # and which constant: their errors say how well a law describes its own data. All others are out of sample: gloo's
 # broadcast uses none of these constants, NCCL's exchanges of a step use what other configurations gave.
@@ -29,7 +38,7 @@ NCCL_FLOWS = 4  # sockets of a connection: shared/facts/communication.md A2, 5 t
 
 
 def is_tcp(row: dict[str, str]) -> bool:
-    return "bandwidth_gbps" in row and "delay_ms" in row
+    return bool({"bandwidth_gbps", "delay_ms"} & row.keys()) or ("backend" in row and "interconnect" not in row)
 
 
 def in_sample(row: dict[str, str]) -> str:
@@ -37,7 +46,8 @@ def in_sample(row: dict[str, str]) -> str:
     words = f"{row.get('source') or ''} {row.get('hardware') or ''}"
     if not any(word in words for word in CAMPAIGN):
         return ""
-    return TAKEN_FROM.get((row["backend"], row["collective"], int(float(row["num_nodes"]))), "")
+    where = (row.get("backend") or "", row["collective"], _whole(row, "num_nodes", 1))
+    return TAKEN_FROM.get(where, "") if _whole(row, "gpus_per_node", 1) == 1 else ""
 
 
 Points = tuple[tuple[float, ...], tuple[float, ...], tuple[float, ...], tuple[str, ...]]
@@ -47,7 +57,9 @@ def tcp_points(rows: list[dict[str, str]]) -> Points:
     """Bytes, measured and predicted seconds, and what was assumed, of all points of one configuration."""
     found = []
     for row in rows:
-        size, seconds = float(row["bytes"]), float(row["time_us"]) * 1e-6
+        size, seconds = _number(row, "bytes"), _number(row, "time_us") * 1e-6
+        if not size or not seconds:
+            raise ValueError("bytes and time_us must be more than 0")
         predicted, way = _price(row, size)
         found.append((size, seconds, predicted, way))
     sizes, measured, predictions, ways = zip(*found, strict=True)
@@ -55,29 +67,83 @@ def tcp_points(rows: list[dict[str, str]]) -> Points:
 
 
 def cluster_of(row: dict[str, str]) -> Cluster:
-    """Nodes of one device each on the link that the row describes."""
-    backend, nodes = row["backend"], int(float(row["num_nodes"]))
+    """Nodes on the link that the row describes; the devices of a node share its port."""
+    backend = (row.get("backend") or "").strip().lower()
+    nodes, each = _whole(row, "num_nodes"), _whole(row, "gpus_per_node", 1)
     if backend not in ("gloo", "nccl"):
         raise ValueError(f"backend '{backend}' has no model; gloo and nccl have")
-    delay, shaped = float(row["delay_ms"] or 0) * 1e-3, float(row["bandwidth_gbps"] or 0) * 1.25e8
-    nccl = backend == "nccl"
-    rate = shaped or PORT * (NCCL_SHARE if nccl else 1.0)
-    flow, window = (NCCL_FLOWS * FLOW, NCCL_FLOWS * WINDOW) if nccl else (FLOW, WINDOW)
-    link = Link("TCP", rate, delay, flow_cap=min(flow, rate), window=window)
+    delay, shaped = _number(row, "delay_ms") * 1e-3, _number(row, "bandwidth_gbps") * 1.25e8
+    nccl, (port, _) = backend == "nccl", port_of(row)
+    amazon = is_amazon(row)
+    rate = shaped or port * (NCCL_SHARE if nccl and amazon else 1.0)
+    flows = NCCL_FLOWS if nccl else 1
+    cap = min(flows * FLOW, rate) if amazon else rate
+    link = Link("TCP", rate, delay, ports=int(each > 1), flow_cap=cap, window=flows * WINDOW)
     device = Device(row.get("hardware") or "unknown", "gpu", {"float32": 1e12}, 2**30, 1e12)
-    return Cluster("tcp", device, nodes, 1, link, link, "nccl" if nccl else "gloo")
+    inside, fabric = _inside(device.name, nccl) if each > 1 else (link, "nvswitch")
+    return Cluster("tcp", device, nodes, each, inside, link, "nccl" if nccl else "gloo", fabric=fabric)
+
+
+def is_amazon(row: dict[str, str]) -> bool:
+    """Whether a row is of AWS, whose flows end at 5 Gbit/s. One that names neither hardware nor source and was not
+    shaped is taken for the campaign that the schema was made for."""
+    words = f"{row.get('hardware') or ''} {row.get('source') or ''}".strip()
+    return bool(re.search(AMAZON, words)) or not (words or _number(row, "bandwidth_gbps"))
+
+
+def port_of(row: dict[str, str]) -> tuple[float, bool]:
+    """bytes/s of a node's port where nothing was shaped, and whether they are assumed: what the words say, or PORT."""
+    words = about_network(row.get("hardware") or "")
+    said = nics_of(words) if network_named(words) or re.search(r"(?i)b(?:it)?s?/s|bps", words) else None  # not memory
+    if said is None or not said.rate:
+        return PORT, not is_amazon(row)
+    count, rate = of_a_node(said, _whole(row, "gpus_per_node", 1), None)
+    return count * rate, False
+
+
+def _inside(hardware: str, nccl: bool) -> tuple[Link, Fabric]:
+    """How the devices of a node are joined: NCCL uses the wires of their family, gloo the memory of the host."""
+    if not nccl:
+        return LOOPBACK, "loopback"
+    family = family_of(hardware)
+    if family is None or family.wires not in ("nvlink", "mesh"):
+        return Link("PCIe", family.port if family else 1.6e10, REFERENCE_HOP["pci"]), "pcie"
+    name = "NVLink" if family.wires == "nvlink" else "xGMI"
+    return Link(name, family.port, REFERENCE_HOP[family.wires]), "nvswitch" if name == "NVLink" else "mesh"
+
+
+def _number(row: dict[str, str], name: str) -> float:
+    """A number of a row, 0 where it is not said."""
+    text = (row.get(name) or "").strip() or "0"
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < 1e18:
+        raise ValueError(f"column {name} is '{text}'; a number, 0 or more, is needed")
+    return value
+
+
+def _whole(row: dict[str, str], name: str, default: int = 0) -> int:
+    value = _number(row, name) or default
+    if value < 1 or value != int(value):
+        raise ValueError(f"column {name} is '{row.get(name) or ''}'; a whole number from 1 is needed")
+    return int(value)
 
 
 def _price(row: dict[str, str], size: float) -> tuple[float, str]:
     """An exchange of gradients through one parameter server is a reduce and a broadcast; with a part of the parameters
     on every node, all nodes reduce and broadcast at once, which is a reduce_scatter and an all_gather."""
     cluster = cluster_of(row)
-    ranks = tuple(range(cluster.nodes))
+    ranks = tuple(range(cluster.size))
+    if len(ranks) < 2:
+        raise ValueError("one node with one device sends nothing; two ranks or more are needed")
+    assumed = "" if _number(row, "bandwidth_gbps") or not port_of(row)[1] else " (10 Gb/s assumed)"
     kind = {"sendrecv": "send", "alltoall": "all_to_all", "all_reduce_step": "all_reduce"}.get(
         row["collective"], row["collective"]
     )
     if kind in ("ps_central", "ps_sharded"):
         steps = ("reduce", "broadcast") if kind == "ps_central" else ("reduce_scatter", "all_gather")
-        return sum(collective_price(cluster, k, size, ranks).seconds for k in steps), ", ".join(steps)
+        return sum(collective_price(cluster, k, size, ranks).seconds for k in steps), ", ".join(steps) + assumed
     price = collective_price(cluster, kind, size, ranks)
-    return price.seconds, f"{price.algorithm} {price.protocol}"
+    return price.seconds, f"{price.algorithm} {price.protocol}{assumed}"
