@@ -208,8 +208,8 @@ def _wires(cluster: Cluster, family: Family | None) -> str:
     if cluster.fabric == "pcie" or "pcie" in text:
         staged = "host" in text or "no p2p" in text or (family is not None and family.wires == "host")
         return "host" if staged else "pci"
-    bridged = "nvlink" in text and family is not None and family.wires in ("pci", "host")  # pairs of such cards
-    if family and not bridged and (family.wires != "nvlink" or "nvlink" in text or not text.strip()):
+    pair = "nvlink" in text and family is not None and family.wires in ("pci", "host")  # by a bridge
+    if family and not pair and (family.wires != "nvlink" or "nvlink" in text or not text.strip()):
         return family.wires
     return "nvlink"
 

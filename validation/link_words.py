@@ -37,7 +37,7 @@ AFTER = re.compile(
 _OWNER = r"(?i:(GPU|device|accelerator|node|host|server))"
 NICS = tuple(  # by the general name, else by the type
     re.compile(
-        rf"(?i:{_COUNT})(?!\s*[TGMtgm](?:\b|[bBi]))(?:{TIMES}|[\s-])\s*((?:{_OTHERS}[\w/.-]+[\s-]+){{0,4}}?)"
+        rf"(?i:{_COUNT})(?!\s*[TGMtgm](?:\b|[bBi]))(?:{TIMES}|[\s-])\s*((?:{_OTHERS}[\w/.-]+\s+){{0,4}}?)"
         rf"(?i:{noun})(?i:s?)(?!\w)(?:\s*(?:per|/|an?|each|every)\s*{_OWNER})?"
     )
     for noun in ("NIC|HCA|port|rail|adapter|card", r"ConnectX-?\d|CX-?\d|BlueField-?\d")

@@ -70,9 +70,36 @@ def test_setups_say_algorithm_host_time_and_wires() -> None:
 
 
 @pytest.mark.parametrize(
+    ("gpu", "gpus", "words", "wires", "port"),
+    [
+        ("A100 PCIe", 2, "NVLink bridge", "nvlink", 300e9),
+        ("H100 NVL", 2, "NVLink bridge", "nvlink", 300e9),
+        ("RTX A6000", 2, "NVLink bridge, PCIe Gen4", "nvlink", 56.25e9),
+        ("GeForce RTX 3090", 2, "NVLink3", "nvlink", 56.25e9),
+        ("A100 PCIe 80GB", 4, "NVLink bridges over pairs", "pci", 31.5e9),
+        ("H100 NVL", 8, "NVLink bridges over pairs, PCIe Gen5", "pci", 64e9),
+        ("GeForce RTX 3090", 4, "NVLink bridges over pairs", "host", 32e9),
+        ("Tesla V100 PCIe 32GB", 2, "NVLink bridge", "pci", 15.75e9),
+        ("A100 PCIe 80GB", 2, "PCIe Gen4, no NVLink bridge", "pci", 32e9),
+        ("Tesla V100 SXM2 16GB", 2, "NVLink2 hybrid cube mesh", "nvlink", 25e9),
+        ("Tesla V100 SXM2 16GB", 4, "NVLink2 hybrid cube mesh", "nvlink", 100e9),
+        ("Tesla V100 SXM2 16GB", 8, "NVLink2 hybrid cube mesh", "nvlink", 150e9),
+        ("Tesla V100 SXM2 16GB", 4, "NVLink2", "nvlink", 150e9),
+    ],
+)
+def test_bridges_join_pairs_and_cube_meshes_have_their_wires(
+    gpu: str, gpus: int, words: str, wires: str, port: float
+) -> None:
+    setup = setup_of(sweep(gpu, gpus, 1, words))
+    group = group_of(setup.cluster, setup.ranks)
+    assert group.wires == wires and group.port == pytest.approx(port, rel=0.01)
+
+
+@pytest.mark.parametrize(
     ("case", "reason"),
     [
         (sweep("Mystery 9", 16, 2, "a wire"), "does not say"),
+        (sweep("H100 SXM5 80GB", 16, 2, "Ethernet"), "does not say how fast"),
         (sweep("H100 SXM5 80GB", 16, 2, "8x400Gb IB", "scan"), "'scan' has no model"),
         (sweep("H100 SXM5 80GB", 15, 2, "8x400Gb IB"), "equally spread"),
         (sweep("H100 SXM5 80GB", 1, 1, "NVLink4"), "two or more"),
