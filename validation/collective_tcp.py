@@ -34,7 +34,6 @@ TAKEN_FROM = {
     ("nccl", "broadcast", 16): "SOCKET_STARTS",
     ("nccl", "reduce", 4): "SOCKET_STARTS, NCCL_SHARE",
 }
-NCCL_FLOWS = 4  # sockets of a connection: shared/facts/communication.md A2, 5 to 8 MB of window together
 
 
 def is_tcp(row: dict[str, str]) -> bool:
@@ -76,9 +75,8 @@ def cluster_of(row: dict[str, str]) -> Cluster:
     nccl, (port, _) = backend == "nccl", port_of(row)
     amazon = is_amazon(row)
     rate = shaped or port * (NCCL_SHARE if nccl and amazon else 1.0)
-    flows = NCCL_FLOWS if nccl else 1
-    cap = min(flows * FLOW, rate) if amazon else rate
-    link = Link("TCP", rate, delay, ports=int(each > 1), flow_cap=cap, window=flows * WINDOW)
+    cap = min(FLOW, rate) if amazon else rate
+    link = Link("TCP", rate, delay, ports=int(each > 1), flow_cap=cap, window=WINDOW)
     device = Device(row.get("hardware") or "unknown", "gpu", {"float32": 1e12}, 2**30, 1e12)
     inside, fabric = _inside(device.name, nccl) if each > 1 else (link, "nvswitch")
     return Cluster("tcp", device, nodes, each, inside, link, "nccl" if nccl else "gloo", fabric=fabric)

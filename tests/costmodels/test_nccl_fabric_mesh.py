@@ -8,7 +8,6 @@ from costmodels.cluster import load_cluster
 from costmodels.collectives import collective_price
 from costmodels.nccl_fabric import group_of
 
-
 CUTS = {
     (0, 1): 25e9, (0, 3): 50e9, (0, 1, 2, 3): 100e9, (0, 2, 4, 6): 50e9, (0, 1, 4, 5): 50e9, tuple(range(8)): 150e9,
 }  # fmt: skip
