@@ -343,7 +343,7 @@ def test_experts_have_two_matrices_where_the_mlp_has() -> None:
         ("H100 SXM5 80GB", "NVLink 0.9 TB/s", "nvswitch", 450e9),
         ("Instinct MI300X", "Infinity Fabric", "mesh", 448e9),
         ("Gaudi2", "RoCE", "mesh", 300e9),
-        ("TPU v5p", "ICI", "torus", 300e9),
+        ("TPU v5p", "ICI", "torus", 600e9),
         ("L40S", "not stated", "pcie", 16e9),
         ("H100 SXM5 80GB", "no NVLink", "pcie", 31.5e9),
         ("H100 SXM5 80GB", "none", "pcie", 31.5e9),
