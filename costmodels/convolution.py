@@ -9,12 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import islice, repeat
 from typing import Any
 
-from costmodels.conv_shapes import convs_of, rows_of
+import numpy as np
+from numpy.typing import NDArray
+
+from costmodels.conv_shapes import Conv, convs_of, rows_of
 from costmodels.convolution_law import (
     ALGORITHMS,
+    FFT,
+    FFT_SIDE,
     FFT_TILES,
     IMPLICIT_CONSTANTS,
     Algorithm,
@@ -30,10 +35,14 @@ from costmodels.ops import OpShape
 from costmodels.price import Price, Source
 from costmodels.relatives import Found, find, relatives, vendor
 
+SIDE = Conv._fields.index("side")
 # ASSUMPTIONS. Tensor cores run implicit GEMM alone, at this share of the rate of a plain product.
 TENSOR_SHARE, PLAIN_PRODUCT_SHARE = 0.75, 0.80
 TENSOR_CHANNELS = 8  # channels are padded to a multiple of it there
 TENSOR_ERROR = 0.35  # expected relative error of convolutions on tensor cores: no table has any
+# Expected relative error where FFT is chosen for filters that no table has: between the rate of a direct convolution
+# (0.6 to 0.9 of the peak) and `FFT_MOST`. ASSUMPTION
+FFT_ERROR = 0.5
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -58,10 +67,21 @@ def conv_prices(device: Device, shapes: Sequence[OpShape]) -> list[Price | None]
         pricing = pricing_of(device, dtype)
         if pricing is None:
             continue
-        each = iter(fastest(pricing.law, rows_of([c for i in members for c in lists[i]])).tolist())
+        rows = rows_of([c for i in members for c in lists[i]])
+        each = iter(fastest(pricing.law, rows).tolist())
+        unseen = iter(beyond_tables(pricing.law, rows).tolist() if rows[:, SIDE].max() > FFT_SIDE else repeat(False))
         for i in members:
-            prices[i] = Price(sum(islice(each, len(lists[i]))), pricing.source, pricing.error)
+            seconds = sum(islice(each, len(lists[i])))
+            if any(list(islice(unseen, len(lists[i])))):
+                prices[i] = Price(seconds, "extrapolated", max(pricing.error, FFT_ERROR))
+            else:
+                prices[i] = Price(seconds, pricing.source, pricing.error)
     return prices
+
+
+def beyond_tables(law: Array, rows: Array) -> NDArray[np.bool_]:
+    """Whether FFT is chosen for a filter that no table has."""
+    return (chosen(by_algorithm(law, rows)) == FFT) & (rows[:, SIDE] > FFT_SIDE)
 
 
 def conv_price(device: Device, shape: OpShape) -> Price | None:

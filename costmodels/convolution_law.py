@@ -39,6 +39,10 @@ FFT_TILES = (16, 32)
 # cuDNN's heuristic takes FFT where its predicted time is below half of the others': chosen on the fitting halves of all
 # five devices from 0.5 to 8 for agreement with the table's algorithms.
 FFT_WEIGHT = 2.0
+# Filters beyond 3x3 are in no table, and counts of multiplications alone would make 7x7 four to six times as fast as
+# the peak. No more is claimed of them than was measured of FFT with 3x3: the largest rate over the data sheet's, in
+# FLOP of a direct convolution, of 207 rows on five devices (A100: 1.82; P100 1.77, V100 1.36).
+FFT_SIDE, FFT_MOST = 3, 1.82
 
 # Constants by kind of kernel. The first is a share of the peak; a kind whose first is missing is not run. The shares of
 # the rate in `_tiles` are lists, of the tiles after the first.
@@ -139,11 +143,15 @@ def chosen(times: Array) -> NDArray[np.int64]:
 
 @compiled
 def fastest(p: Array, rows: Array) -> Array:
-    """Device seconds of convolutions by the algorithm that is taken."""
+    """Device seconds of convolutions by the algorithm that is taken, FFT no faster than `FFT_MOST` says."""
     times = by_algorithm(p, rows)
     which, found = chosen(times), np.empty(len(rows))
     for i in range(len(rows)):
         found[i] = times[which[i], i]
+        if which[i] == FFT and rows[i, _SIDE] > FFT_SIDE:
+            c = rows[i]
+            direct = 2.0 * c[_BATCH] * c[_OUT_PIXELS] * c[_FILTERS] * c[_CHANNELS] * c[_TAPS]
+            found[i] = max(found[i], direct / (FFT_MOST * p[_UNIT] * p[_UNITS]))
     return found
 
 

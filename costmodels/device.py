@@ -162,8 +162,12 @@ def basis_of(device: Device) -> tuple[str, ...]:
     device rests on tables and data sheets (whose own notes `parplan devices` shows)."""
     if device.kind == "cpu":
         return device.notes
+    from costmodels.ops import stand_in
+
     basis = "published op tables and its data sheet" if device.kernels else "its data sheet and measured relatives"
-    return (f"{device.name} was not measured here: prices rest on {basis}; sources: parplan devices '{device.name}'",)
+    said = f"{device.name} was not measured here: prices rest on {basis}; sources: parplan devices '{device.name}'"
+    missing = stand_in(device, "float32")
+    return (said, f"products in float32: {missing}") if missing else (said,)
 
 
 def local_path() -> Path:

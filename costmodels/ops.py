@@ -15,7 +15,7 @@ from costmodels.families import COMPUTE, FREE, base_name, family
 from costmodels.features import CONTEXT, FORMS, extent, features, form_of, touched
 from costmodels.kernels import kernel_price, kernel_prices
 from costmodels.neighbours import Neighbours
-from costmodels.price import Price
+from costmodels.price import Price, Source
 from costmodels.signature import SCALAR, Signature
 
 if TYPE_CHECKING:
@@ -38,6 +38,13 @@ ARITHMETIC = frozenset({"add", "sub", "mul", "div", "maximum", "minimum"})
 SLOWED = COMPUTE - {"rnn", "rnn_backward"}
 # Features of what ran before, by form: they stand beside each other.
 AFTER = {form: slice(1, 1 + sum(name in CONTEXT for name in names)) for form, names in FORMS.items()}
+# How many times slower an accelerator computes floats that its data sheet does not list than those of half the width.
+# ASSUMPTIONS. float32: six of the nine products of three bfloat16 pieces each, as XLA's highest precision makes them on
+# TPUs (from memory); data sheets that list both have 4 (Trainium, Ascend 910B) to 15 (TPU v2), Gaudi 3 has 7. float64:
+# what GPUs for games have (1/32 to 1/64 of float32; catalogue, Turing to Blackwell); emulation would cost no less.
+PASSES = {"float32": 6.0, "float64": 64.0}
+CPU_PASSES = 2.0  # float64 on a CPU: a vector register holds half as many
+STAND_IN_ERROR = 0.9  # expected relative error of such a price: the data sheets' factors span 4 to 15
 EXTRAPOLATION_FACTOR = 2.0  # an extrapolated law is taken to be twice as wrong as on its held-out half
 
 
@@ -208,6 +215,9 @@ def price_many(device: Device, shapes: Sequence[OpShape]) -> list[Price]:
 
 def _keep(device: Device, shape: OpShape, found: Price) -> Price:
     """Remembers a price at the pace of this device; layers of recurrent cells are made of products that have it."""
+    if family(shape.name) in COMPUTE and (note := stand_in(device, shape.dtype)):
+        source: Source = "roofline" if found.source == "roofline" else "extrapolated"
+        found = replace(found, source=source, error=max(found.error, STAND_IN_ERROR), note=note)
     if device.slowest != 1.0 and family(shape.name) in SLOWED:
         found = replace(found, seconds=found.seconds * device.slowest)
     device.cache[shape] = found
@@ -278,16 +288,29 @@ def peak_of(device: Device, dtype: str) -> float:
 
     All float8 share a rate, or the 16-bit one (A100); 8-bit integers that are not listed take theirs (ASSUMPTION).
     Accelerators compute 16-bit floats in float32 where that is faster (bfloat16 on V100, float16 on P40); a CPU's rates
-    are measured, so they stand. The rest takes float32's rate, or the least listed. "tf32" must be asked for.
+    are measured, so they stand. Wider floats that are not listed are `PASSES` times slower than the narrower ones. The
+    rest takes float32's rate. "tf32" must be asked for.
     """
     peaks = device.peak_flops
-    single = peaks.get("float32") or min(peaks.values())
     listed = peaks.get(dtype, 0.0)
     if dtype in ("float16", "bfloat16") and device.kind != "cpu":
-        return max(listed, single)
+        halves = peaks.get("float16") or peaks.get("bfloat16") or min(peaks.values())
+        return max(listed, peaks.get("float32") or halves)
     if (dtype.startswith("float8") or (dtype == "int8" and device.kind != "cpu")) and not listed:
         return peaks.get("float8_e4m3fn") or max(peak_of(device, d) for d in ("bfloat16", "float16"))
-    return listed or single
+    if listed:
+        return listed
+    cpu = device.kind == "cpu"
+    single = peaks.get("float32") or min(peaks.values()) / (1.0 if cpu else PASSES["float32"])
+    return single / (CPU_PASSES if cpu else PASSES["float64"]) if dtype == "float64" else single
+
+
+def stand_in(device: Device, dtype: str) -> str:
+    """What is said of the rate of a float that is that of narrower ones over `PASSES`; empty where that is not so."""
+    if dtype not in PASSES or device.kind == "cpu" or dtype in device.peak_flops:
+        return ""
+    narrow = "float32" if dtype == "float64" else "16-bit floats"
+    return f"the data sheet of {device.name} lists no {dtype}: at {narrow}'s rate / {PASSES[dtype]:.0f}, an assumption"
 
 
 def total(prices: Iterable[Price]) -> float:
@@ -297,5 +320,5 @@ def total(prices: Iterable[Price]) -> float:
 
 __all__ = [
     "OpShape", "Price", "form_of", "is_causal", "kernel_key", "law_among", "law_of", "law_second", "peak_of", "price",
-    "price_many", "roofline_seconds", "shape_of", "signature", "total", "variant_of",
+    "price_many", "roofline_seconds", "shape_of", "signature", "stand_in", "total", "variant_of",
 ]  # fmt: skip

@@ -1,7 +1,8 @@
 """Products with a sparse matrix: N:M on tensor cores, unstructured (SpMM) by density, blocks. Device seconds.
 
 A dense product of the same dims is priced by the device's own law; the sparse kernel is that product with fewer FLOP at
-a lower share of the rate, and with the bytes of the values and their indices. All shares are ASSUMPTIONS over published
+a lower share of the rate, and with the bytes of the values and their indices at the bandwidth that the dense one
+reaches. 2:4 gains where units for it exist (`has_two_of_four`), nowhere else. All shares are ASSUMPTIONS over published
 speed-ups (shared/facts/compute.md B5), none is fitted; prices say "roofline" with `ERROR`.
 """
 
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 
 from costmodels.device import Device
 from costmodels.price import Price
+from costmodels.relatives import vendor
 
 ERROR = 0.35  # expected relative error: published speed-ups of one kind differ by this much between shapes
 
@@ -18,6 +20,9 @@ ERROR = 0.35  # expected relative error: published speed-ups of one kind differ 
 # products gain nothing: the launch, and the compressed operand's layout, cost what they cost.
 N_M_SPEEDUP = 1.65
 N_M_INDEX_BITS = 2  # of each value that is kept, for its place among four
+# Formats of sparse units: NVIDIA's from Ampere on (A100 white paper: tf32, 16-bit floats, 8-bit integers; float8 from
+# Ada and Hopper on) and AMD's from CDNA3 on (MI300 data sheet; both from memory).
+N_M_DTYPES = ("tf32", "float16", "bfloat16", "int8")
 # Unstructured: tuned kernels (Sputnik) beat dense fp32 products from 70 to 80 % zeros on, and products on tensor cores
 # from 95 % on (B5, from memory): at 75 % zeros they run at a quarter of the dense rate, which is that of fp32 units.
 UNSTRUCTURED_SHARE = 0.25
@@ -50,8 +55,29 @@ class Sparse:
 
 def sparse_price(device: Device, product: Sparse) -> Price:
     """The price of a sparse product: never slower than the dense one, which a program can always run instead."""
-    dense = dense_seconds(device, product)
-    return Price(min(dense, sparse_seconds(device, product)), "roofline", ERROR)
+    dense, note = dense_seconds(device, product), ""
+    if product.pattern and not runs_as_two_of_four(device, product):
+        n, m = product.pattern
+        note = f"{n}:{m} in {product.dtype} has no units on {device.name}: priced as the dense product"
+    return Price(min(dense, sparse_seconds(device, product)), "roofline", ERROR, note)
+
+
+def has_two_of_four(device: Device, dtype: str) -> bool:
+    """Whether a device computes 2:4 sparse products of a dtype in units of their own: NVIDIA's GPUs that list bfloat16
+    (Ampere and later; Volta, Turing and older have none), AMD's that list float8 (CDNA3 and later)."""
+    marks = {"NVIDIA": "bfloat16", "AMD": "float8_e4m3fn"}
+    mark = marks.get(vendor(device)) if device.kind == "gpu" else None
+    if mark is None or mark not in device.peak_flops:
+        return False
+    return dtype in N_M_DTYPES or (dtype.startswith("float8") and "float8_e4m3fn" in device.peak_flops)
+
+
+def runs_as_two_of_four(device: Device, p: Sparse) -> bool:
+    """Whether a pattern leaves at most two values in every aligned four, and the device has units for that."""
+    if p.pattern is None or not has_two_of_four(device, p.dtype):
+        return False
+    n, m = p.pattern
+    return n <= 2 if m % 4 == 0 else 4 % m == 0 and n * (4 // m) <= 2
 
 
 def dense_seconds(device: Device, p: Sparse) -> float:
@@ -77,14 +103,20 @@ def sparse_seconds(device: Device, p: Sparse) -> float:
     dense = dense_seconds(device, p)
     if p.pattern:
         # The gain is that of half the values; a sparser pattern than 2:4 runs as 2:4 does.
-        compute, index = dense / N_M_SPEEDUP if p.density <= 0.5 else dense, N_M_INDEX_BITS / 8
+        compute = dense / N_M_SPEEDUP if runs_as_two_of_four(device, p) else dense
+        index = N_M_INDEX_BITS / 8
     elif p.block >= 16:
         compute, index = dense * p.density / BLOCK_SHARE, INDEX_BYTES / p.block**2
     else:
         rate = peak_of(device, "float32") if p.dtype != "float64" else peak_of(device, p.dtype)
         compute, index = 2.0 * kept * p.n / (rate * UNSTRUCTURED_SHARE), float(INDEX_BYTES)
+    whole = float(size * (p.m * p.k + p.k * p.n + p.m * p.n))
     moved = kept * (size + index) + size * (p.k * p.n + p.m * p.n)
-    return LAUNCH + max(compute, moved / device.memory_bandwidth)
+    # Where the roofline says that bytes bound the dense product, its time is theirs; else the smaller share that the
+    # roofline gives them.
+    reading, computing = whole / device.memory_bandwidth, 2.0 * p.m * p.n * p.k / peak_of(device, p.dtype)
+    bytes_of_dense = max(reading, (dense - LAUNCH) * min(1.0, reading / computing))
+    return LAUNCH + max(compute, bytes_of_dense * moved / whole)
 
 
 def crossover(device: Device, m: int, n: int, k: int, dtype: str = "bfloat16") -> float:

@@ -9,6 +9,8 @@ import typer
 from parplan.arguments import Json, Model, positive
 from parplan.console import emit, number, remark, seconds, show, size, table, working
 
+HEAD = ("processors p", "steps, at least", "at most", "speed-up, at least")
+
 
 def trace(
     model: Model,
@@ -16,6 +18,9 @@ def trace(
     unfolded: Annotated[
         bool, typer.Option("--unfolded", help="Trace every block instead of a few of those that repeat: same, slower.")
     ] = False,
+    processors: Annotated[
+        int | None, typer.Option(help="Brent's bounds for this many; by default for 1, 8, 64, ...", show_default=False)
+    ] = None,
     json: Json = False,
 ) -> None:
     """Trace one training step of a model and sum it up.
@@ -25,6 +30,7 @@ def trace(
     import time
 
     positive("--batch", batch)
+    positive("--processors", processors)
     began = time.perf_counter()
     with working() as progress:
         progress("loading torch", 0.0)
@@ -40,12 +46,25 @@ def trace(
         graph = graph.at_batch(batch) if batch else graph
         found = summary(graph)
     data = {
-        "model": model, "batch": graph.batch, **found, "folded": bool(graph.repeats),
+        "model": model, "batch": graph.batch, **found, "brent": brent(found["work"], found["depth"], processors),
+        "folded": bool(graph.repeats),
         "seconds": time.perf_counter() - loaded, "loading_seconds": loaded - began,
     }  # fmt: skip
     for note in graph.notes:
         remark(f"note: {note}")
     emit(data) if json else _print(data)
+
+
+def brent(work: float, depth: float, processors: int | None) -> list[dict[str, float]]:
+    """Brent's bounds of the steps (T_p, between `least` and `most`) on p processors: on those asked for, else on 1, 8,
+    64, ... until the longest chain is what bounds them."""
+    from opgraph.work import brent_bounds
+
+    counts = [processors] if processors else [1]
+    while not processors and counts[-1] * depth < work:
+        counts.append(8 * counts[-1])
+    bounds = ((p, *brent_bounds(work, depth, p)) for p in counts)
+    return [{"processors": p, "least": least, "most": most} for p, least, most in bounds]
 
 
 def _print(data: dict[str, Any]) -> None:
@@ -62,3 +81,8 @@ def _print(data: dict[str, Any]) -> None:
         ("traced in", f"{seconds(data['seconds'])}, after {seconds(data['loading_seconds'])} of loading torch"),
     ]
     show(table(f"{data['model']}, batch {data['batch']}", ("", ""), rows))
+    work = data["work"]
+    bounds = [
+        (f"{b['processors']:,}", number(b["least"]), number(b["most"]), number(work / b["most"])) for b in data["brent"]
+    ]
+    show(table("Brent's bounds: max(T1/p, Tinf) <= Tp <= T1/p + Tinf (p-1)/p", HEAD, bounds))

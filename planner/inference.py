@@ -34,6 +34,7 @@ from planner.space import check_devices
 from planner.tensor_parallel import explain_no_shardings, tp_shardings
 from simulator import breakdown, overall
 
+HOST_BOUND = 0.05  # share of a pass: what is less is lost in the error of prices
 MOST = 2**20  # sequences; no search for the largest batch goes beyond
 
 
@@ -50,9 +51,16 @@ class Pass:
     unpriced: tuple[str, ...]
 
     @property
+    def host_share(self) -> float:
+        """Share of the pass that would go if the host cost nothing: what ranks wait for their host threads, of the time
+        in which they do not wait for other stages."""
+        busy = self.seconds - self.breakdown["bubble"] - self.breakdown["idle"]
+        return self.breakdown["host"] / busy if busy > 0 else 0.0
+
+    @property
     def host_bound(self) -> bool:
-        """Whether a rank waits for its host thread in most of the time in which it does not wait for other stages."""
-        return self.breakdown["host"] > 0.5 * (self.seconds - self.breakdown["bubble"] - self.breakdown["idle"])
+        """Whether the pass would be shorter by more than `HOST_BOUND` of its time without the host's."""
+        return self.host_share > HOST_BOUND
 
 
 @dataclass(frozen=True, slots=True)

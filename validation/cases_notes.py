@@ -60,5 +60,8 @@ def _missing_types(precision: str, device: Device) -> list[str]:
 def _taken(device: Device, dtype: str) -> str:
     rate = peak_of(device, dtype)
     names = [*FALLBACKS.get(dtype, OTHERS), *device.peak_flops]
-    name: str = next(name for name in names if device.peak_flops.get(name) == rate)
-    return name.partition("_")[0]
+    for name in names:
+        if device.peak_flops.get(name) == rate:
+            return name.partition("_")[0]
+    narrow = next(name for name in ("float32", "bfloat16", *device.peak_flops) if name in device.peak_flops)
+    return f"1/{device.peak_flops[narrow] / rate:.0f} of {narrow}"

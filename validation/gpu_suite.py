@@ -43,6 +43,10 @@ BUDGET = 540.0
 DONE, WRONG, LEFT, STOPPED = 0, 2, 3, 130
 NEED_DEVICE = ("environment", "calibrate")  # and the steps
 FIRST, LAST = ("environment", "calibrate", "fit", "predict"), ("compare",)
+# Seconds that must be left for a piece that is done whole: compiling the laws, fourteen sections, the scores; table and
+# picture. ASSUMPTIONS: on two cores a section of 433 products took 0.6 s; a picture takes a few. The others ask row by
+# row. A call that begins with one of them always does it: half of its budget is enough.
+NEEDED = {"fit": 60.0, "compare": 30.0}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -101,7 +105,8 @@ def _run(args: argparse.Namespace, command: str) -> int:
     for i, piece in enumerate(p for p in known if p in chosen):
         if left := _piece(piece, args, command, budget):
             rest = [p for p in known if p in chosen][i + 1 :]
-            say(f"out of time in {piece}: {left}" + (f"; also left: {', '.join(rest)}" if rest else ""))
+            also = f"; also left: {', '.join(rest)}" if rest else ""
+            say(f"out of time in {piece}: {left}{also}; go on with the same command")
             return LEFT
     return DONE
 
@@ -142,9 +147,18 @@ def _calibrate(args: argparse.Namespace, budget: Budget) -> str:
     return f"{left} ops" if left else ""
 
 
+def _too_late(piece: str, args: argparse.Namespace, budget: Budget) -> str:
+    """What is left, in words, where there is no time for a piece that is done whole."""
+    least = min(1.0 if args.quick else NEEDED[piece], 0.5 * budget.seconds)
+    left = budget.left
+    return f"all of it; {max(left, 0.0):.0f} s are left and it may take {least:.0f}" if left < least else ""
+
+
 def _fit(args: argparse.Namespace, budget: Budget) -> str:
     from validation.gpu_fit import fit_run
 
+    if late := _too_late("fit", args, budget):
+        return late
     fit_run(args.out, say)
     return ""
 
@@ -169,6 +183,8 @@ def _compare(args: argparse.Namespace, budget: Budget) -> str:
 
     if args.constants is not None and (left := _predict(args, budget)):
         return left
+    if late := _too_late("compare", args, budget):
+        return late
     rows = compare_run(args.out)
     for name in SETS:
         if mine := [r for r in rows if r.constants == name]:

@@ -3,10 +3,13 @@
 Rows: Fast Algorithms for Convolutional Neural Networks (CVPR 2016), the tables of the VGG-E network with fp32 and fp16
 data, batch sizes 1 to 64, all 3x3 layers summed. They were written down FROM MEMORY; what can be checked of them is
 that time times rate is the network's work, 39.0 GFLOP an image, and `tests/validation/test_fit_kernels.py` does.
+
+    python -m validation.lavin_gray
 """
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, replace
 
 from costmodels.conv_shapes import Conv, rows_of
@@ -69,3 +72,19 @@ def predicted(row: Row) -> float:
 
 def _layer(batch: int, channels: int, filters: int, edge: int) -> Conv:
     return Conv(batch, channels, filters, 1, edge**2, edge**2, 9, 3, edge, edge, True, True)
+
+
+def main() -> int:
+    """Prints the rows, predicted over measured, and the mean error. Returns the exit code."""
+    print("data  batch  measured ms  predicted ms  predicted/measured")
+    ratios = [predicted(row) / row.seconds for row in ROWS]
+    for row, ratio in zip(ROWS, ratios):
+        measured = row.seconds * 1e3
+        print(f"fp{8 * row.bytes:<4}{row.batch:5}{measured:13.2f}{measured * ratio:14.2f}{ratio:20.3f}")
+    errors = [abs(ratio - 1) for ratio in ratios]
+    print(f"mean error {sum(errors) / len(errors):.1%}, worst {max(errors):.1%}, of {len(ROWS)} rows")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

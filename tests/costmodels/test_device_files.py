@@ -185,3 +185,15 @@ def test_backing_tells_sources_from_memory() -> None:
     }  # fmt: skip
     assert sheet.memory_share(spec) == pytest.approx(1 / 6)
     assert sheet.memory_share(replace(spec, source_of={}, from_memory=())) is None
+
+
+def test_ici_is_half_of_what_the_vendor_gives_for_both_directions() -> None:
+    """Google Cloud TPU docs: v5e 400 GB/s, v5p 1200, v6e 800; v7 1200 (stas00/ml-engineering)."""
+    both = {"tpu-v5e": 400e9, "tpu-v5p": 1200e9, "tpu-v6e": 800e9, "tpu-v7": 1200e9}
+    assert all(device(name).link_bandwidth == rate / 2 for name, rate in both.items())
+
+
+@pytest.mark.parametrize("name", ["rtx-2080-ti", "rtx-3090", "rtx-4090", "rtx-5090"])
+def test_tensor_cores_of_geforces_add_up_in_float32(name: str) -> None:
+    """With fp32 accumulate they run float16 at a quarter of the rate of int8, half of what fp16 accumulate gives."""
+    assert device(name).peak_flops["float16"] == pytest.approx(device(name).peak_flops["int8"] / 4, rel=0.01)

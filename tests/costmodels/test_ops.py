@@ -14,10 +14,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from costmodels.conv_cpu import conv_flops, way
-from costmodels.device import Device, Law, load_device
+from costmodels.device import Device, Law, basis_of, list_devices, load_device
 from costmodels.families import FAMILIES, FREE, base_name, family, is_known
 from costmodels.features import FORMS, Shape, features, form_of, gemm_dims
-from costmodels.ops import OpShape, kernel_key, law_among, price, price_many, shape_of, signature, variant_of
+from costmodels.ops import (
+    OpShape,
+    kernel_key,
+    law_among,
+    peak_of,
+    price,
+    price_many,
+    shape_of,
+    signature,
+    stand_in,
+    variant_of,
+)
 
 DIM = st.integers(1, 600)
 
@@ -313,3 +324,36 @@ def test_pooling_costs_what_its_windows_cover() -> None:
     assert part(float32("max_pool2d_with_indices", (whole,), (whole, whole)), "taps") == 9 * prod(whole)
     back = float32("max_pool2d_with_indices_backward", (half, whole, half), (whole,), "3x3")
     assert (part(back, "taps"), part(back, "large"), part(back, "small")) == (0, prod(whole), prod(half))
+
+
+@pytest.mark.parametrize("name", list_devices())
+def test_no_float_is_computed_faster_than_a_narrower_one(name: str) -> None:
+    device = load_device(name)
+    assert peak_of(device, "float64") <= peak_of(device, "float32") <= peak_of(device, "bfloat16")
+    wide = {dtype: rate for dtype, rate in device.peak_flops.items() if dtype in ("float64", "float32")}
+    assert all(peak_of(device, dtype) == rate for dtype, rate in wide.items())
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "most"),
+    [
+        ("gaudi2", "float32", 110e12), ("gaudi2", "float64", 4e12), ("tpu-v4", "float64", 4e12),
+        ("apple-m4-max", "float64", 0.6e12),
+    ],
+)
+def test_floats_that_no_sheet_lists_are_slow_and_said_to_be_assumed(name: str, dtype: str, most: float) -> None:
+    device = load_device(name)
+    n, once = 4096, 4096**2 * {"float32": 4, "float64": 8}[dtype]
+    shape = OpShape("aten.mm.default", "forward", ((n, n), (n, n)), ((n, n),), dtype, 2 * n**3, 2 * once, once)
+    found = price(device, shape)
+    assert shape.flops / found.seconds < most
+    assert found.source in ("roofline", "extrapolated") and found.error >= 0.9 and dtype in found.note
+    half = price(device, replace(shape, dtype="float16" if name.startswith("apple") else "bfloat16"))
+    assert not half.note
+    assert any("float32" in said for said in basis_of(device)) == bool(stand_in(device, "float32"))
+
+
+def test_a_listed_float_has_no_stand_in_and_a_cpu_none_at_all() -> None:
+    assert not stand_in(load_device("a100-sxm-80gb"), "float64")
+    cpu = Device("x", "cpu", {"float32": 2e11}, 1, 1e10)
+    assert not stand_in(cpu, "float64") and peak_of(cpu, "float64") == 1e11

@@ -72,7 +72,21 @@ def test_trace(parplan):
     assert result.data["params"] == 16 * 32 + 32 + 2 * (32 * 64 + 64 + 64 * 32 + 32) + 32 * 10 + 10
     assert result.data["batch"] == 6
     table = parplan("trace", MLP)
-    assert table.code == 0 and "parameters" in table.out
+    assert table.code == 0 and "parameters" in table.out and "Brent" in table.out
+
+
+def test_trace_bounds_the_steps_on_processors(parplan):
+    data = parplan("trace", MLP, "--json").data
+    counts = [row["processors"] for row in data["brent"]]
+    assert counts[:3] == [1, 8, 64] and counts[-2] * data["depth"] < data["work"] <= counts[-1] * data["depth"]
+    assert data["brent"][0]["least"] == data["brent"][0]["most"] == data["work"]
+    for row in data["brent"]:
+        assert max(data["work"] / row["processors"], data["depth"]) == pytest.approx(row["least"])
+        assert row["least"] <= row["most"] <= data["work"] / row["processors"] + data["depth"]
+    (one,) = parplan("trace", MLP, "--processors", 40, "--json").data["brent"]
+    assert one["processors"] == 40 and one["most"] < data["brent"][1]["most"]
+    refused = parplan("trace", MLP, "--processors", 0)
+    assert refused.code == 2 and "--processors is 0" in refused.err
 
 
 def test_what_a_model_prints_does_not_spoil_the_json(parplan, tmp_path):

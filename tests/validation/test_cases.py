@@ -343,7 +343,7 @@ def test_experts_have_two_matrices_where_the_mlp_has() -> None:
         ("H100 SXM5 80GB", "NVLink 0.9 TB/s", "nvswitch", 450e9),
         ("Instinct MI300X", "Infinity Fabric", "mesh", 448e9),
         ("Gaudi2", "RoCE", "mesh", 300e9),
-        ("TPU v5p", "ICI", "torus", 300e9),
+        ("TPU v5p", "ICI", "torus", 600e9),
         ("L40S", "not stated", "pcie", 16e9),
         ("H100 SXM5 80GB", "no NVLink", "pcie", 31.5e9),
         ("H100 SXM5 80GB", "none", "pcie", 31.5e9),
@@ -556,7 +556,7 @@ def test_a_row_says_that_fsdp_in_a_pipeline_is_predicted_as_zero1() -> None:
         ("T4", "bf16", ["Tesla T4 has no bfloat16: products run at float32's rate"]),
         ("T4", "fp16", []),
         ("Tesla P100 SXM2 16GB", "tf32", ["Tesla P100 SXM2 16GB has no tf32: products run at float32's rate"]),
-        ("TPU v4", "fp32", ["TPU v4 (chip) has no float32: products run at bfloat16's rate"]),
+        ("TPU v4", "fp32", ["TPU v4 (chip) has no float32: products run at 1/6 of bfloat16's rate"]),
         ("Tesla V100 SXM2 16GB", "fp8", [
             "Tesla V100 SXM2 16GB has no float8: products with weights run at float16's rate",
             "Tesla V100 SXM2 16GB has no bfloat16: other products run at float32's rate",

@@ -158,3 +158,11 @@ def test_lavin_and_grays_rows_agree_with_themselves_and_with_the_law() -> None:
         assert row.seconds * row.rate == pytest.approx(lavin_gray.work(row.batch), rel=2e-3)
     errors = np.array([lavin_gray.predicted(row) / row.seconds - 1 for row in rows])
     assert np.abs(errors).mean() < 0.15 and np.abs(errors).max() < 0.15
+
+
+def test_lavin_and_grays_rows_are_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert lavin_gray.main() == 0
+    head, *rows, mean = capsys.readouterr().out.splitlines()
+    assert "predicted/measured" in head and len(rows) == 14
+    ratios = [float(line.split()[-1]) for line in rows]
+    assert float(mean.split()[2].rstrip("%,")) == pytest.approx(100 * sum(abs(r - 1) for r in ratios) / 14, abs=0.06)

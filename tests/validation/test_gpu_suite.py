@@ -122,6 +122,30 @@ def test_out_of_time_keeps_what_there_is_and_says_what_is_left(
     assert (tmp_path / "host.json").is_file() and not (tmp_path / "device.toml").exists()
 
 
+@pytest.mark.parametrize("piece", ["fit", "compare"])
+def test_a_piece_that_is_done_whole_is_not_begun_without_time(
+    piece: str, done: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As when calibrate ends near the end of a call."""
+    from validation import gpu_files
+
+    ours = tmp_path / "ours"
+    made = ("device.toml", "fit.json", "compare.csv", "report.md")
+    shutil.copytree(done, ours, ignore=shutil.ignore_patterns(*made))
+    if piece == "compare":
+        shutil.copy(done / "fit.json", ours)
+    words = ["--out", str(ours), "--device", "cpu", "--pieces", piece]
+    with monkeypatch.context() as late:  # all but 20 of 540 s are over
+        late.setattr(gpu_files.Budget, "left", property(lambda self: 20.0))
+        assert gpu_suite.main(words) == gpu_suite.LEFT
+    said = capsys.readouterr().err
+    assert f"out of time in {piece}" in said and "go on with the same command" in said
+    written = {"fit": "fit.json", "compare": "report.md"}[piece]
+    assert not (ours / written).exists()
+    assert gpu_suite.main([*words, "--budget", "25"]) == gpu_suite.DONE  # begun first, it is always done
+    assert (ours / written).exists()
+
+
 def test_a_sweep_goes_on_where_it_stopped(tmp_path: Path) -> None:
     from validation.gpu_calibrate import sweep
 
