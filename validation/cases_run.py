@@ -16,7 +16,7 @@ Progress = Callable[[str, float], None]
 @dataclass(frozen=True, slots=True)
 class Outcome:
     """Seconds and bytes; None where nothing was predicted or measured. interval: nine in ten steps should lie inside.
-    parts: device seconds of the first stage by kind of work. reason: why nothing was predicted, empty otherwise."""
+    parts: device seconds by kind of work of the busiest stage (of a CNN: the first). reason: why nothing was predicted, empty otherwise."""
 
     case: Case
     predicted_seconds: float | None = None
