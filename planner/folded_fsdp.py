@@ -59,8 +59,8 @@ def fsdp_step(c: Context, lane: Lane) -> None:
 
 
 def _message(c: Context, kind: str, where: Where, element: int, times: int) -> float:
-    """Seconds of gathering or scattering a unit, so many times a step; expert-parallel experts are a message of their own, among the ranks
-    that have the same ones."""
+    """Seconds of gathering or scattering a unit, so many times a step; expert-parallel experts are a message of their
+    own, among the ranks that have the same ones."""
     part = c.parts.by_where[where]
     if c.plan.ep == 1:
         return c.message(kind, part.elements * element, "dp", times=times)

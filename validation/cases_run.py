@@ -16,7 +16,8 @@ Progress = Callable[[str, float], None]
 @dataclass(frozen=True, slots=True)
 class Outcome:
     """Seconds and bytes; None where nothing was predicted or measured. interval: nine in ten steps should lie inside.
-    parts: device seconds by kind of work of the busiest stage (of a CNN: the first). reason: why nothing was predicted, empty otherwise."""
+    reserved_bytes: what torch's caching allocator takes of a GPU. parts: device seconds by kind of work of the busiest
+    stage (of a CNN: the first). reason: why nothing was predicted, empty otherwise."""
 
     case: Case
     predicted_seconds: float | None = None
@@ -119,10 +120,9 @@ class _Runner:
         plan = plan_of(case, software)
         cluster = self.cluster(case)
         model = model_of(case, software, self.traces)
-        replay = any(case.text(f"peak_mem_{kind}_gib") for kind in ("alloc", "reserved"))
-        key = (id(model.graph), model.layers, plan, software, id(cluster), replay)
+        key = (id(model.graph), model.layers, plan, software, id(cluster))
         if key not in self.known:
-            p = predict_folded(model, plan, cluster, software, replay)
+            p = predict_folded(model, plan, cluster, software, replay=cluster.device.kind == "gpu")
             self.known[key] = Outcome(
                 case, p.step_seconds, p.interval, p.allocated_bytes, p.reserved_bytes or None,
                 p.device, p.shares, plan.label, software.name, cluster.notes,
@@ -151,8 +151,12 @@ class _Runner:
 
 def _fitting(found: Outcome, cluster: Any) -> Outcome:
     """With a note where the prediction needs more memory than a device has."""
-    needs, holds = (found.reserved_bytes or found.allocated_bytes or 0) / GIB, cluster.device.memory_bytes / GIB
+    allocated, holds = (found.allocated_bytes or 0) / GIB, cluster.device.memory_bytes / GIB
+    if cluster.node_memory:  # which the cores share
+        holds = cluster.node_memory / GIB / found.case.whole("num_gpus")
+    needs = (found.reserved_bytes or 0) / GIB or allocated
     if needs <= holds:
         return found
-    note = f"does not fit by this prediction: {needs:.1f} GiB on a device of {holds:.1f} GiB"
+    both = f"{needs:.1f} GiB reserved, {allocated:.1f} allocated," if found.reserved_bytes else f"{needs:.1f} GiB"
+    note = f"does not fit by this prediction: {both} on a device of {holds:.1f} GiB"
     return replace(found, notes=(*found.notes, note))
