@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from math import inf
+from pathlib import Path
 from typing import Any
 
 from validation.cases import Case, CaseError
@@ -71,9 +72,10 @@ def _error(predicted: float | None, measured: float | None) -> float | None:
     return predicted / measured - 1 if predicted is not None and measured else None
 
 
-def run_cases(cases: Sequence[Case], progress: Progress) -> list[Outcome]:
-    """All rows, in their order; rows of one model share its trace, equal rows their prediction."""
-    runner = _Runner()
+def run_cases(cases: Sequence[Case], progress: Progress, folder: Path = Path()) -> list[Outcome]:
+    """All rows, in their order; rows of one model share its trace, equal rows their prediction. folder: where device
+    files that rows name may lie."""
+    runner = _Runner(folder)
     outcomes = []
     for i, case in enumerate(cases):
         progress(f"predicting {case.set}", i / len(cases))
@@ -82,9 +84,10 @@ def run_cases(cases: Sequence[Case], progress: Progress) -> list[Outcome]:
 
 
 class _Runner:
-    def __init__(self) -> None:
+    def __init__(self, folder: Path) -> None:
         from validation import cases_transformer, cases_vision
 
+        self.folder = folder
         self.traces = cases_transformer.Traces()
         self.pictures = cases_vision.Traces()
         self.clusters: dict[tuple[str, ...], Any] = {}
@@ -107,7 +110,7 @@ class _Runner:
         names = ("gpu", "num_gpus", "gpus_per_node", "intra_node", "inter_node", "interconnect")
         key = (MACHINES.get(case.text("set"), ""), *(case.text(name) for name in names))
         if key not in self.clusters:
-            self.clusters[key] = cluster_of(case, self.devices)
+            self.clusters[key] = cluster_of(case, self.devices, self.folder)
         return self.clusters[key]
 
     def _transformer(self, case: Case) -> Outcome:
