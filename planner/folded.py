@@ -37,8 +37,9 @@ TENSOR_CORES = ("gemm", "attention", "attention_backward")
 
 @dataclass(frozen=True, slots=True)
 class FoldedPrediction:
-    """Seconds and bytes of one step. device: device seconds by kind of work of the stage whose device is busiest, which
-    decides the step; shares: of these by source of the price. interval: nine in ten should lie inside. memory: of the fullest stage by category.
+    """Seconds and bytes of one step. device: device seconds by kind of work, messages beside it included, of the stage
+    whose device is busiest, which decides the step. shares: of these by source of the price. interval: nine in ten
+    should lie inside; its errors are those of that stage. memory: of the fullest stage by category.
     allocated_bytes, reserved_bytes: peaks of the replayed step in torch's caching allocator; without a replay the sum
     of the categories, and 0."""
 
@@ -56,12 +57,14 @@ class FoldedPrediction:
 def predict_folded(
     model: FoldedModel, plan: ParallelPlan, cluster: Cluster, software: Software, replay: bool = False
 ) -> FoldedPrediction:
-    """Predicts one step; `replay`: with the allocator's events of the fullest stage. ValueError with one sentence where
-    plan and model do not fit."""
+    """Predicts one step; `replay`: with the allocator's events of the fullest stage. A step in fp8 runs in bf16 on a
+    device without. ValueError with one sentence where plan and model do not fit."""
     if plan.world_size > cluster.size:
         raise ValueError(f"the plan needs {plan.world_size} devices, but {cluster.name} has {cluster.size}")
     if plan.recompute_keeps:
         raise ValueError("folded steps keep no single ops of recomputed modules; recompute paths of modules instead")
+    if plan.precision == "fp8" and "float8_e4m3fn" not in cluster.device.peak_flops:
+        plan = replace(plan, precision="bf16")  # no library casts for products that the device does not have
     if plan.offload:
         raise ValueError("folded steps keep everything on the device; use parplan simulate for a plan with offload")
     cluster = synchronous(in_precision(cluster, plan.precision), plan.world_size)
