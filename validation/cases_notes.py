@@ -67,13 +67,16 @@ def _left_out(case: Case) -> list[str]:
 
 def notes_of_pictures(precision: str, device: Device) -> tuple[str, ...]:
     """The notes of a CNN's row in this precision."""
-    notes = _missing_types(precision, device)
+    notes = []
+    if (dtype := TYPES[precision]) not in device.peak_flops:
+        notes.append(f"{device.name} has no {dtype}: convolutions and products reach {_taken(device, dtype)} at most")
     if precision == "fp32" and rounded_families(device, precision):
         notes.append("convolutions run in tf32 as torch does it unasked; a row in full float32 took longer")
     return tuple(notes)
 
 
 def _missing_types(precision: str, device: Device) -> list[str]:
+    """What a transformer's products run in, or are priced as, where a device lacks their type."""
     dtype = TYPES[precision]
     if dtype in device.peak_flops:
         return []
@@ -82,14 +85,14 @@ def _missing_types(precision: str, device: Device) -> list[str]:
         return [f"{lacks} run in bfloat16", *_missing_types("bf16", device)]
     lender = section_for(device, "gemm", dtype) if precision != "tf32" else None
     if lender is None or lender.own:
-        return [f"{lacks} run at {_taken(device, dtype)}'s rate"]
+        return [f"{lacks} run at {_taken(device, dtype)}"]
     of = f" of {lender.device}" if lender.device else ""
     kernels = f"{lender.dtype.partition('_')[0]} kernels{of}"
-    return [f"{lacks} are priced as {kernels} that reach {_taken(device, dtype)}'s rate at most"]
+    return [f"{lacks} are priced as {kernels} that reach {_taken(device, dtype)} at most"]
 
 
 def _taken(device: Device, dtype: str) -> str:
+    """Whose rate `peak_of` takes; the number where it is no listed one."""
     rate = peak_of(device, dtype)
-    names = [*LIKELIEST, *device.peak_flops]
-    name: str = next(name for name in names if device.peak_flops.get(name) == rate)
-    return name.partition("_")[0]
+    names = [name for name in (*LIKELIEST, *device.peak_flops) if device.peak_flops.get(name) == rate]
+    return f"{names[0].partition('_')[0]}'s rate" if names else f"{rate / 1e12:.3g} TFLOP/s"

@@ -6,7 +6,8 @@ import pytest
 
 from costmodels.names import device_named
 from tests.validation.test_cases import outcome_of, row
-from validation.cases_notes import notes_of
+from validation import cases_notes
+from validation.cases_notes import notes_of, notes_of_pictures
 
 TITAN = {"software": "torchtitan", "zero_fsdp": "zero3", "tp": "1", "dp": "8", "pp": "1", "recompute": "selective",
          "family": "llama", "gated_mlp": "1", "precision": "bf16", "attention": "SDPA flash"}  # fmt: skip
@@ -66,3 +67,11 @@ def test_the_price_of_a_missing_type_is_what_the_note_says() -> None:
     assert "kernels of A100 SXM4 80GB" in said["bf16"][0] and said["tf32"][0].endswith("at float32's rate")
     single, tf32, bf16 = (outcome_of(gpu="T4", precision=p).parts["gemm"] for p in ("fp32", "tf32", "bf16"))
     assert single == tf32 != bf16
+
+
+def test_rates_that_no_type_of_the_device_has_are_said_in_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = device_named("T4")
+    said = "Tesla T4 has no bfloat16: convolutions and products reach"
+    assert notes_of_pictures("bf16", device) == (f"{said} float32's rate at most",)
+    monkeypatch.setattr(cases_notes, "peak_of", lambda device, dtype: 5e12)
+    assert notes_of_pictures("bf16", device) == (f"{said} 5 TFLOP/s at most",)
