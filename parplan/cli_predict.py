@@ -26,6 +26,7 @@ def predict(
     """Predict published training runs and compare with what was measured.
 
     A row is a run: model, devices, plan, measured seconds; examples/runs.csv shows the columns for transformers.
+    Its gpu is a name of parplan devices, local, or a device file (.toml) beside the CSV file.
 
     Example: parplan predict --cases examples/runs.csv
     Example: parplan predict --cases transformer_cases.csv --set korthikanti_tab5 --out reports/published
@@ -51,7 +52,7 @@ def predict(
     with working() as progress:
         from validation.cases_run import run_cases
 
-        outcomes = run_cases(rows, progress)
+        outcomes = run_cases(rows, progress, cases.parent)
         if out is not None:
             from validation.cases_report import write_report
 

@@ -19,7 +19,7 @@ from planner.folded_memory import Memory, memory_of
 from planner.folded_model import Chunk, FoldedModel, chunks_of
 from planner.folded_parts import parts_of
 from planner.folded_pieces import pieces
-from planner.folded_step import Context, program_of
+from planner.folded_step import Context, Tally, program_of
 from planner.plan import ParallelPlan
 from planner.predict import NINE_IN_TEN, STEP_ERROR
 from planner.software import Software
@@ -37,8 +37,9 @@ TENSOR_CORES = ("gemm", "attention", "attention_backward")
 
 @dataclass(frozen=True, slots=True)
 class FoldedPrediction:
-    """Seconds and bytes of one step. device: device seconds of the first stage by kind of work. shares: of these by
-    source of the price. interval: nine in ten should lie inside. memory: of the fullest stage by category.
+    """Seconds and bytes of one step. device: device seconds by kind of work, messages beside it included, of the stage
+    whose device is busiest, which decides the step. shares: of these by source of the price. interval: nine in ten
+    should lie inside; its errors are those of that stage. memory: of the fullest stage by category.
     allocated_bytes, reserved_bytes: peaks of the replayed step in torch's caching allocator; without a replay the sum
     of the categories, and 0."""
 
@@ -56,19 +57,22 @@ class FoldedPrediction:
 def predict_folded(
     model: FoldedModel, plan: ParallelPlan, cluster: Cluster, software: Software, replay: bool = False
 ) -> FoldedPrediction:
-    """Predicts one step; `replay`: with the allocator's events of the fullest stage. ValueError with one sentence where
-    plan and model do not fit."""
+    """Predicts one step; `replay`: with the allocator's events of the fullest stage. A step in fp8 runs in bf16 on a
+    device without. ValueError with one sentence where plan and model do not fit."""
     if plan.world_size > cluster.size:
         raise ValueError(f"the plan needs {plan.world_size} devices, but {cluster.name} has {cluster.size}")
     if plan.recompute_keeps:
         raise ValueError("folded steps keep no single ops of recomputed modules; recompute paths of modules instead")
+    if plan.precision == "fp8" and "float8_e4m3fn" not in cluster.device.peak_flops:
+        plan = replace(plan, precision="bf16")  # no library casts for products that the device does not have
     if plan.offload:
         raise ValueError("folded steps keep everything on the device; use parplan simulate for a plan with offload")
     cluster = synchronous(in_precision(cluster, plan.precision), plan.world_size)
     context = context_of(model, plan, cluster, software)
     timeline = simulate(program_of(context))
     step = timeline.makespan
-    tally = context.tally
+    stages = breakdown(timeline)
+    tally = context.at(max(range(plan.pp), key=lambda s: stages[s].compute)).tally
     total = sum(tally.sources.values()) or 1.0
     spread = NINE_IN_TEN * hypot(sqrt(sum(e * e for e in tally.errors.values())) / total, STEP_ERROR)
     slower = NINE_IN_TEN * SUSTAINED * _on_tensor_cores(tally.seconds, plan) / total
@@ -81,7 +85,7 @@ def predict_folded(
         step_seconds=step,
         interval=(step * max(0.0, 1 - spread), step * (1 + hypot(spread, slower))),
         memory=memories[fullest],
-        breakdown=asdict(overall(breakdown(timeline))),
+        breakdown=asdict(overall(stages)),
         device={k: v for k, v in sorted(tally.seconds.items(), key=lambda item: -item[1])},
         shares={k: v / total for k, v in sorted(tally.sources.items())},
         tasks=len(timeline.program),
@@ -91,7 +95,7 @@ def predict_folded(
 
 
 def context_of(model: FoldedModel, plan: ParallelPlan, cluster: Cluster, software: Software) -> Context:
-    """Everything that a step's program is made from; where stages recompute different shares, each stage's own."""
+    """Everything that a step's program is made from, and each stage's own."""
     local, found = local_step(model.graph, plan, model.seq, model.vocab, software.vocab_parallel), pieces(model.graph)
     chunks = chunks_of(model, plan)
     shares = recomputed_shares(plan, software, chunks)
@@ -99,7 +103,11 @@ def context_of(model: FoldedModel, plan: ParallelPlan, cluster: Cluster, softwar
     parts = {share: parts_of(local, found, own[share], cluster) for share in own}
     first = next(iter(own))  # of the first stage
     context = Context(parts[first], plan, own[first], cluster, chunks)
-    context.stages = tuple(replace(context, parts=parts[s], software=own[s], losses={}) for s in shares)
+    losses = {share: context.losses if share == first else {} for share in own}
+    context.stages = tuple(
+        replace(context, parts=parts[s], software=own[s], losses=losses[s], tally=Tally())
+        for s in shares or (first,) * plan.pp
+    )
     return context
 
 

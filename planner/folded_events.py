@@ -8,6 +8,7 @@ begins. Parameters, gradient buffer and optimizer state are there from the start
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import count
 
 from costmodels.allocator import CachingAllocator, replay
 from planner.folded_fsdp import AHEAD
@@ -17,6 +18,7 @@ from planner.folded_model import Chunk
 from planner.folded_orders import order
 from planner.folded_pieces import WHERES, Where
 from planner.folded_step import SIXTEEN, Context
+from planner.plan import ParallelPlan
 
 STEPS = 2  # steps that are replayed: the second finds the cache of the first
 
@@ -44,38 +46,41 @@ def _events(c: Context, stage: int, memory: Memory) -> Iterator[tuple[int, int]]
     own = [c.chunks[i * plan.pp + stage] for i in range(plan.vpp)]
     parts = {(w, again): events_of(c, w, again) for w in WHERES for again in (False, True)}
     remade = _recomputed_blocks(c, own)
-    ids: dict[tuple[int, ...], int] = {}
-
-    def key(*what: int) -> int:
-        return ids.setdefault(what, len(ids))
-
-    for i, size in enumerate((memory.parameters, memory.gradients, memory.optimizer, memory.gathered)):
+    ids = count()
+    for size in (memory.parameters, memory.gradients, memory.optimizer, memory.gathered):
         if size:
-            yield key(-1, i), size
-    micro = min(plan.micro_batches, 2 * plan.pp * plan.vpp + 2) if plan.vpp == 1 else plan.micro_batches
-    live: dict[tuple[int, ...], int] = {}
-    for turn in range(STEPS):
-        for step in order(stage, plan.pp, plan.vpp, micro, plan.schedule == "gpipe"):
+            yield next(ids), size
+    live: dict[tuple[int, int, Where, int], dict[int, tuple[int, int]]] = {}  # of a part's run: storage -> id, bytes
+    for _ in range(STEPS):
+        for step in order(stage, plan.pp, plan.vpp, _replayed_micro_batches(plan), plan.schedule == "gpipe"):
             runs: list[tuple[Where, int]] = [(w, i) for w, n in own[step.chunk].parts for i in range(n)]
-            passing: list[tuple[int, ...]] = []
+            passing: list[tuple[int, int]] = []
             for w, i in reversed(runs) if step.backward else runs:
                 part = parts[w, (step.chunk, w, i) in remade]
-                name = (turn, step.chunk, step.micro, WHERES.index(w), i)
-                for old in passing:
-                    yield key(*old), -live.pop(old)
-                passing = []
+                mine = live.setdefault((step.chunk, step.micro, w, i), {})
+                for name, size in passing:
+                    yield name, -size
                 for births, deaths in part.backward if step.backward else part.forward:
                     for s, size in births:
-                        if size and (*name, s) not in live:
-                            live[*name, s] = size
-                            yield key(*name, s), size
+                        if size and s not in mine:
+                            mine[s] = next(ids), size
+                            yield mine[s]
                     for s in deaths:
-                        if (*name, s) in live:
-                            yield key(*name, s), -live.pop((*name, s))
-                for old in [k for k in live if k[:5] == name and (step.backward or k[5] not in part.kept)]:
-                    passing.append(old)
-            for old in passing:
-                yield key(*old), -live.pop(old)
+                        if s in mine:
+                            name, size = mine.pop(s)
+                            yield name, -size
+                passing = [mine.pop(s) for s in list(mine) if step.backward or s not in part.kept]
+            for name, size in passing:
+                yield name, -size
+
+
+def _replayed_micro_batches(plan: ParallelPlan) -> int:
+    """So many of a step's micro-batches that its schedule repeats itself at least once: those that follow find the same
+    memory (peaks of all 50 published interleaved plans are those of the whole step, to the byte)."""
+    if plan.schedule == "gpipe":
+        return plan.micro_batches
+    enough = 2 * plan.pp + 2 if plan.vpp == 1 else 3 * plan.pp + plan.micro_batches % plan.pp
+    return min(plan.micro_batches, enough)
 
 
 def _recomputed_blocks(c: Context, own: list[Chunk]) -> set[tuple[int, Where, int]]:

@@ -26,13 +26,16 @@ def fsdp_step(c: Context, lane: Lane) -> None:
     root = elements["first"] + elements["last"]
     own = 2 if plan.precision in SIXTEEN else 4
     reduced = c.software.reduce_bytes if plan.precision in SIXTEEN else 4
-    before = dict(c.tally.seconds)
-    gather = {w: _message(c, "all_gather", w, own) for w, n in elements.items() if n}
-    scatter = {w: _message(c, "reduce_scatter", w, reduced) for w, n in elements.items() if n}
-    whole = (c.message("all_gather", root * own, "dp"), c.message("reduce_scatter", root * reduced, "dp"))
-    c.tally.seconds = before
-    out = {w: _copied(c, n * own, n * own) for w, n in elements.items()}
-    into = {w: _copied(c, n * own, n * reduced) for w, n in elements.items()}
+    micro = plan.micro_batches
+    times = {w: micro * n for w, n in c.chunks[0].parts}
+    gather = {w: _message(c, "all_gather", w, own, 2 * times[w]) for w in dict.fromkeys(blocks)}
+    scatter = {w: _message(c, "reduce_scatter", w, reduced, times[w]) for w in gather}
+    whole = (
+        c.message("all_gather", root * own, "dp", times=micro),
+        c.message("reduce_scatter", root * reduced, "dp", times=micro),
+    )
+    out = {w: _copied(c, elements[w] * own, elements[w] * own, n * (2 if w in gather else 1)) for w, n in times.items()}
+    into = {w: _copied(c, elements[w] * own, elements[w] * reduced, n) for w, n in times.items()}
     first, last = c.parts.by_where["first"], c.parts.by_where["last"]
     slowed = {b: _lost(c, gather, own, "all_gather", b) for b in (False, True)}
     scattering = _lost(c, scatter, reduced, "reduce_scatter", True)
@@ -51,22 +54,19 @@ def fsdp_step(c: Context, lane: Lane) -> None:
         lane.run("B first", "backward", first.backward.run)
         lane.busy("copy in root", "copy", into["first"] + into["last"])
         reduces.append(lane.message("scatter root", "reduce_scatter", whole[1], [lane.free]))
-    for where in blocks:
-        c.tally.add("dp all_gather", 2 * gather[where] * plan.micro_batches, "roofline", 0.0)
-        c.tally.add("dp reduce_scatter", scatter[where] * plan.micro_batches, "roofline", 0.0)
-        c.tally.add("fsdp copies", (2 * out[where] + into[where]) * plan.micro_batches, "roofline", 0.0)
     dense, experts = (sum(held) for held in zip(*(c.elements(chunk) for chunk in c.chunks)))
     optimizer(c, lane, dense, reduces[-len(blocks) - 1 :], experts)
 
 
-def _message(c: Context, kind: str, where: Where, element: int) -> float:
-    """Seconds of gathering or scattering a unit; expert-parallel experts are a message of their own, among the ranks
-    that have the same ones."""
+def _message(c: Context, kind: str, where: Where, element: int, times: int) -> float:
+    """Seconds of gathering or scattering a unit, so many times a step; expert-parallel experts are a message of their
+    own, among the ranks that have the same ones."""
     part = c.parts.by_where[where]
     if c.plan.ep == 1:
-        return c.message(kind, part.elements * element, "dp")
-    apart = c.message(kind, part.experts * element, "edp") if part.experts and c.plan.expert_replicas > 1 else 0.0
-    return c.message(kind, (part.elements - part.experts) * element, "dp") + apart
+        return c.message(kind, part.elements * element, "dp", times=times)
+    shared = part.experts and c.plan.expert_replicas > 1
+    apart = c.message(kind, part.experts * element, "edp", times=times) if shared else 0.0
+    return c.message(kind, (part.elements - part.experts) * element, "dp", times=times) + apart
 
 
 def _lost(c: Context, seconds: dict[Where, float], element: int, kind: str, backward: bool) -> dict[Where, float]:
@@ -79,13 +79,15 @@ def _lost(c: Context, seconds: dict[Where, float], element: int, kind: str, back
     return found
 
 
-def _copied(c: Context, read: int, written: int) -> float:
-    """Seconds of one copy between parameters and buffer; 0 where they are views of each other."""
+def _copied(c: Context, read: int, written: int, times: int) -> float:
+    """Seconds of one of the step's copies between parameters and buffer; 0 where they are views of each other."""
     if not c.software.fsdp_copies or not read:
         return 0.0
     flat = ((read // 2,),)
     shape = OpShape("aten.copy_.default", "forward", flat, flat, "bfloat16", 0, read, written)
-    return price(c.cluster.device, shape).seconds
+    cost = price(c.cluster.device, shape)
+    c.tally.add("fsdp copies", cost.seconds * times, cost.source, cost.error)
+    return cost.seconds
 
 
 def _passes(

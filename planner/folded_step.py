@@ -31,7 +31,7 @@ GROUPS_OF_BLOCKS = 8  # a pass whose gradients are reduced beside it is cut into
 
 @dataclass(slots=True)
 class Tally:
-    """Device seconds by what they are, by source of the price, and seconds of error by law; of the fullest stage."""
+    """Device seconds by what they are, by source of the price, and seconds of error by law; of one stage."""
 
     seconds: dict[str, float] = field(default_factory=dict)
     sources: dict[str, float] = field(default_factory=dict)
@@ -51,8 +51,8 @@ class Tally:
 
 @dataclass(slots=True)
 class Context:
-    """What every part of a step's program is made from. stages: each stage's own, where they recompute different
-    shares; all of them tell one tally."""
+    """What every part of a step's program is made from. stages: each stage's own of a pipeline, with a tally of its
+    own; they may recompute different shares."""
 
     parts: Parts
     plan: ParallelPlan
@@ -66,10 +66,11 @@ class Context:
     def at(self, stage: int) -> Context:
         return self.stages[stage] if self.stages else self
 
-    def message(self, kind: str, size: float, axis: str, stage: int = 0) -> float:
+    def message(self, kind: str, size: float, axis: str, stage: int = 0, times: int = 1) -> float:
+        """Seconds of a message, which the step sends so many times."""
         groups = Groups(self.plan, stage)
         cost = collective_price(self.cluster, kind, size, groups.ranks(axis), firsts=groups.likes(axis))
-        self.tally.add(f"{axis} {kind}", cost.seconds, cost.source, cost.error)
+        self.tally.add(f"{axis} {kind}", cost.seconds * times, cost.source, cost.error)
         return cost.seconds
 
     def lost(self, kind: str, size: float, axis: str, seconds: float, chunk: Chunk, backward: bool) -> float:
@@ -154,7 +155,7 @@ def program_of(context: Context) -> Program:
     if plan.data_parallel == "fsdp" and plan.dp * plan.cp > 1:
         from planner.folded_fsdp import fsdp_step
 
-        fsdp_step(context, lanes[0])
+        fsdp_step(context.at(0), lanes[0])
         return tasks.build()
     for _ in _stages_in_turn(context, lanes):
         pass
@@ -194,7 +195,7 @@ class _StageRunner:
         self.reduces: list[int] = []
         self.replicas = plan.dp * plan.cp
         self.overlapped = self.replicas > 1 and context.software.dp_overlap
-        for chunk in self.own if lane.stage == 0 else ():
+        for chunk in self.own:
             context.count_pass(chunk, plan.micro_batches)
         self.send = self._send_seconds()
 

@@ -124,7 +124,7 @@ class _Whole:
 def predict_whole(
     graph: OpGraph, plan: ParallelPlan, cluster: Cluster, software: Software, sharing: Sharing = Sharing()
 ) -> FoldedPrediction:
-    """Predicts one step of `graph`, which is at the plan's micro-batch."""
+    """Predicts one step of `graph`, which is at the plan's micro-batch; `device` is of the first stage."""
     kernels = Kernels(local_step(graph, plan, 1, 0, False), software)
     cluster = synchronous(in_precision(cluster, plan.precision), plan.world_size)
     whole = _Whole(graph, plan, cluster, software, sharing, kernels)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import re
 from math import ceil, gcd
+from pathlib import Path
 
 from costmodels.cluster import Cluster, Fabric, Link, machine_tables
-from costmodels.device import Device, on_machine
+from costmodels.device import Device, load_device, on_machine
 from costmodels.names import device_named
 from validation.cases import Case, CaseError
+from validation.cases_device import device_file, this_machine
 from validation.link_words import LINKS, about_network, cube_mesh, divided, network_named, nics_of, of_a_node
 
 GB = 1e9
@@ -25,14 +27,17 @@ PCIE = {"1": 4e9, "2": 8e9, "3": 15.75e9, "4": 31.5e9, "5": 63e9, "6": 126e9}  #
 PCIE_SHARED = 0.5  # share of its PCIe rate that a device reaches while its neighbours use the same switch: ASSUMPTION
 
 
-def cluster_of(case: Case, devices: dict[str, Device]) -> Cluster:
+def cluster_of(case: Case, devices: dict[str, Device], folder: Path = Path()) -> Cluster:
     """Nodes, device and links of a row; each device has an equal share of its node's network. `devices` are those met
-    before, which remember prices."""
+    before, which remember prices; `folder`: where device files lie."""
     name, machine = case.text("gpu"), MACHINES.get(case.text("set"), "")
     key = f"{name} {machine}"
     try:
+        if name.lower() == "local":
+            return this_machine(case.whole("num_gpus", least=1))
         if key not in devices:
-            found = published_device(name)
+            file = device_file(name, folder)
+            found = load_device(file) if file else published_device(name)
             devices[key] = on_machine(found, machine) if machine else found
         device = devices[key]
     except ValueError as error:
@@ -51,6 +56,7 @@ def cluster_of(case: Case, devices: dict[str, Device]) -> Cluster:
     read = f"; nothing was read from {between!r}" if told else ""
     notes = (f"network between nodes assumed: {inter.bandwidth / GB:.3g} GB/s a device{read}",) if assumed else ()
     fabric = _fabric(device, intra, inside)
+    notes = () if fabric == "torus" else notes  # its links join all chips
     wires = cube_mesh(inside, device.name) if fabric == "cube-mesh" else ()
     dims = _grid(count, 3 if "3D" in device.link else 2) if fabric == "torus" else ()
     if fabric == "torus" and count % per_node:

@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+import re
+
 from costmodels.device import Device
 from costmodels.ops import peak_of
+from costmodels.relatives import section_for
 from costmodels.rounding import rounded_families
 from validation.cases import Case
-from validation.cases_transformer import family_of, is_replaced_by_zero1, kv_heads_of, precision_of, replicas_of
+from validation.cases_software import is_per_op
+from validation.cases_transformer import (
+    family_of,
+    fused_attention,
+    is_replaced_by_zero1,
+    kv_heads_of,
+    precision_of,
+    replicas_of,
+)
 
 TYPES = {"fp32": "float32", "tf32": "tf32", "fp16": "float16", "bf16": "bfloat16", "fp8": "float8_e4m3fn"}
 # Whose rate `peak_of` takes where a type is not listed, the likeliest first: several may be equally fast.
-FALLBACKS = {"float8_e4m3fn": ("bfloat16", "float16", "float32")}
-OTHERS = ("float32", "bfloat16", "float16", "float8_e4m3fn")
+LIKELIEST = ("float32", "bfloat16", "float16", "float8_e4m3fn")
+NO_OFFLOAD = re.compile(r"\b(no|not|without)\b[^.;,]*offload|offload\w*[ :=]+(off|none|no|false|disabled)\b")
 
 
 def notes_of(case: Case, device: Device) -> tuple[str, ...]:
@@ -33,12 +44,43 @@ def notes_of(case: Case, device: Device) -> tuple[str, ...]:
             f"{stated} kv_heads are replicated to {built_heads}, one for each tensor-parallel rank: weights, gradients "
             "and optimizer state of the projections of keys and values grow by that"
         )
-    return (*notes, *_missing_types(precision_of(case), device))
+    return (*notes, *_left_out(case), *_missing_types(precision_of(case), device))
+
+
+def _left_out(case: Case) -> list[str]:
+    """What the row's program does otherwise than predicted, and what a word was taken for."""
+    found = []
+    said = f"{case.text('software')}; {case.text('notes')}".lower()
+    if case.word("recompute") == "selective" and "per-op" not in said and "whole layers" not in said:
+        if is_per_op(case):
+            found.append(
+                "selective recomputation is taken as torchtitan's per-op policy, which keeps attention and every "
+                "second product; notes that say 'whole layers' stand for every second layer"
+            )
+        elif fused_attention(case):
+            found.append(
+                "selective recomputation is taken as Megatron's, of attention's core alone: with a fused kernel that "
+                "takes time and hardly saves memory"
+            )
+    vpp, pp = case.degree("vpp"), case.degree("pp")
+    micro = case.whole("global_batch") // (replicas_of(case) * case.whole("micro_batch"))
+    if vpp > 1 and micro % pp:
+        found.append(
+            f"{micro} micro-batches are no multiple of pp = {pp}: Megatron refuses that for interleaved stages; the "
+            "last ones are predicted as a smaller round"
+        )
+    if "offload" in said and not NO_OFFLOAD.search(said):
+        found.append(
+            "offload is not predicted: everything stays on the device; parplan simulate predicts plans with offload"
+        )
+    return found
 
 
 def notes_of_pictures(case: Case, precision: str, device: Device) -> tuple[str, ...]:
     """The notes of a CNN's row that was predicted in this precision."""
-    notes = _missing_types(precision, device)
+    notes = []
+    if (dtype := TYPES[precision]) not in device.peak_flops:
+        notes.append(f"{device.name} has no {dtype}: convolutions and products reach {_taken(device, dtype)} at most")
     if not case.stated("precision"):
         notes.append(f"precision is not stated and taken as {precision}")
     if precision == "fp32" and rounded_families(device, precision):
@@ -47,21 +89,23 @@ def notes_of_pictures(case: Case, precision: str, device: Device) -> tuple[str, 
 
 
 def _missing_types(precision: str, device: Device) -> list[str]:
-    wanted = [(TYPES[precision], "products")]
-    if precision == "fp8" and "bfloat16" not in device.peak_flops:  # only products with weights are in float8
-        wanted = [("float8_e4m3fn", "products with weights"), ("bfloat16", "other products")]
-    return [
-        f"{device.name} has no {dtype.partition('_')[0]}: {what} run at {_taken(device, dtype)}'s rate"
-        for dtype, what in wanted
-        if dtype not in device.peak_flops
-    ]
+    """What a transformer's products run in, or are priced as, where a device lacks their type."""
+    dtype = TYPES[precision]
+    if dtype in device.peak_flops:
+        return []
+    lacks = f"{device.name} has no {dtype.partition('_')[0]}: products"
+    if precision == "fp8":
+        return [f"{lacks} run in bfloat16", *_missing_types("bf16", device)]
+    lender = section_for(device, "gemm", dtype) if precision != "tf32" else None
+    if lender is None or lender.own:
+        return [f"{lacks} run at {_taken(device, dtype)}"]
+    of = f" of {lender.device}" if lender.device else ""
+    kernels = f"{lender.dtype.partition('_')[0]} kernels{of}"
+    return [f"{lacks} are priced as {kernels} that reach {_taken(device, dtype)} at most"]
 
 
 def _taken(device: Device, dtype: str) -> str:
+    """Whose rate `peak_of` takes; the number where it is no listed one."""
     rate = peak_of(device, dtype)
-    names = [*FALLBACKS.get(dtype, OTHERS), *device.peak_flops]
-    for name in names:
-        if device.peak_flops.get(name) == rate:
-            return name.partition("_")[0]
-    narrow = next(name for name in ("float32", "bfloat16", *device.peak_flops) if name in device.peak_flops)
-    return f"1/{device.peak_flops[narrow] / rate:.0f} of {narrow}"
+    names = [name for name in (*LIKELIEST, *device.peak_flops) if device.peak_flops.get(name) == rate]
+    return f"{names[0].partition('_')[0]}'s rate" if names else f"{rate / 1e12:.3g} TFLOP/s"

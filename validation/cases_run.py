@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from math import inf
+from pathlib import Path
 from typing import Any
 
 from validation.cases import Case, CaseError
@@ -16,7 +17,8 @@ Progress = Callable[[str, float], None]
 @dataclass(frozen=True, slots=True)
 class Outcome:
     """Seconds and bytes; None where nothing was predicted or measured. interval: nine in ten steps should lie inside.
-    parts: device seconds of the first stage by kind of work. reason: why nothing was predicted, empty otherwise."""
+    reserved_bytes: what torch's caching allocator takes of a GPU. parts: device seconds by kind of work of the busiest
+    stage (of a CNN: the first). reason: why nothing was predicted, empty otherwise."""
 
     case: Case
     predicted_seconds: float | None = None
@@ -70,9 +72,10 @@ def _error(predicted: float | None, measured: float | None) -> float | None:
     return predicted / measured - 1 if predicted is not None and measured else None
 
 
-def run_cases(cases: Sequence[Case], progress: Progress) -> list[Outcome]:
-    """All rows, in their order; rows of one model share its trace, equal rows their prediction."""
-    runner = _Runner()
+def run_cases(cases: Sequence[Case], progress: Progress, folder: Path = Path()) -> list[Outcome]:
+    """All rows, in their order; rows of one model share its trace, equal rows their prediction. folder: where device
+    files that rows name may lie."""
+    runner = _Runner(folder)
     outcomes = []
     for i, case in enumerate(cases):
         progress(f"predicting {case.set}", i / len(cases))
@@ -81,9 +84,10 @@ def run_cases(cases: Sequence[Case], progress: Progress) -> list[Outcome]:
 
 
 class _Runner:
-    def __init__(self) -> None:
+    def __init__(self, folder: Path) -> None:
         from validation import cases_transformer, cases_vision
 
+        self.folder = folder
         self.traces = cases_transformer.Traces()
         self.pictures = cases_vision.Traces()
         self.clusters: dict[tuple[str, ...], Any] = {}
@@ -106,7 +110,7 @@ class _Runner:
         names = ("gpu", "num_gpus", "gpus_per_node", "intra_node", "inter_node", "interconnect")
         key = (MACHINES.get(case.text("set"), ""), *(case.text(name) for name in names))
         if key not in self.clusters:
-            self.clusters[key] = cluster_of(case, self.devices)
+            self.clusters[key] = cluster_of(case, self.devices, self.folder)
         return self.clusters[key]
 
     def _transformer(self, case: Case) -> Outcome:
@@ -119,10 +123,9 @@ class _Runner:
         plan = plan_of(case, software)
         cluster = self.cluster(case)
         model = model_of(case, software, self.traces)
-        replay = any(case.text(f"peak_mem_{kind}_gib") for kind in ("alloc", "reserved"))
-        key = (id(model.graph), model.layers, plan, software, id(cluster), replay)
+        key = (id(model.graph), model.layers, plan, software, id(cluster))
         if key not in self.known:
-            p = predict_folded(model, plan, cluster, software, replay)
+            p = predict_folded(model, plan, cluster, software, replay=cluster.device.kind == "gpu")
             self.known[key] = Outcome(
                 case, p.step_seconds, p.interval, p.allocated_bytes, p.reserved_bytes or None,
                 p.device, p.shares, plan.label, software.name, cluster.notes,
@@ -151,8 +154,12 @@ class _Runner:
 
 def _fitting(found: Outcome, cluster: Any) -> Outcome:
     """With a note where the prediction needs more memory than a device has."""
-    needs, holds = (found.reserved_bytes or found.allocated_bytes or 0) / GIB, cluster.device.memory_bytes / GIB
+    allocated, holds = (found.allocated_bytes or 0) / GIB, cluster.device.memory_bytes / GIB
+    if cluster.node_memory:  # which the cores share
+        holds = cluster.node_memory / GIB / found.case.whole("num_gpus")
+    needs = (found.reserved_bytes or 0) / GIB or allocated
     if needs <= holds:
         return found
-    note = f"does not fit by this prediction: {needs:.1f} GiB on a device of {holds:.1f} GiB"
+    both = f"{needs:.1f} GiB reserved, {allocated:.1f} allocated," if found.reserved_bytes else f"{needs:.1f} GiB"
+    note = f"does not fit by this prediction: {both} on a device of {holds:.1f} GiB"
     return replace(found, notes=(*found.notes, note))

@@ -65,7 +65,7 @@ def software_of(case: Case) -> Software:
     """The trainer of a row; one that is not known is taken as Megatron-Core where it is tensor-parallel, else torch."""
     name, notes = case.text("software").lower(), case.text("notes").lower()
     found = _named(case, name)
-    if "per-op" in notes:
+    if is_per_op(case):
         found = replace(found, recompute_matmuls=PER_OP_MATMULS)
     if found.name == "torchtitan" and "fsdp2 1d eager" in notes:
         found = replace(found, fused_norms=True)
@@ -94,6 +94,14 @@ def software_of(case: Case) -> Software:
     if case.number("vocab") == 0:  # a layer alone, not a training step
         found = replace(found, optimizer="none", host=replace(found.host, step=0.0))
     return found
+
+
+def is_per_op(case: Case) -> bool:
+    """Whether selective recomputation is torchtitan's policy by operators: as the notes say, or where torchtitan runs
+    and they name no layers (`selective_ac_option = 'op'` in its train_configs for Llama 3 of 8B)."""
+    notes = case.text("notes").lower()
+    named = case.word("recompute") == "selective" and "torchtitan" in case.text("software").lower()
+    return "per-op" in notes or (named and "whole layers" not in notes)
 
 
 def _operators(case: Case) -> tuple[list[int], list[int]] | None:

@@ -12,6 +12,7 @@ from planner.folded_pieces import TRACED_BLOCKS
 from planner.plan import DataParallel, ParallelPlan, Sharding
 from planner.software import Software
 from validation.cases import Case, CaseError
+from validation.cases_software import is_per_op
 
 BLOCK_MODULES_SELECTIVE = ("attn.core",)
 # Per-operator policy of torchtitan: every second product and attention are kept, all else is made again.
@@ -311,5 +312,5 @@ def _recompute(case: Case) -> tuple[str, ...]:
         return tuple(f"blocks.{i}" for i in range(TRACED_BLOCKS))
     if kind != "selective":
         raise CaseError(f"recompute is {case.text('recompute')!r}; it must be none, full or selective")
-    names = PER_OP if "per-op" in notes else BLOCK_MODULES_SELECTIVE
+    names = PER_OP if is_per_op(case) else BLOCK_MODULES_SELECTIVE
     return tuple(f"blocks.{i}.{name}" for i in range(TRACED_BLOCKS) for name in names)

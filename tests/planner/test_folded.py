@@ -14,6 +14,7 @@ from costmodels.contention import overlapped, waited
 from costmodels.device import load_device
 from costmodels.ops import price_many, shape_of
 from costmodels.overlap import beside, slowdowns
+from costmodels.variability import synchronous
 from opgraph.batch import trace_workload
 from opgraph.graph import OpGraph
 from opgraph.zoo.transformer import Experts, Shape, workload
@@ -259,8 +260,33 @@ def test_a_rank_updates_all_its_experts_that_no_other_rank_has() -> None:
         memory = memory_of(context, 0)
         assert memory.optimizer == 12 * (dense / 4 + experts / chosen.expert_replicas)
         program_of(context)
-        sizes.append(context.tally.seconds["optimizer"])
+        sizes.append(context.at(0).tally.seconds["optimizer"])
     assert sizes[1] == pytest.approx(sizes[0], rel=0.05)  # a quarter of the experts, of which each rank has its own
+
+
+@pytest.mark.parametrize(("cut", "busiest"), [("blocks.2", 1), ("blocks.7", 0)])
+def test_parts_are_those_of_the_stage_that_is_busiest(cut: str, busiest: int) -> None:
+    """Its kernels, its messages and its optimizer, of 8 blocks and the parts around them."""
+    chosen = plan(pp=2, dp=2, cuts=(cut,))
+    found = predict_folded(model(), chosen, cluster(), FAST_HOST).device
+    context = folded_context(model(), chosen, synchronous(cluster(), 4), FAST_HOST)
+    program_of(context)
+    mine, other = (context.at(s).tally.seconds for s in (busiest, 1 - busiest))
+    assert found == mine
+    for part in ("gemm", "optimizer", "dp all_reduce"):
+        assert mine[part] > 1.3 * other[part]
+    whole = predict_folded(model(), plan(dp=2), cluster(), FAST_HOST).device
+    assert max(mine[p] / whole[p] for p in ("gemm", "optimizer", "dp all_reduce")) < 1
+
+
+def test_messages_of_fsdp_are_counted_with_the_error_of_their_price() -> None:
+    found = folded_context(model(), plan(dp=4, data_parallel="fsdp"), cluster(), FAST_HOST)
+    program = program_of(found)
+    tally = found.at(0).tally
+    for kind in ("all_gather", "reduce_scatter"):
+        sent = sum(t for i, t in enumerate(program.duration) if program.categories[program.category[i]] == kind)
+        assert tally.seconds[f"dp {kind}"] == pytest.approx(sent)
+        assert tally.errors[f"dp {kind}"] > 0.01 * sent
 
 
 def test_plans_of_the_first_schema_are_still_read() -> None:

@@ -272,7 +272,8 @@ def test_a_step_that_would_not_fit_is_predicted_with_a_note() -> None:
     fits, exceeds = run_cases([row(), large], lambda what, share: None)
     assert fits.notes == () and exceeds.predicted_seconds is not None
     (note,) = exceeds.notes
-    assert note.startswith("does not fit by this prediction: ") and note.endswith(" GiB on a device of 80.0 GiB")
+    assert note.startswith("does not fit by this prediction: ")
+    assert "GiB reserved" in note and note.endswith(" allocated, on a device of 80.0 GiB")
 
 
 def test_a_step_whose_loss_keeps_the_logits_once_fits() -> None:
@@ -292,7 +293,8 @@ def test_a_step_whose_loss_keeps_the_logits_once_fits() -> None:
         for s in (replace(software, loss="traced", fused_loss=False), software)
     )
     logits = 24 * 2048 * 50368
-    assert fused == found.allocated_bytes < cluster.device.memory_bytes < eager
+    assert found.allocated_bytes == pytest.approx(fused, rel=1e-4)  # a few small blocks are rounded up
+    assert fused < cluster.device.memory_bytes < eager
     assert eager - fused == pytest.approx(8 * logits, rel=0.01)  # 12 bytes a logit before, 4 after
 
 
@@ -550,16 +552,18 @@ def test_a_row_says_that_fsdp_in_a_pipeline_is_predicted_as_zero1() -> None:
 @pytest.mark.parametrize(
     ("gpu", "precision", "said"),
     [
-        ("A100 SXM4 80GB", "fp8", ["A100 SXM4 80GB has no float8: products run at bfloat16's rate"]),
+        ("A100 SXM4 80GB", "fp8", ["A100 SXM4 80GB has no float8: products run in bfloat16"]),
         ("A100 SXM4 80GB", "bf16", []),
         ("H100 SXM5 80GB", "fp8", []),
-        ("T4", "bf16", ["Tesla T4 has no bfloat16: products run at float32's rate"]),
+        ("T4", "bf16", ["Tesla T4 has no bfloat16: products are priced as bfloat16 kernels of A100 SXM4 80GB "
+                         "that reach float32's rate at most"]),
         ("T4", "fp16", []),
         ("Tesla P100 SXM2 16GB", "tf32", ["Tesla P100 SXM2 16GB has no tf32: products run at float32's rate"]),
         ("TPU v4", "fp32", ["TPU v4 (chip) has no float32: products run at 1/6 of bfloat16's rate"]),
         ("Tesla V100 SXM2 16GB", "fp8", [
-            "Tesla V100 SXM2 16GB has no float8: products with weights run at float16's rate",
-            "Tesla V100 SXM2 16GB has no bfloat16: other products run at float32's rate",
+            "Tesla V100 SXM2 16GB has no float8: products run in bfloat16",
+            "Tesla V100 SXM2 16GB has no bfloat16: products are priced as bfloat16 kernels of A100 SXM4 80GB that "
+            "reach float32's rate at most",
         ]),
     ],
 )  # fmt: skip
