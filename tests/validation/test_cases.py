@@ -559,7 +559,7 @@ def test_a_row_says_that_fsdp_in_a_pipeline_is_predicted_as_zero1() -> None:
                          "that reach float32's rate at most"]),
         ("T4", "fp16", []),
         ("Tesla P100 SXM2 16GB", "tf32", ["Tesla P100 SXM2 16GB has no tf32: products run at float32's rate"]),
-        ("TPU v4", "fp32", ["TPU v4 (chip) has no float32: products run at 1/6 of bfloat16's rate"]),
+        ("TPU v4", "fp32", ["TPU v4 (chip) has no float32: products run at 45.8 TFLOP/s"]),
         ("Tesla V100 SXM2 16GB", "fp8", [
             "Tesla V100 SXM2 16GB has no float8: products run in bfloat16",
             "Tesla V100 SXM2 16GB has no bfloat16: products are priced as bfloat16 kernels of A100 SXM4 80GB that "

@@ -72,6 +72,6 @@ def test_the_price_of_a_missing_type_is_what_the_note_says() -> None:
 def test_rates_that_no_type_of_the_device_has_are_said_in_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     device = device_named("T4")
     said = "Tesla T4 has no bfloat16: convolutions and products reach"
-    assert notes_of_pictures("bf16", device) == (f"{said} float32's rate at most",)
+    assert notes_of_pictures(row(precision="bf16"), "bf16", device) == (f"{said} float32's rate at most",)
     monkeypatch.setattr(cases_notes, "peak_of", lambda device, dtype: 5e12)
-    assert notes_of_pictures("bf16", device) == (f"{said} 5 TFLOP/s at most",)
+    assert notes_of_pictures(row(precision="bf16"), "bf16", device) == (f"{said} 5 TFLOP/s at most",)
