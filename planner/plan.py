@@ -57,8 +57,8 @@ class ParallelPlan:
         as torch does it.
     vpp: model chunks per pipeline stage (interleaved 1F1B). sequence_parallel: what tensor parallelism leaves whole
         is split along the sequence (Korthikanti 2022). cp: ranks that share the sequence of a sample. ep: ranks,
-        within dp, that share the experts. These and 16-bit training without autocast are predicted by
-        `planner.folded`, not executed yet.
+        within dp, that share the experts; each expert is split over tp (`etp`). These and 16-bit training without
+        autocast are predicted by `planner.folded`, not executed yet.
     """
 
     global_batch: int
@@ -151,9 +151,14 @@ class ParallelPlan:
         return self.pp * self.dp * self.cp * self.tp
 
     @property
+    def etp(self) -> int:
+        """Tensor-parallel ranks that split each expert."""
+        return expert_parts(self.dp * self.cp, self.tp, self.ep)
+
+    @property
     def expert_replicas(self) -> int:
-        """Ranks that hold the same experts and share their gradients."""
-        return self.dp * self.cp * self.tp // self.ep
+        """Ranks that hold the same parts of the same experts and share their gradients."""
+        return self.dp * self.cp * self.tp // (self.ep * self.etp)
 
     @property
     def micro_batch(self) -> int:
@@ -234,6 +239,13 @@ class ParallelPlan:
 
     def save(self, path: str | Path) -> None:
         Path(path).write_text(json.dumps(self.to_dict(), indent=2) + "\n")
+
+
+def expert_parts(replicas: int, tp: int, ep: int) -> int:
+    """Ranks that split each expert: those of tp, as Megatron-Core's `expert_tensor_parallel_size` has it by default
+    (megatron/core/model_parallel_config.py), and none where ep spans tp, too: it does not divide the `replicas` (dp x
+    cp) of the model alone."""
+    return 1 if replicas % ep else tp
 
 
 def plan_from_dict(data: dict[str, Any]) -> ParallelPlan:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from costmodels.device import Device
 from costmodels.ops import peak_of
 from costmodels.rounding import rounded_families
+from planner.plan import expert_parts
 from validation.cases import Case
 from validation.cases_transformer import family_of, is_replaced_by_zero1, kv_heads_of, precision_of
 
@@ -29,7 +30,26 @@ def notes_of(case: Case, device: Device) -> tuple[str, ...]:
             f"{stated} kv_heads are replicated to {built_heads}, one for each tensor-parallel rank: weights, gradients "
             "and optimizer state of the projections of keys and values grow by that"
         )
-    return (*notes, *_missing_types(precision_of(case), device))
+    return (*notes, *_notes_of_experts(case), *_missing_types(precision_of(case), device))
+
+
+def _notes_of_experts(case: Case) -> list[str]:
+    dp, cp, tp, ep = (case.degree(axis) for axis in ("dp", "cp", "tp", "ep"))
+    if not case.whole("moe_experts", 0):
+        return []
+    notes, split = [], expert_parts(dp * cp, tp, ep)
+    if tp > 1:
+        said = f"split over tp = {tp}, as Megatron's default (expert_tensor_parallel_size)" if split > 1 else (
+            f"not split over tp = {tp}: ep = {ep} does not divide dp x cp, so that it spans tp"
+        )  # fmt: skip
+        notes.append(f"experts are {said}")
+    if ep * split > (case.whole("gpus_per_node", 8) or 8):
+        notes.append(
+            f"ep = {ep} spans nodes: all moe_topk copies of each token are taken to cross the network in the "
+            "activations' dtype; routing that is limited to a few nodes, with one copy each, or dispatch in fp8 "
+            "(DeepSeek-V3's own system) sends less"
+        )
+    return notes
 
 
 def notes_of_pictures(precision: str, device: Device) -> tuple[str, ...]:
