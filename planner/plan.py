@@ -271,8 +271,8 @@ def check_executable(plan: ParallelPlan) -> None:
     check_lowerable(plan)
     if plan.precision == "fp8":
         raise ValueError(
-            "a plan in fp8 is predicted only: torch has no 8-bit products with scales on CPUs, and autocast knows none "
-            "on GPUs; execute it in bf16"
+            "a plan in fp8 is predicted only: torch's autocast knows no 8-bit products, which need other layers "
+            "(Transformer Engine, torchao); execute it in bf16"
         )
 
 
