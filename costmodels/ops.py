@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from math import prod
 from operator import le, mul
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ from costmodels.kernels import kernel_price, kernel_prices
 from costmodels.neighbours import Neighbours
 from costmodels.price import Price, Source
 from costmodels.signature import SCALAR, Signature
+from opgraph.eight_bits import EIGHT_BIT, MARK
 
 if TYPE_CHECKING:
     from opgraph.graph import Op, OpGraph
@@ -33,6 +35,8 @@ ASSUMED_EFFICIENCY = {
 }  # fmt: skip
 ASSUMED_OTHER = 0.60
 ROOFLINE_ERROR = 0.30  # mean error of a roofline with assumed shares: shared/facts/compute.md B1 (28-35 % on linears)
+EIGHT = ("fp8 cast", "fp8")  # variants of products in 8 bits: with and without the cast of their activations
+CAST = "aten._to_copy.default"
 PRODUCTS = frozenset({"mm", "addmm", "bmm", "baddbmm"})
 ARITHMETIC = frozenset({"add", "sub", "mul", "div", "maximum", "minimum"})
 SLOWED = COMPUTE - {"rnn", "rnn_backward"}
@@ -116,8 +120,9 @@ def variant_of(
 ) -> str:
     """What the arguments of an op say about its kernel that shapes do not: "tanh" of a gelu that approximates, the
     window of a pooling ("3x3"), "cast" of arithmetic on operands of several dtypes (`dtypes`: of those with dims), one
-    of which is converted first, "tn" of a product whose left factor is transposed in memory and whose right one is not
-    (`layouts`: of the operands). Laws of a CPU are fitted by variant where calibration saw it.
+    of which is converted first, "fp8" of a product in 8 bits (`opgraph.eight_bits`), "tn" of one whose left factor is
+    transposed in memory and whose right one is not (`layouts`: of the operands). Laws of a CPU are fitted by
+    variant where calibration saw it.
 
     >>> variant_of("aten.gelu.default", (), (("approximate", "tanh"),))
     'tanh'
@@ -128,6 +133,8 @@ def variant_of(
     """
     base = base_name(name)
     if base in PRODUCTS:
+        if mark := dict(kwargs).get(MARK):
+            return EIGHT[mark == "found"]
         return "".join("nt"[strides[-1] != 1 != shape[-1]] for shape, strides in layouts if len(shape) > 1)
     if base in ARITHMETIC:
         return "cast" if len(set(dtypes)) > 1 else ""
@@ -161,6 +168,9 @@ def price(device: Device, shape: OpShape) -> Price:
     found: Price | None = device.cache.get(shape)
     if found is not None:
         return found
+    if shape.variant in EIGHT:
+        device.cache[shape] = found = _in_eight_bits(device, shape)
+        return found
     if device.laws:
         found = _measured_here(device, shape)
     elif device.in_tf32:
@@ -173,6 +183,21 @@ def price(device: Device, shape: OpShape) -> Price:
 def _by_law(device: Device, shape: OpShape) -> Price:
     """The price of an op on an accelerator, in the format that it has."""
     return _known(device, shape, None, "") or kernel_price(device, shape) or _roofline(device, shape)
+
+
+def _in_eight_bits(device: Device, shape: OpShape) -> Price:
+    """A product in 8 bits after the pass that casts its activations as they are and transposed, with the search for
+    their largest magnitude; one in 16 bits where the device has none of 8."""
+    plain = replace(shape, variant="")
+    if EIGHT_BIT not in device.peak_flops:
+        return price(device, plain)
+    product = price(device, replace(plain, dtype=EIGHT_BIT, bytes_read=shape.bytes_read // 2))
+    if shape.variant != EIGHT[0]:
+        return product
+    given = next(s for s in shape.in_shapes if len(s) >= 2)
+    size = prod(given)
+    cast = price(device, OpShape(CAST, shape.phase, (given,), (given,), shape.dtype, 0, 2 * size, 2 * size))
+    return replace(product, seconds=product.seconds + cast.seconds)
 
 
 def _formats(device: Device, shape: OpShape) -> tuple[OpShape, ...]:
@@ -203,6 +228,9 @@ def price_many(device: Device, shapes: Sequence[OpShape]) -> list[Price]:
         return [price(device, shape) for shape in shapes]
     first: dict[OpShape, OpShape] = {}
     ops = [first.setdefault(shape, shape) for shape in shapes]  # equal ones are one: identity spares comparing fields
+    for shape in first:
+        if shape.variant in EIGHT:
+            price(device, shape)
     unknown = {shape: _formats(device, shape) for shape in first if shape not in device.cache}
     runs = [run for formats in unknown.values() for run in formats]
     known = [_known(device, run, None, "") for run in runs]

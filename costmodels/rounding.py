@@ -29,7 +29,10 @@ def rounded_families(device: Device, precision: str) -> tuple[str, ...]:
 
 
 def in_precision(cluster: Cluster, precision: str) -> Cluster:
-    """The cluster whose devices price float32 operators as they run in a step of this precision."""
+    """The cluster whose devices price float32 operators as they run in a step of this precision. ValueError for fp8 on
+    CPUs."""
+    if precision == "fp8" and cluster.device.kind == "cpu":
+        raise ValueError(f"nothing tells the time of products in fp8 on the CPUs of {cluster.name}; use bf16")
     families = rounded_families(cluster.device, precision)
     if cluster.device.in_tf32 == families:
         return cluster

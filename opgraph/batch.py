@@ -183,9 +183,15 @@ def trace_workload(
     says so); the graph is the one that the whole model's trace gives, and models without such a list are traced whole.
     A model with recurrent layers is traced twice: as a CPU runs it, and as accelerators do (`OpGraph.run_by`);
     `accelerator` says that only the one (False) or the other (True) is wanted, as tracing many steps takes long.
+    precision: as of `trace`, or "fp8" (`opgraph.eight_bits`).
     """
     from opgraph.recurrent import has_recurrent, with_accelerated
 
+    if precision == "fp8":
+        from opgraph.eight_bits import in_eight_bits
+
+        traced = trace_workload(workload, precision="bf16", flops=flops, fold=fold, accelerator=accelerator)
+        return in_eight_bits(traced)
     recurrent = list[bool]()
     made = partial(_traced, workload, precision, flops, fold, lambda module: recurrent.append(has_recurrent(module)))
     if accelerator:

@@ -257,7 +257,7 @@ def is_light(op: str, tags: Sequence[Any]) -> bool:
     place does what the plain op does.
     """
     name = base_name(op)
-    lists = ("_foreach_", "_fused_adam", "_fused_sgd", "_fused_adagrad")
+    lists = ("_foreach_", "_amp_foreach_", "_fused_adam", "_fused_sgd", "_fused_adagrad")
     if _light_tags(tags) or name in LIGHT or name.startswith(lists):
         return True
     plain = name.removesuffix("_")

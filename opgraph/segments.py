@@ -16,7 +16,7 @@ from opgraph.graph import OpGraph, Ref
 BlockOf = Callable[[str], int | None]
 Renamed = Callable[[str, int], str]
 Source = tuple[list[int] | None, int]  # ids of one key in all blocks and the distance from the block; or (None, id)
-LISTS = ("aten._foreach_", "aten._fused_")
+LISTS = ("aten._amp_foreach_", "aten._foreach_", "aten._fused_")
 
 
 class UnfoldError(Exception):

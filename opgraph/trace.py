@@ -27,6 +27,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from opgraph.flops import Formula
 from opgraph.graph import OpGraph, Storage
 from opgraph.recurrent import has_recurrent, one_call, with_accelerated
+from opgraph.scaling import FIRST_SCALE, scaled, unscale
 from opgraph.tracer import LOSS as LOSS
 from opgraph.tracer import StepTracer, module_hooks, plain_path
 from opgraph.workload import adamw, mean_square
@@ -147,6 +148,8 @@ def _record(
                 value = loss(module(*inputs), *targets)
         if parameters:
             _check_loss(value)
+            if precision == "fp16":
+                value = scaled(value, FIRST_SCALE)
             tracer.part = "backward"
             value.backward()
         for name, p in module.named_parameters() if parameters else ():
@@ -156,6 +159,8 @@ def _record(
                 tracer.idle.append(plain_path(name))
         if optimizer:
             tracer.part = "optimizer"
+            if precision == "fp16":
+                unscale([p.grad for p in parameters if p.grad is not None], FIRST_SCALE)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
     del value

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from planner.plan import Precision
 
 Model = Annotated[
     str,
@@ -24,7 +27,9 @@ ClusterName = Annotated[
 GlobalBatch = Annotated[
     int, typer.Option("--global-batch", "-b", help="Samples per optimizer step.", show_default=False)
 ]
-PrecisionName = Annotated[str, typer.Option("--precision", help="fp32, tf32 (products, too), or bf16 (autocast).")]
+PrecisionName = Annotated[
+    str, typer.Option("--precision", help="fp32, tf32 (products, too), bf16, fp16 (with loss scaling) or fp8.")
+]
 Compile = Annotated[
     bool, typer.Option("--compile", help="Assume torch.compile: pointwise and reductions fused, no eager dispatch.")
 ]
@@ -33,13 +38,13 @@ PICTURES = (".png", ".pdf", ".svg")  # what --plot draws
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
 
 
-def precision_of(name: str) -> Literal["fp32", "tf32", "bf16"]:
+def precision_of(name: str) -> Precision:
     """ValueError for a precision that plans do not have."""
-    known: tuple[Literal["fp32", "tf32", "bf16"], ...] = ("fp32", "tf32", "bf16")
+    known: tuple[Precision, ...] = ("fp32", "tf32", "bf16", "fp16", "fp8")
     for precision in known:
         if name == precision:
             return precision
-    raise ValueError(f"--precision is {name}; give fp32, tf32 or bf16")
+    raise ValueError(f"--precision is {name}; give {', '.join(known[:-1])} or {known[-1]}")
 
 
 def positive(name: str, value: int | None) -> None:

@@ -18,7 +18,7 @@ WORDS: dict[str, dict[str, Any]] = {
     "ddp": {"data_parallel": "ddp"}, "zero1": {"data_parallel": "zero1"}, "zero2": {"data_parallel": "zero2"},
     "fsdp": {"data_parallel": "fsdp"}, "zero3": {"data_parallel": "fsdp"},
     "gpipe": {"schedule": "gpipe"}, "1f1b": {"schedule": "1f1b"}, "bf16": {"precision": "bf16"},
-    "tf32": {"precision": "tf32"},
+    "tf32": {"precision": "tf32"}, "fp16": {"precision": "fp16"}, "fp8": {"precision": "fp8"},
     "recompute": {"recompute": True}, "keep-products": {"recompute_keeps": ("products",)},
     "keep-attention": {"recompute_keeps": ("attention",)}, "offload": {"offload": ("parameters",)},
     "offload-optimizer": {"offload": ("optimizer",)}, "offload-activations": {"offload": ("activations",)},
@@ -26,7 +26,7 @@ WORDS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 LISTS = ("recompute_keeps", "offload")  # words of these add up
 SHARED_OUT = ("zero1", "zero2", "zero3", "fsdp")
-ALTERNATIVES = (("ddp", *SHARED_OUT), ("gpipe", "1f1b"), ("tf32", "bf16"))  # a plan is of one of each
+ALTERNATIVES = (("ddp", *SHARED_OUT), ("gpipe", "1f1b"), ("tf32", "bf16", "fp16", "fp8"))  # a plan is of one of each
 NUMBERS = {"dp": "dp", "tp": "tp", "pp": "pp", "mb": "micro_batches"}
 Finish = Callable[["Workload", "OpGraph", "Cluster"], "ParallelPlan"]
 
@@ -75,7 +75,8 @@ def parse(text: str) -> dict[str, Any]:
             raise ValueError(
                 f"'{word}' in plan '{text}' is no degree, and there is no such file; write for example dp2,tp2,mb4 "
                 "with any of dpN tpN ppN mbN ddp zero1 zero2 zero3 fsdp gpipe 1f1b recompute recomputeN keep-products "
-                "keep-attention offload offload-optimizer offload-activations tf32 bf16, or give a plan file"
+                "keep-attention offload offload-optimizer offload-activations tf32 bf16 fp16 fp8, or give a plan "
+                "file"
             )
     _check_words(words, text, fields)
     return fields

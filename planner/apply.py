@@ -19,8 +19,9 @@ from torch.utils._python_dispatch import _disable_current_modes
 from opgraph.workload import Workload
 from planner.apply_data import data_parallel
 from planner.apply_mesh import along, make_mesh
-from planner.apply_model import casting, check_paths, local_module, recompute, rounding, shard_tensor_parallel
+from planner.apply_model import AUTOCAST, casting, check_paths, local_module, recompute, rounding, shard_tensor_parallel
 from planner.apply_pipeline import make_schedule, tied_parameters
+from planner.apply_scaling import LossScaler, make_scaler
 from planner.plan import ParallelPlan, check_executable
 from planner.split import Split, StageModule, split
 
@@ -33,6 +34,7 @@ class Step:
     schedule: torch's pipeline schedule (None where pp == 1). tied: process groups with the parameters whose
     gradients are summed over them (weights that several pipeline stages share). names: parameter name in `model` ->
     its first name in the whole model. placements: of the tensor-parallel parameters that are kept as local tensors.
+    scaler: of the loss, in fp16.
     """
 
     plan: ParallelPlan
@@ -47,6 +49,7 @@ class Step:
     mesh: DeviceMesh | None
     names: dict[str, str]
     placements: dict[str, Any]
+    scaler: LossScaler | None = None
 
     def run(self, inputs: tuple[Any, ...], targets: tuple[Any, ...]) -> torch.Tensor | None:
         """Forward, backward, optimizer step and gradients set to None, on this dp rank's share of the global batch.
@@ -58,8 +61,9 @@ class Step:
         return loss
 
     def update(self) -> None:
-        """Optimizer step, then gradients to None."""
-        self.optimizer.step()
+        """Optimizer step (none where loss scaling has overflowed on any rank), then gradients to None."""
+        if self.scaler is None or self.scaler.unscale(self.model.parameters()):
+            self.optimizer.step()
         self.wrapped.zero_grad(set_to_none=True)
 
     def backward_only(self, inputs: tuple[Any, ...], targets: tuple[Any, ...]) -> torch.Tensor | None:
@@ -77,7 +81,7 @@ class Step:
         return loss
 
     def named_gradients(self) -> dict[str, torch.Tensor]:
-        """First name in the whole model -> full gradient: gathered over tp and fsdp shards, averaged over dp.
+        """First name in the whole model -> full gradient: gathered over tp and fsdp shards, averaged over dp, unscaled.
 
         A collective call: every rank of the plan must make it.
         """
@@ -88,7 +92,8 @@ class Step:
             grad = p.grad.detach()
             if name in self.placements:
                 grad = DTensor.from_local(grad, along(self.mesh, "tp"), self.placements[name], run_check=False)
-            full[self.names[name]] = grad.full_tensor() if isinstance(grad, DTensor) else grad
+            grad = grad.full_tensor() if isinstance(grad, DTensor) else grad
+            full[self.names[name]] = grad / self.scaler.scale if self.scaler else grad
         return full
 
     def _accumulated(self, pieces: list[tuple[tuple[Any, ...], tuple[Any, ...]]]) -> torch.Tensor:
@@ -98,7 +103,7 @@ class Step:
                 with casting(self.plan, self.device):
                     loss = self.workload.loss(self.wrapped(*inputs), *targets)
                     loss = loss / len(pieces) if len(pieces) > 1 else loss
-                loss.backward()
+                (self.scaler.scaled(loss) if self.scaler else loss).backward()
             total = loss.detach() if total is None else total + loss.detach()
             del loss
         return total
@@ -123,7 +128,10 @@ class Step:
         self.schedule._step_microbatches(
             inputs if stage.is_first else [()] * len(inputs), None, targets, losses, return_outputs=False
         )
-        return torch.stack([loss.detach() for loss in losses]).sum() if stage.is_last else None
+        if not stage.is_last:
+            return None
+        total = torch.stack([loss.detach() for loss in losses]).sum()
+        return total / self.scaler.scale if self.scaler else total
 
 
 def apply(
@@ -155,10 +163,11 @@ def apply(
             placements = local_module(model, along(mesh, "tp"))
     recompute(model, plan, plan.coordinates(rank)["pp"])
     wrapped, optimizer = data_parallel(plan, workload, model, mesh)
-    schedule = make_schedule(plan, workload, wrapped, whole, rank, device, mesh) if plan.pp > 1 else None
+    scaler = make_scaler(plan, device, mesh)
+    schedule = make_schedule(plan, workload, wrapped, whole, rank, device, mesh, scaler) if plan.pp > 1 else None
     tied = tied_parameters(plan, whole, model, rank, mesh) if whole is not None else ()
     return Step(
-        plan, workload, rank, device, model, wrapped, optimizer, schedule, tied, mesh, names, placements
+        plan, workload, rank, device, model, wrapped, optimizer, schedule, tied, mesh, names, placements, scaler
     )  # fmt: skip
 
 
@@ -194,7 +203,7 @@ def _module(
     if plan.pp > 1:
         with _disable_current_modes(), torch.random.fork_rng(devices=[]):
             inputs, _ = workload.batch(plan.micro_batch)
-        autocast = torch.bfloat16 if plan.precision == "bf16" else None
+        autocast = AUTOCAST.get(plan.precision)
         whole = split(model, plan.cuts, inputs, device, autocast)
         model = StageModule(model, whole, plan.coordinates(rank)["pp"], autocast)
     return (model.to(device) if materialize else _emptied(model, device)), whole

@@ -18,6 +18,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from planner.plan import ParallelPlan
 from planner.runtime_stage import is_kept
 
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 RECOMPUTING: list[str] = []
 """Paths of the recomputed modules whose forward is running now, innermost last (read by the dry run)."""
 
@@ -137,7 +138,8 @@ def present(model: nn.Module, paths: tuple[str, ...]) -> Iterator[str]:
 
 def casting(plan: ParallelPlan, device: torch.device) -> Any:
     """The autocast region of the plan's precision."""
-    return torch.autocast(device.type, dtype=torch.bfloat16) if plan.precision == "bf16" else nullcontext()
+    dtype = AUTOCAST.get(plan.precision)
+    return torch.autocast(device.type, dtype=dtype) if dtype else nullcontext()
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from opgraph.workload import Workload
 from planner.apply_mesh import along
 from planner.apply_model import casting
+from planner.apply_scaling import LossScaler
 from planner.plan import ParallelPlan
 from planner.split import Split, StageModule
 
@@ -26,6 +27,7 @@ def make_schedule(
     rank: int,
     device: torch.device,
     mesh: DeviceMesh | None,
+    scaler: LossScaler | None = None,
 ) -> Any:
     from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
 
@@ -48,7 +50,8 @@ def make_schedule(
     def loss(output: Any, targets: tuple[Any, ...]) -> torch.Tensor:
         with casting(plan, device):
             value = workload.loss(model.unflatten(output), *targets)
-            return value / plan.micro_batches if plan.micro_batches > 1 else value
+            value = value / plan.micro_batches if plan.micro_batches > 1 else value
+        return scaler.scaled(value) if scaler else value
 
     make: Callable[..., Any] = ScheduleGPipe if plan.schedule == "gpipe" else Schedule1F1B
     return make(stage, plan.micro_batches, loss_fn=loss, scale_grads=False)

@@ -141,7 +141,7 @@ class StepRecorder(TorchDispatchMode):
         order, name = len(self.records), func.name().split(".")[0]
         if name in _KINDS:
             kind, ranks = _KINDS[name], _ranks(name, args)
-            if inputs and inputs[0].untyped_storage()._cdata in self.backward_messages:
+            if phase != "optimizer" and inputs and inputs[0].untyped_storage()._cdata in self.backward_messages:
                 phase = "backward"
             elif not self._stack and not RECOMPUTING and phase == "forward" and kind not in ("send", "recv"):
                 phase = "backward"  # gradients that are reduced after the last backward

@@ -29,6 +29,7 @@ from planner.host_thread import host_costs
 from planner.op_costs import optimizer_seconds
 from planner.plan import ParallelPlan
 from planner.runtime_host import calls_seconds, least_seconds
+from planner.runtime_optimizer import scaling_axes
 from planner.script import copy_work
 from planner.stage_costs import StageCosts, stage_costs
 from planner.step_costs import StepCosts, step_costs
@@ -119,10 +120,17 @@ def _row(costs: StepCosts, plan: ParallelPlan, stages: StageCosts, kind: str) ->
         "state": costs.state_ratio * stages.params / parts, "inflight": inflight,
         "extra": stages.input_bytes * plan.micro_batches + copied,
     }  # fmt: skip
+    row["after"] = row["after"] + _agreement(costs, plan)
     row |= _issued(costs, plan, stages)
     add_offload(costs, plan, stages, row)
     _add_runtime(costs, plan, stages, kind, row)
     return row
+
+
+def _agreement(costs: StepCosts, plan: ParallelPlan) -> float:
+    """Seconds of the messages by which ranks agree in fp16 whether any gradient has overflowed."""
+    groups = [plan.group(0, axis) for axis in scaling_axes(plan)]
+    return sum(collective_price(costs.cluster, "all_reduce", 4, ranks).seconds for ranks in groups)
 
 
 def _issued(costs: StepCosts, plan: ParallelPlan, stages: StageCosts) -> dict[str, Floats]:

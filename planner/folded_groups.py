@@ -1,7 +1,7 @@
 """Ranks of the groups that one rank of a stage belongs to, in Megatron's order: tp innermost, then cp, dp, pp.
 
-Experts have an order of their own, in which tensor and context parallelism take no part: neighbours have different
-experts, whole ones (Megatron-Core from 0.9 on, "MoE parallel folding", arXiv:2504.14960)."""
+Experts have an order of their own, in which context parallelism takes no part (Megatron-Core from 0.9 on, "MoE parallel
+folding", arXiv:2504.14960): ranks that split an expert (tp, where ep leaves them), then those of different experts."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ class Groups:
             "tp": (1, plan.tp),
             "cp": (plan.tp, plan.cp),
             "dp": (plan.tp, plan.cp * plan.dp),
-            "ep": (1, plan.ep),
-            "edp": (plan.ep, plan.expert_replicas),
+            "ep": (plan.etp, plan.ep),
+            "edp": (plan.etp * plan.ep, plan.expert_replicas),
         }[axis]
 
     def neighbours(self, other: int) -> tuple[int, int]:

@@ -12,6 +12,7 @@ from costmodels.cluster import Cluster
 from costmodels.collectives import collective_price
 from costmodels.families import family
 from costmodels.ops import OpShape, price_many
+from opgraph.eight_bits import EIGHT_BIT
 from opgraph.graph import Op, Phase
 from planner.folded_groups import Groups
 from planner.folded_local import Local
@@ -20,8 +21,6 @@ from planner.fusion import Fused
 from planner.host_queue import Run, run_of
 from planner.software import Software
 from planner.stages import within
-
-EIGHT_BIT = "float8_e4m3fn"
 
 
 @dataclass(frozen=True, slots=True)

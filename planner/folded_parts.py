@@ -125,9 +125,19 @@ def _per_ring(local: Local, launches: list[Launch], host: float) -> list[Launch]
 
 
 def _experts(local: Local, forward: Sequence[Op], host: float) -> list[Launch]:
-    """Tokens to the ranks that have their experts and back: one all-to-all each way, in forward and in backward."""
+    """Tokens to the ranks that have their experts and back: one all-to-all each way, in forward and in backward. Ranks
+    that split an expert gather what came to each of them and reduce-scatter what they made, and the other way around in
+    backward (`MoEAlltoAllTokenDispatcher`, megatron/core/transformer/moe/token_dispatcher.py, from memory); so does a
+    split expert of all tokens (shared_experts.py)."""
     given = next((op for op in forward if op.module.endswith("mlp.dispatch") and "index_select" in op.name), None)
-    if given is None or local.plan.ep == 1:
+    if given is None:
         return []
-    size = local.graph.tensors[given.outputs[0]].bytes
-    return [Launch(host, None, Message("all_to_all", size, "ep")) for _ in range(2)]
+    size, plan = local.graph.tensors[given.outputs[0]].bytes, local.plan
+    found = [Message("all_to_all", size, "ep") for _ in range(2)] if plan.ep > 1 else []
+    if plan.etp > 1:
+        found += [Message(kind, size * plan.etp, "tp") for kind in ("all_gather", "reduce_scatter")]
+    shared = next((op for op in forward if op.module.endswith("mlp.shared_gather") and not op.is_view), None)
+    if shared is not None:
+        whole = local.graph.tensors[shared.outputs[0]].bytes
+        found += [Message(kind, whole, "tp") for kind in ("all_gather", "reduce_scatter")]
+    return [Launch(host, None, message) for message in found]

@@ -16,13 +16,14 @@ from typing import Any
 from costmodels.families import base_name, family
 from costmodels.ops import OpShape, is_causal
 from opgraph.batch import trace_workload
+from opgraph.eight_bits import in_eight_bits
 from opgraph.graph import DTYPE_BYTES, Op, OpGraph
 from opgraph.workload import Workload
 from planner.inference_head import Head, head_of
 from planner.script import Item, Work
 
 ALL_LOGITS = "logits are computed of every token of the prompt, as the model's own code does; engines need the last"
-DTYPES = {"fp32": "float32", "tf32": "float32", "bf16": "bfloat16"}
+DTYPES = {"fp32": "float32", "tf32": "float32", "bf16": "bfloat16", "fp16": "float16", "fp8": "bfloat16"}
 
 
 def trace_inference(
@@ -49,9 +50,9 @@ def trace_inference(
 def trace_forward(
     workload: Workload, precision: str, accelerator: bool | None = None, last: Head | None = None
 ) -> OpGraph:
-    """The forward pass of the module in eval mode, as it runs under no_grad with its weights in `precision`; exact at
-    every batch. The output lives until the pass is over. accelerator: as for `trace_workload`. last: the head that
-    reads the last token alone."""
+    """The forward pass of the module in eval mode, as it runs under no_grad with its weights in `precision` (in fp8
+    those of blocks, all else in bf16); exact at every batch. The output lives until the pass is over. accelerator: as
+    for `trace_workload`. last: the head that reads the last token alone."""
     import torch
     from torch import nn
 
@@ -75,7 +76,8 @@ def trace_forward(
     with _op_by_op():
         forward = replace(workload, build=build, batch=batch, loss=_output)
         # nothing is cast on the way: weights are in 16 bits already
-        return trace_workload(forward, precision="tf32" if precision == "tf32" else "fp32", accelerator=accelerator)
+        found = trace_workload(forward, precision="tf32" if precision == "tf32" else "fp32", accelerator=accelerator)
+    return in_eight_bits(found, weights=True) if precision == "fp8" else found
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from planner.host_thread import EAGER, HostThread, Running, host_costs
 from planner.layout import Layout, propagate
 from planner.lower_blocks import Block, Entry, Tally, largest_beside, price_script
 from planner.offload import check_offload, is_apart, on_the_host
-from planner.plan import ParallelPlan, check_executable
+from planner.plan import ParallelPlan, check_lowerable
 from planner.runtime import stage_segments
 from planner.runtime_stage import Stage, prepare
 from planner.script import Copy, HostUpdate, Item, Message, Transfer, Wait, transfer_key
@@ -53,7 +53,7 @@ class Lowered:
 def lower(graph: OpGraph, plan: ParallelPlan, cluster: Cluster, running: Running = EAGER) -> Lowered:
     """The program of one step. ValueError where the plan does not fit the model (a shape that does not divide, a cut
     that is not reached, an op that cannot be sharded)."""
-    check_executable(plan)
+    check_lowerable(plan)
     graph, layout, stages = prepared_graph(graph.run_by(cluster.device.kind), plan)
     prepared = tuple(prepare(graph, plan, layout, stages, i) for i in range(plan.pp))
     most = max(len(stage.recompute) for stage in prepared)
@@ -236,11 +236,11 @@ class _Builder:
 
     def _message(self, rank: int, item: Message, joins: dict[tuple[int, ...], int]) -> None:
         ranks = self.plan.group(rank, item.axis)
-        tied = item.key.startswith("tied ")
-        if tied:
-            stride = self.plan.dp * self.plan.tp
-            ranks = tuple(rank % stride + s * stride for s in self.shared[item.key.removeprefix("tied ")])
-            name = f"{item.key}@{rank % stride}"
+        across = item.axis == "pp"  # stages are added one after the other, and meet by name
+        if across:
+            stride, tied = self.plan.dp * self.plan.tp, self.shared.get(item.key.removeprefix("tied "))
+            ranks = tuple(rank % stride + s * stride for s in tied) if tied else ranks
+            name = f"{item.key or item.kind}@{rank % stride}"
             if name not in self.joins:
                 self.joins[name] = self.tasks.task(name, item.kind, 0.0)
             join = self.joins[name]
@@ -253,7 +253,7 @@ class _Builder:
         for before in (self.last[rank], self.last_message.get((rank, stream), -1), copied):
             if before >= 0:
                 self.tasks.edge(before, join)
-        likes = range(ranks[0], ranks[0] + 1) if tied else self.plan.likes(rank, item.axis)
+        likes = range(ranks[0], ranks[0] + 1) if across else self.plan.likes(rank, item.axis)
         cost = collective_price(self.cluster, item.kind, item.bytes, ranks, firsts=likes)
         seconds = cost.seconds + self._crowded(ranks)
         self._count(seconds, cost.source, cost.error, item.kind)

@@ -50,14 +50,15 @@ class ParallelPlan:
         optimizer, as torch's CPUOffloadPolicy does it), "optimizer" (its state and its step alone, as ZeRO-Offload),
         "activations" (what recomputed modules keep of their inputs).
     precision: "fp32" (torch as it comes: convolutions and recurrent layers round to tf32 where a GPU has it), "tf32"
-        (products too, `torch.set_float32_matmul_precision("high")`), or "bf16" (autocast, fp32 parameters and
-        gradients); "fp16" and "fp8" (matrix products in 8 bits, the rest in bfloat16) for predictions.
+        (products too, `torch.set_float32_matmul_precision("high")`), "bf16" (autocast, fp32 parameters and gradients),
+        "fp16" (the same with loss scaling, `opgraph.scaling`), or "fp8" (products of repeated blocks in 8 bits, the
+        rest as in bf16, `opgraph.eight_bits`; predicted, not executed).
     bucket_bytes: a DDP bucket closes once it holds this much; at the default 25 MiB the first one closes at 1 MiB,
         as torch does it.
     vpp: model chunks per pipeline stage (interleaved 1F1B). sequence_parallel: what tensor parallelism leaves whole
         is split along the sequence (Korthikanti 2022). cp: ranks that share the sequence of a sample. ep: ranks,
-        within dp, that share the experts. These and 16-bit training without autocast are predicted by
-        `planner.folded`, not executed yet.
+        within dp, that share the experts; each expert is split over tp (`etp`). These and 16-bit training without
+        autocast are predicted by `planner.folded`, not executed yet.
     """
 
     global_batch: int
@@ -150,9 +151,14 @@ class ParallelPlan:
         return self.pp * self.dp * self.cp * self.tp
 
     @property
+    def etp(self) -> int:
+        """Tensor-parallel ranks that split each expert."""
+        return expert_parts(self.dp * self.cp, self.tp, self.ep)
+
+    @property
     def expert_replicas(self) -> int:
-        """Ranks that hold the same experts and share their gradients."""
-        return self.dp * self.cp * self.tp // self.ep
+        """Ranks that hold the same parts of the same experts and share their gradients."""
+        return self.dp * self.cp * self.tp // (self.ep * self.etp)
 
     @property
     def micro_batch(self) -> int:
@@ -235,6 +241,13 @@ class ParallelPlan:
         Path(path).write_text(json.dumps(self.to_dict(), indent=2) + "\n")
 
 
+def expert_parts(replicas: int, tp: int, ep: int) -> int:
+    """Ranks that split each expert: those of tp, as Megatron-Core's `expert_tensor_parallel_size` has it by default
+    (megatron/core/model_parallel_config.py), and none where ep spans tp, too: it does not divide the `replicas` (dp x
+    cp) of the model alone."""
+    return 1 if replicas % ep else tp
+
+
 def plan_from_dict(data: dict[str, Any]) -> ParallelPlan:
     """The plan that `to_dict` wrote. ValueError for an unknown schema version or field."""
     data = dict(data)
@@ -255,12 +268,21 @@ def plan_from_dict(data: dict[str, Any]) -> ParallelPlan:
 
 def check_executable(plan: ParallelPlan) -> None:
     """ValueError, in one sentence, for what torch's own runtimes are not driven to do yet."""
+    check_lowerable(plan)
+    if plan.precision == "fp8":
+        raise ValueError(
+            "a plan in fp8 is predicted only: torch's autocast knows no 8-bit products, which need other layers "
+            "(Transformer Engine, torchao); execute it in bf16"
+        )
+
+
+def check_lowerable(plan: ParallelPlan) -> None:
+    """ValueError, in one sentence, for what is predicted for folded transformers alone."""
     beyond = {
         f"vpp = {plan.vpp}": plan.vpp > 1,
         "sequence_parallel": plan.sequence_parallel,
         f"cp = {plan.cp}": plan.cp > 1,
         f"ep = {plan.ep}": plan.ep > 1,
-        f"precision = {plan.precision}": plan.precision not in ("fp32", "tf32", "bf16"),
     }
     if found := [name for name, there in beyond.items() if there]:
         raise ValueError(

@@ -11,6 +11,7 @@ from costmodels.families import family
 from costmodels.ops import peak_of
 from costmodels.rounding import in_precision
 from costmodels.variability import synchronous
+from opgraph.eight_bits import EIGHT_BIT, mark_of
 from opgraph.graph import OpGraph
 from planner.host_thread import EAGER, HOST_ERROR, Running, assumptions, host_costs, host_notes
 from planner.lower import Lowered, lower
@@ -26,6 +27,7 @@ NINE_IN_TEN = 1.645  # standard deviations on either side of the mean of a norma
 # other 17 ask for (0.065 to 0.095), 0.89 do; with 0.05, which none of them had chosen, 0.84 did:
 # `python -m validation.fit_step_error reports/published`.
 STEP_ERROR = 0.09
+HALF = {"bf16": "bfloat16", "fp16": "float16", "fp8": "bfloat16"}  # what a step's products run in by default
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,8 +143,10 @@ def _judge(
 
 def _seconds_at_peak(graph: OpGraph, plan: ParallelPlan, device: Device) -> float:
     """The model's FLOP at the peak of the format that they run in, which is tf32 for some of a step in float32."""
-    if plan.precision == "bf16":
-        return graph.flops() / peak_of(device, "bfloat16")
+    if plan.precision in HALF:
+        eight = sum(op.flops for op in graph.ops if mark_of(op))
+        half = (graph.flops() - eight) / peak_of(device, HALF[plan.precision])
+        return half + eight / peak_of(device, EIGHT_BIT)
     rounded = sum(op.flops for op in graph.ops if family(op.name) in device.in_tf32)
     return rounded / peak_of(device, "tf32") + (graph.flops() - rounded) / peak_of(device, "float32")
 
@@ -152,11 +156,14 @@ def format_notes(graph: OpGraph, device: Device) -> tuple[str, ...]:
     has no units for them (`costmodels.ops.peak_of` says what stands in)."""
     if graph.precision == "tf32":
         return () if device.in_tf32 else (f"{device.name} has no tf32; the step is that in fp32",)
-    heavy = (op for op in graph.ops if family(op.name) in ("gemm", "conv", "attention"))
-    if any(graph.tensors[t].dtype == "bfloat16" for op in heavy for t in op.inputs):
-        if device.kind == "cpu" or "bfloat16" in device.peak_flops:
-            return ()
-        return (f"{device.name} has no bfloat16; its products are priced at the rate of float32",)
+    if graph.precision == "fp8" and EIGHT_BIT not in device.peak_flops:
+        return (f"{device.name} has no fp8; its products run in bfloat16, on weights that inference keeps in 8 bits",)
+    heavy = [op for op in graph.ops if family(op.name) in ("gemm", "conv", "attention")]
+    for half in ("bfloat16", "float16"):
+        if any(graph.tensors[t].dtype == half for op in heavy for t in op.inputs):
+            if device.kind == "cpu" or half in device.peak_flops:
+                return ()
+            return (f"{device.name} has no {half}; its products are priced at the rate of float32",)
     kinds = {family(op.name) for op in graph.ops} & set(device.in_tf32) & {"conv", "rnn"}
     names = " and ".join({"conv": "convolutions", "rnn": "recurrent layers"}[kind] for kind in sorted(kinds))
     said = f"{names} run in tf32, as torch has it unless torch.backends.cudnn.allow_tf32 is off"

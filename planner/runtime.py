@@ -15,7 +15,7 @@ from planner.offload_activations import Crossing
 from planner.orders import stage_order
 from planner.runtime_data import LocalParameter, Unit, ddp_buckets, padded, zero1_owners
 from planner.runtime_fsdp import FsdpBackward, gather, gather_root, scatter, unit_of
-from planner.runtime_optimizer import optimizer_work
+from planner.runtime_optimizer import optimizer_work, scaling_axes
 from planner.runtime_stage import Stage, is_kept
 from planner.script import Host, Item, Message, Transfer, Wait, copies_nothing, copy_work, rephased, tensor_bytes
 from planner.stages import LOSS, is_deep, saved_tensors, shared_parameters, within
@@ -278,11 +278,15 @@ def _update(stage: Stage, dp_index: int) -> Iterator[Item]:
     mine = owners[dp_index] if zero1 else owned
     yield from waits(stage)
     yield from down_at_once(stage, mine)
+    shard = dp_index if stage.units else None
+    yield from optimizer_work(stage.graph, plan, {p.name: p for p in owned}, shard, unscales=True)
+    for axis in scaling_axes(plan):
+        yield Message("all_reduce", 4, axis, "optimizer")
     yield Host("optimizer_step", 1, "optimizer")
     yield Host("optimizer_param", len(mine), "optimizer")
     if stage.units:
         yield Host("fsdp_optimizer_param", len(mine), "optimizer")
-    yield from optimizer_work(stage.graph, plan, {p.name: p for p in mine}, dp_index if stage.units else None)
+    yield from optimizer_work(stage.graph, plan, {p.name: p for p in mine}, shard)
     yield from up(stage, mine)
     for root, parameters in enumerate(owners):
         if parameters:

@@ -1,4 +1,4 @@
-"""The optimizer's ops on the parameters that one rank updates."""
+"""The optimizer's ops on the parameters that one rank updates, and in fp16 the pass that unscales gradients."""
 
 from __future__ import annotations
 
@@ -6,21 +6,31 @@ from collections.abc import Iterator, Sequence
 from math import ceil, prod
 from typing import Any
 
+from costmodels.families import base_name
 from costmodels.ops import OpShape
 from opgraph.graph import DTYPE_BYTES, Op, OpGraph, Ref
 from planner.plan import ParallelPlan
 from planner.runtime_data import LocalParameter
 from planner.script import Work
 
+UNSCALE = "_amp_foreach_non_finite_check_and_unscale"
+
+
+def scaling_axes(plan: ParallelPlan) -> tuple[str, ...]:
+    """Axes along which ranks hold different gradients, and so tell each other in fp16 whether any has overflowed."""
+    differ = {"tp": plan.tp > 1, "dp": plan.fully_sharded, "pp": plan.pp > 1}
+    return tuple(axis for axis, there in differ.items() if there and plan.precision == "fp16")
+
 
 def optimizer_work(
-    graph: OpGraph, plan: ParallelPlan, mine: dict[str, LocalParameter], shard: int | None
+    graph: OpGraph, plan: ParallelPlan, mine: dict[str, LocalParameter], shard: int | None, unscales: bool = False
 ) -> Iterator[Work]:
-    """The traced optimizer ops, restricted to the parameters `mine`; at the size of FSDP's shard `shard` of dim 0."""
+    """The traced optimizer ops, restricted to the parameters `mine`; at the size of FSDP's shard `shard` of dim 0.
+    unscales: those that come before the optimizer's own, in fp16, in place of them."""
     owners = _owners(graph)
     shares = {name: _share(plan, p, shard) for name, p in mine.items()}
     for op in graph.ops:
-        if op.phase == "optimizer":
+        if op.phase == "optimizer" and (base_name(op.name) == UNSCALE) == unscales:
             work = _restricted(graph, op, owners, shares)
             if work is not None:
                 yield work

@@ -8,6 +8,7 @@ from costmodels.device import Device
 from costmodels.ops import peak_of
 from costmodels.relatives import section_for
 from costmodels.rounding import rounded_families
+from planner.plan import expert_parts
 from validation.cases import Case
 from validation.cases_software import is_per_op
 from validation.cases_transformer import (
@@ -44,7 +45,26 @@ def notes_of(case: Case, device: Device) -> tuple[str, ...]:
             f"{stated} kv_heads are replicated to {built_heads}, one for each tensor-parallel rank: weights, gradients "
             "and optimizer state of the projections of keys and values grow by that"
         )
-    return (*notes, *_left_out(case), *_missing_types(precision_of(case), device))
+    return (*notes, *_notes_of_experts(case), *_left_out(case), *_missing_types(precision_of(case), device))
+
+
+def _notes_of_experts(case: Case) -> list[str]:
+    dp, (cp, tp, ep) = replicas_of(case), (case.degree(axis) for axis in ("cp", "tp", "ep"))
+    if not case.whole("moe_experts", 0):
+        return []
+    notes, split = [], expert_parts(dp * cp, tp, ep)
+    if tp > 1:
+        said = f"split over tp = {tp}, as Megatron's default (expert_tensor_parallel_size)" if split > 1 else (
+            f"not split over tp = {tp}: ep = {ep} does not divide dp x cp, so that it spans tp"
+        )  # fmt: skip
+        notes.append(f"experts are {said}")
+    if ep * split > (case.whole("gpus_per_node", 8) or 8):
+        notes.append(
+            f"ep = {ep} spans nodes: all moe_topk copies of each token are taken to cross the network in the "
+            "activations' dtype; routing that is limited to a few nodes, with one copy each, or dispatch in fp8 "
+            "(DeepSeek-V3's own system) sends less"
+        )
+    return notes
 
 
 def _left_out(case: Case) -> list[str]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from planner.folded_model import FoldedModel
 from planner.folded_pieces import TRACED_BLOCKS
-from planner.plan import DataParallel, ParallelPlan, Sharding
+from planner.plan import DataParallel, ParallelPlan, Sharding, expert_parts
 from planner.software import Software
 from validation.cases import Case, CaseError
 from validation.cases_software import is_per_op
@@ -170,8 +170,15 @@ def _experts(case: Case, count: int) -> Any:
     if top > count:
         raise CaseError(f"moe_topk {top} is more than moe_experts {count}")
     shared = re.search(r"shared-expert ffn (\d+)", case.text("notes"))
-    width = int(shared[1]) if shared else 0
-    return Experts(count // ep, count, top, case.whole("moe_ffn", least=1), width, is_gated(case), parts)
+    width, ffn = int(shared[1]) if shared else 0, case.whole("moe_ffn", least=1)
+    split = expert_parts(case.degree("dp") * case.degree("cp"), parts, ep)
+    if ffn % split or width % parts:
+        raise CaseError(
+            f"tp = {parts} does not divide the width of an expert, moe_ffn = {ffn}"
+            + (f" or that of the shared one, {width}" if width else "")
+            + "; tensor-parallel ranks have equal parts of it"
+        )
+    return Experts(count // ep, count, top, ffn // split, width // parts, is_gated(case), parts, split)
 
 
 def _dense_first(case: Case) -> int:
@@ -297,7 +304,7 @@ def _shardings(case: Case, software: Software) -> tuple[tuple[str, Sharding], ..
     dense = ["mlp.up"] if joined or not gated else ["mlp.up", "mlp.gate"]
     found: list[tuple[str, Sharding]] = []
     for i in range(TRACED_BLOCKS):
-        whole = i > 0 and case.whole("moe_experts", 0) > 0  # experts are not split
+        whole = i > 0 and case.whole("moe_experts", 0) > 0  # experts are traced as one rank's part
         found += [(f"blocks.{i}.{name}", "colwise") for name in (columns if whole else columns + dense)]
         found += [(f"blocks.{i}.{name}", "rowwise") for name in (("attn.o",) if whole else ("attn.o", "mlp.down"))]
     return tuple(found)

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from opgraph.scaling import FIRST_SCALE, scaled
 from opgraph.workload import Workload
 from planner.apply import apply
 from planner.apply_model import casting
@@ -19,7 +20,7 @@ from planner.plan import ParallelPlan
 from validation.gpu_ops import precision
 from validation.settled import settled
 
-TOLERANCE = {"fp32": 1e-4, "bf16": 5e-2}
+TOLERANCE = {"fp32": 1e-4, "bf16": 5e-2, "fp16": 5e-2}
 KINK = 100.0  # times the tolerance: gradients that jumped at kinks differ by less
 Reference = tuple[float, dict[str, torch.Tensor]]
 
@@ -108,7 +109,7 @@ def reference(plan: ParallelPlan, workload: Workload, pieces: int, device: torch
     torch.manual_seed(seed)
     model = workload.build().to(device).train()
     inputs, targets = _batch(plan, workload, seed)
-    total = 0.0
+    total, scale = 0.0, FIRST_SCALE if plan.precision == "fp16" else 1.0
     for i in range(pieces):
         part_in, part_out = (
             tuple(t.chunk(pieces)[i].to(device) if isinstance(t, torch.Tensor) else t for t in ts)
@@ -117,9 +118,9 @@ def reference(plan: ParallelPlan, workload: Workload, pieces: int, device: torch
         with settled():
             with casting(plan, device):
                 loss = workload.loss(model(*part_in), *part_out) / pieces
-            torch.autograd.backward(loss)
+            torch.autograd.backward(scaled(loss, scale) if plan.precision == "fp16" else loss)
         total += loss.item()
-    return total, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return total, {name: p.grad / scale for name, p in model.named_parameters() if p.grad is not None}
 
 
 def _comparable(workload: Workload) -> tuple[Workload, list[str], bool]:

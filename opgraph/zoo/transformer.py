@@ -8,7 +8,7 @@ children is what such software runs as one kernel or one matrix product.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import ceil, pi, prod, sqrt
+from math import pi, prod, sqrt
 from typing import Literal
 
 import torch
@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from opgraph.workload import Batch, Workload, adamw
 from opgraph.zoo.common import block_paths
 from opgraph.zoo.layers import Rotation, dropout, rotate, rotation_tables, token_loss
+from opgraph.zoo.routing import Combine, Dispatch, Gather, Give, Grouped, Router, Take
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +36,9 @@ class Latent:
 class Experts:
     """`count` experts of width `ffn` on this rank's part of the tokens, `shared` width of the expert of all tokens.
     gated: three matrices an expert (SwiGLU), else two with the shape's activation. parts: ranks that split the
-    sequence around the experts; this one takes its part and gives it back at full length."""
+    sequence around the experts; this one takes its part and gives it back at full length, and `shared` is its part of
+    that expert's width. split: ranks that share each routed expert, of which `ffn` is this one's part; it gathers the
+    tokens of all of them, and hands their sums back."""
 
     count: int
     routed: int  # experts that the router tells apart (all ranks)
@@ -44,6 +47,7 @@ class Experts:
     shared: int = 0
     gated: bool = True
     parts: int = 1
+    split: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,68 +227,6 @@ class Mlp(nn.Module):
         return self.down(self.act(self.up(x)) if self.gate is None else self.act(self.up(x), self.gate(x)))
 
 
-class Dispatch(nn.Module):
-    """Takes every token to the slots of its experts; `capacity` 1, so that every slot is filled."""
-
-    def forward(self, x: torch.Tensor, choice: torch.Tensor, experts: int) -> tuple[torch.Tensor, torch.Tensor]:
-        order = choice.flatten().argsort()
-        slots = ceil(choice.shape[1] * choice.shape[2] / experts) * choice.shape[0]
-        order = F.pad(order, (0, experts * slots - order.numel()))
-        given = x.flatten(0, 1).index_select(0, (order * (1.0 / choice.shape[-1])).long())  # the choice's token
-        return given.view(experts, slots, x.shape[-1]), order
-
-
-class Combine(nn.Module):
-    def forward(self, done: torch.Tensor, order: torch.Tensor, score: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-        home = order[: score.numel()].argsort()
-        taken = done.flatten(0, 1).index_select(0, home).view(*like.shape[:2], -1, like.shape[-1])
-        return (taken * score.to(like.dtype).unsqueeze(-1)).sum(dim=2)
-
-
-class Grouped(nn.Module):
-    """One product for all experts of the rank."""
-
-    def __init__(self, experts: int, width: int, out: int):
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(experts, width, out))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.bmm(x, self.weight)
-
-
-class Router(nn.Module):
-    def __init__(self, hidden: int, experts: int, top_k: int):
-        super().__init__()
-        self.top_k = top_k
-        self.choose = nn.Linear(hidden, experts, bias=False)
-
-    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        score, choice = self.choose(x).float().softmax(dim=-1).topk(self.top_k, dim=-1)
-        return score, choice
-
-
-class Take(nn.Module):
-    """The part of the sequence that this rank has."""
-
-    def __init__(self, parts: int):
-        super().__init__()
-        self.parts = parts
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x[:, : x.shape[1] // self.parts]
-
-
-class Give(nn.Module):
-    """A part of the sequence in the place of all of them; where they are split, each rank keeps its own."""
-
-    def __init__(self, parts: int):
-        super().__init__()
-        self.parts = parts
-
-    def forward(self, y: torch.Tensor) -> torch.Tensor:
-        return y.repeat(1, self.parts, 1)
-
-
 class Mixture(nn.Module):
     """Routed experts and one that takes all tokens. Tokens of all expert-parallel ranks fill this rank's experts, so
     that a rank with 1/ep of the experts works on as many tokens as one with all of them."""
@@ -298,6 +240,10 @@ class Mixture(nn.Module):
         self.act = Activation("swiglu" if e.gated else s.mlp, True)
         self.down = Grouped(e.count, e.ffn, s.hidden)
         self.shared = Mlp(s, e.shared) if e.shared else None
+        self.gather: nn.Module = Gather(e.split) if e.split > 1 else nn.Identity()
+        self.scatter: nn.Module = Take(e.split) if e.split > 1 else nn.Identity()
+        self.shared_gather: nn.Module = Gather(e.parts) if e.parts > 1 and e.shared else nn.Identity()
+        self.shared_scatter: nn.Module = Take(e.parts) if e.parts > 1 and e.shared else nn.Identity()
         self.take: nn.Module = Take(e.parts) if e.parts > 1 else nn.Identity()
         self.give: nn.Module = Give(e.parts) if e.parts > 1 else nn.Identity()
 
@@ -305,8 +251,11 @@ class Mixture(nn.Module):
         x = self.take(x)
         score, choice = self.router(x)
         given, order = self.dispatch(x, choice, self.count)
-        y = self.combine(self.down(self.act(self.up(given))), order, score, x)
-        return self.give(y if self.shared is None else y + self.shared(x))
+        done = self.scatter(self.down(self.act(self.up(self.gather(given)))))
+        y = self.combine(done, order, score, x)
+        if self.shared is not None:
+            y = y + self.shared_scatter(self.shared(self.shared_gather(x)))
+        return self.give(y)
 
 
 class Block(nn.Module):

@@ -192,7 +192,7 @@ def bad_inputs(folder: Path) -> dict[str, tuple[tuple[object, ...], str]]:
         "missing": (("search", MLP, *on), "Missing option '--global-batch'"),
         "verb": (("serach", MLP), "No such command 'serach'"),
         "ranks": (("validate", MLP, "-b", 8, "--ranks", "2,x"), "--ranks is '2,x'"),
-        "precision": (("search", MLP, *on, "-b", 8, "--precision", "fp8"), "give fp32, tf32 or bf16"),
+        "precision": (("search", MLP, *on, "-b", 8, "--precision", "int8"), "give fp32, tf32, bf16, fp16 or fp8"),
         "elsewhere": (("validate", MLP, "-b", 8, *on), "validate on --cluster local"),
         "folder": (("search", MLP, *on, "-b", 8, "--out", folder / "mine"), "holds other files"),
         "report": (("validate", MLP, "-b", 8, "--out", folder, "--name", "mine"), "holds other files"),

@@ -62,7 +62,7 @@ def test_an_encoder_gets_a_prefill_and_a_reason(parplan):
         ((SMALL, "--batch", 0), "--batch is 0"),
         ((SMALL, "--generate", -1), "--generate is -1"),
         (("file.py:make",), "makes its own inputs, whose prompt cannot be set"),
-        ((SMALL, "--precision", "int4"), "fp32, tf32 or bf16"),
+        ((SMALL, "--precision", "int4"), "fp32, tf32, bf16, fp16 or fp8"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_inferred_is_one_sentence(parplan, words, said):

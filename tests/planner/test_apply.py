@@ -50,6 +50,10 @@ PLANS = [
     plan(dp=2, data_parallel="zero2", **PP, schedule="1f1b", micro_batches=2),
     plan(dp=2, data_parallel="fsdp", **TP, **PP, schedule="1f1b", micro_batches=2),
     ParallelPlan(global_batch=8, dp=2),
+    plan(precision="fp16"),
+    plan(dp=2, **TP, precision="fp16", micro_batches=2),
+    plan(dp=2, data_parallel="fsdp", **PP, micro_batches=4, precision="fp16"),
+    plan(dp=2, data_parallel="zero1", precision="fp16"),
 ]  # fmt: skip
 
 
@@ -75,7 +79,7 @@ def test_plan_equals_single_device_step(p, executed):
 @pytest.mark.executed
 def test_losses_of_three_steps_agree_over_plans(executed):
     """So the optimizers of all plans do the same update."""
-    for precision, tolerance in (("fp32", 1e-4), ("bf16", 2e-2)):
+    for precision, tolerance in (("fp32", 1e-4), ("bf16", 2e-2), ("fp16", 2e-2)):
         expected = None
         for p in PLANS:
             if p.precision != precision:

@@ -113,10 +113,11 @@ def test_bound_holds_where_calls_of_runtimes_are_cheaper_in_full_caches(make, sh
     assert sooner > len(plans) / 3
 
 
-def test_bound_holds_in_bf16():
-    graph, cluster = trace_workload(gpt(), precision="bf16"), load_cluster("dgx-h100")
-    for plan in enumerate_plans(gpt(), graph, cluster, 8, 2, "bf16").plans[::3]:
-        assert plan.precision == "bf16"
+@pytest.mark.parametrize("precision", ["bf16", "fp16", "fp8"])
+def test_bound_holds_in_16_and_8_bits(precision):
+    graph, cluster = trace_workload(gpt(), precision=precision), load_cluster("dgx-h100")
+    for plan in enumerate_plans(gpt(), graph, cluster, 8, 2, precision).plans[::3]:
+        assert plan.precision == precision
         assert bound_seconds(graph, plan, cluster) <= predict(graph, plan, cluster).step_seconds
 
 

@@ -247,6 +247,18 @@ def test_context_and_expert_parallel_ranks_share_what_they_both_hold() -> None:
     assert plan(dp=4, cp=2, ep=4).expert_replicas == 2
 
 
+def test_experts_are_split_over_tensor_parallel_ranks_unless_other_experts_are_there() -> None:
+    """Megatron's order: ranks that split an expert are neighbours, then come those of other experts."""
+    tp = {"tp": 2, "shardings": (("blocks.0.attn.q", "colwise"),)}
+    split = plan(dp=4, ep=2, **tp)
+    assert (split.etp, split.expert_replicas) == (2, 2)
+    groups = Groups(split)
+    assert groups.ranks("tp") == (0, 1) and groups.ranks("ep") == (0, 2) and groups.ranks("edp") == (0, 4)
+    folded = plan(dp=2, ep=4, **tp)  # four ranks have different experts, two of them those of tp
+    assert (folded.etp, folded.expert_replicas) == (1, 1) and Groups(folded).ranks("ep") == (0, 1, 2, 3)
+    assert (plan(dp=4, ep=4).etp, plan(**tp).etp) == (1, 2)
+
+
 def test_a_rank_updates_all_its_experts_that_no_other_rank_has() -> None:
     """Four experts on as many ranks, all on each or one on each: a rank's part of the optimizer is as large."""
     sizes = []

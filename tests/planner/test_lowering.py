@@ -112,6 +112,30 @@ def test_autocast_keeps_tensor_parallelism(spec, uncalibrated):
         assert peak_bytes(lower(graph, plan, uncalibrated).stages, plan)[0] == pytest.approx(run.peak_bytes, rel=0.01)
 
 
+SCALED = ("single", "micro-batches", "ddp mb", "zero1", "fsdp", "fsdp mb", "tp", "gpipe", "1f1b", "fsdp x tp",
+          "pp x zero1", "pp x fsdp x tp", "fsdp offload", "recompute tp")  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", SCALED)
+def test_loss_scaling_of_fp16_lowers_as_it_runs(kind, fp16, uncalibrated):
+    """The scaled loss, one pass over all gradients that a rank holds, and messages where ranks hold different ones."""
+    workload, graph = fp16
+    plan = plan_on(workload, graph, kind, "fp16")
+    peaks = peak_bytes(lower(graph, plan, uncalibrated).stages, plan)
+    for rank in sorted({0, plan.world_size - 1}):
+        run = dry_run(plan, workload, rank)
+        assert any("non_finite_check_and_unscale" in op.name for op in run.ops)
+        mismatch = compare(graph, plan, rank, run.records)
+        assert not mismatch, mismatch
+        assert peaks[rank] == pytest.approx(run.peak_bytes, rel=0.01)
+
+
+@pytest.fixture(scope="module")
+def fp16():
+    workload, _ = model(GPT)
+    return workload, trace_workload(workload, precision="fp16")
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_biases_that_are_added_apart_lower_as_they_run(precision, uncalibrated):
     """Linears on rows that do not lie side by side: copy, product, and a sum with the bias, a part of it by rank."""

@@ -5,6 +5,10 @@ from dataclasses import replace
 import pytest
 
 from costmodels.cluster import load_cluster
+from costmodels.ops import price, shape_of
+from opgraph.batch import trace_workload
+from opgraph.models import load_workload
+from planner.apply import apply
 from planner.estimate import bound_seconds
 from planner.plan import ParallelPlan
 from planner.predict import predict, simulate_plan
@@ -99,3 +103,44 @@ def test_a_plan_in_tf32_rounds_products_where_the_device_can():
     assert best.plan.precision == "tf32" and best.plan.label.endswith("tf32")
     assert best.prediction.step_seconds == predict(rounded, best.plan, a100, cuda_graphs=True).step_seconds
     assert bound_seconds(rounded, fast, a100) <= predict(rounded, fast, a100).step_seconds
+
+
+V100 = "dgx1-v100"
+
+
+def test_fp16_runs_on_tensor_cores_that_have_no_bfloat16():
+    """V100: 125 TFLOP/s in float16, 15.7 in float32, at which bfloat16 runs."""
+    workload = load_workload("gpt2:layers=2,batch=8")
+    plans = {p: ParallelPlan(64, dp=8, precision=p) for p in ("fp32", "bf16", "fp16")}
+    graphs = {p: trace_workload(workload, precision=p) for p in plans}
+    found = {p: predict(graphs[p], plan, load_cluster(V100), cuda_graphs=True) for p, plan in plans.items()}
+    assert found["fp16"].step_seconds < 0.5 * min(found["bf16"].step_seconds, found["fp32"].step_seconds)
+    assert max(found["fp16"].peak_bytes) < max(found["fp32"].peak_bytes)
+    assert not any("float16" in note for note in found["fp16"].notes) and 0.1 < found["fp16"].mfu < 1
+    assert any("has no bfloat16" in note for note in found["bf16"].notes)
+
+
+def test_unscaling_in_fp16_is_one_pass_over_the_gradients():
+    """Read and written once: 8 bytes a parameter at 3.35 TB/s."""
+    workload = load_workload("gpt2:layers=2,batch=8")
+    cluster, scaled = load_cluster("dgx-h100"), trace_workload(workload, precision="fp16")
+    (op,) = [op for op in scaled.ops if "non_finite" in op.name]
+    parameters = sum(t.numel for t in scaled.parameters.values())
+    assert scaled.bytes_read(op) + scaled.bytes_written(op) == pytest.approx(8 * parameters, rel=1e-3)
+    assert 8 * parameters / 3.35e12 < price(cluster.device, shape_of(scaled, op)).seconds < 16 * parameters / 3.35e12
+
+
+def test_fp8_pays_where_products_are_wide_and_is_bf16_where_there_is_none(uncalibrated):
+    workload = load_workload("llama3-8b:layers=2,seq=4096,vocab=4096,batch=2")
+    graphs = {p: trace_workload(workload, precision=p) for p in ("bf16", "fp8")}
+    h100, a100 = (
+        [predict(graphs[p], ParallelPlan(2, precision=p), load_cluster(name), cuda_graphs=True) for p in graphs]
+        for name in ("dgx-h100", "dgx-a100")
+    )
+    assert 0.6 * h100[0].step_seconds < h100[1].step_seconds < 0.9 * h100[0].step_seconds
+    assert h100[1].peak_bytes == h100[0].peak_bytes and 0.1 < h100[1].mfu < h100[0].mfu
+    assert a100[1].step_seconds == a100[0].step_seconds and any("has no fp8" in note for note in a100[1].notes)
+    with pytest.raises(ValueError, match="products in fp8 on the CPUs"):
+        predict(graphs["fp8"], ParallelPlan(2, precision="fp8"), uncalibrated)
+    with pytest.raises(ValueError, match="fp8 is predicted only"):
+        apply(ParallelPlan(2, precision="fp8"), workload, 0)

@@ -507,15 +507,15 @@ def test_convolutions_of_pictures_run_in_tf32_unasked_and_faster_still_in_16_bit
 
 
 def test_experts_beside_tensor_parallelism_work_on_a_part_of_the_sequence() -> None:
-    """Attention is split, experts are not: each rank has 1/tp of the tokens, so that its experts' products stay as they
-    are a token, and its activations shrink."""
+    """Attention is split, experts are not where ep spans tp: each rank has 1/tp of the tokens, so that its experts'
+    products stay as they are a token, and its activations shrink."""
     changes = {"family": "mixtral", "moe_experts": "4", "moe_topk": "2", "moe_ffn": "1024", "gated_mlp": "1", "ep": "4",
                "pp": "1", "hidden": "1024", "seq_len": "512", "zero_fsdp": "zero1", "recompute": "none",
                "precision": "bf16", "attention": "flash"}  # fmt: skip
-    rows = [row(tp=tp, dp=str(8 // int(tp)), **changes) for tp in ("1", "2", "4")]
+    rows = [row(tp=tp, dp=str(8 // int(tp)), **changes | {"ep": "8", "moe_experts": "8"}) for tp in ("1", "2", "4")]
     plans = [plan_of(case, software_of(case)) for case in rows]
     assert [p.sequence_parallel for p in plans] == [False, True, True]
-    assert [p.expert_replicas for p in plans] == [2, 2, 2]
+    assert [(p.etp, p.expert_replicas) for p in plans] == [(1, 1)] * 3
     outcomes = run_cases(rows, lambda what, share: None)
     memory = [o.allocated_bytes or 0 for o in outcomes]
     assert memory[0] > memory[1] > memory[2] > 0
@@ -523,6 +523,48 @@ def test_experts_beside_tensor_parallelism_work_on_a_part_of_the_sequence() -> N
     assert all(g == pytest.approx(gemm[0], rel=0.35) for g in gemm)
     (latent,) = run_cases([row(**{**changes, "family": "moe_mla", "tp": "2", "dp": "4"})], lambda what, share: None)
     assert "latent attention" in latent.reason
+
+
+MIXTRAL = {
+    "model": "Mixtral-8x7B", "family": "mixtral", "layers": "8", "hidden": "4096", "heads": "32", "kv_heads": "8",
+    "ffn": "14336", "gated_mlp": "1", "seq_len": "4096", "vocab": "32000", "moe_experts": "8", "moe_topk": "2",
+    "moe_ffn": "14336", "gpu": "H100 SXM5 80GB", "pp": "1", "zero_fsdp": "none", "global_batch": "8",
+    "micro_batch": "1", "recompute": "none", "precision": "bf16", "attention": "flash", "software": "Megatron-Core 0.9",
+}  # fmt: skip
+
+
+def test_experts_are_split_over_tp_as_megatron_does_by_default() -> None:
+    """11.9 billion parameters of 18 bytes on 8 GPUs: an eighth on each, by tp or (but for attention) by ep."""
+    layouts = {"tp8": ("8", "1", "1"), "ep8": ("1", "8", "8"), "tp2 ep4": ("2", "4", "4"), "tp2 ep8": ("2", "4", "8")}
+    rows = [row(tp=tp, dp=dp, ep=ep, **MIXTRAL) for tp, dp, ep in layouts.values()]
+    found = dict(zip(layouts, run_cases(rows, lambda what, share: None)))
+    static = 18 * 11.9e9 / 8
+    assert static < (found["tp8"].allocated_bytes or 0) < 1.2 * static
+    gemm = {name: o.parts["gemm"] for name, o in found.items()}
+    assert all(g == pytest.approx(gemm["ep8"], rel=0.25) for g in gemm.values()), gemm
+    assert "ep all_to_all" not in found["tp8"].parts and found["tp8"].parts["tp reduce_scatter"] > 0
+    # tokens of the experts cross the ranks of tp besides those of attention, where these share experts
+    assert found["tp2 ep4"].parts["tp all_gather"] > 1.5 * found["tp2 ep8"].parts["tp all_gather"]
+    assert any("split over tp = 8, as Megatron's default" in note for note in found["tp8"].notes)
+    assert any("not split over tp = 2: ep = 8" in note for note in found["tp2 ep8"].notes)
+    assert not any("tp" in note for note in found["ep8"].notes)
+    odd = outcome_of(**MIXTRAL | {"tp": "8", "dp": "1", "moe_ffn": "14340"})
+    assert "tp = 8 does not divide the width of an expert" in odd.reason
+
+
+def test_a_shared_expert_is_split_over_tp_and_gathers_its_tokens() -> None:
+    changes = MIXTRAL | {"tp": "4", "dp": "2", "ep": "2"}
+    plain, shared = outcome_of(**changes), outcome_of(**changes, notes="shared-expert ffn 14336")
+    grown = (shared.allocated_bytes or 0) - (plain.allocated_bytes or 0)
+    assert 18 * 8 * 3 * 4096 * 14336 / 4 < grown < 1.5 * 18 * 8 * 3 * 4096 * 14336 / 4
+    assert shared.parts["tp all_gather"] > plain.parts["tp all_gather"]
+
+
+def test_tokens_that_cross_nodes_to_their_experts_are_named() -> None:
+    changes = MIXTRAL | {"tp": "1", "ep": "8", "dp": "16", "num_gpus": "16", "global_batch": "16"}
+    inside, across = outcome_of(**changes), outcome_of(**changes | {"ep": "16", "moe_experts": "16"})
+    assert not any("spans nodes" in note for note in inside.notes)
+    assert any("ep = 16 spans nodes: all moe_topk copies" in note for note in across.notes)
 
 
 def outcome_of(**changes: str) -> Outcome:
