@@ -52,7 +52,7 @@ class Pass:
     @property
     def host_bound(self) -> bool:
         """Whether a rank waits for its host thread in most of the time in which it does not wait for other stages."""
-        return self.breakdown["host"] > 0.5 * (self.seconds - self.breakdown["bubble"] - self.breakdown["idle"])
+        return self.breakdown["host"] > 0.5 * (self.seconds - self.breakdown["bubble"])
 
 
 @dataclass(frozen=True, slots=True)
