@@ -37,11 +37,14 @@ def validate(
 
     Example: parplan validate gpt2:layers=4,hidden=256,heads=4,seq=128 --cluster local --global-batch 16 --ranks 2
     """
+    from opgraph.models import check_spec
+
     for option, value in (("--global-batch", global_batch), ("--plans", plans), ("--steps", steps)):
         positive(option, value)
     if not timeout > 0:  # nor nan
         raise ValueError(f"--timeout is {timeout:g}; give seconds above 0")
     worlds, kind = read_ranks(ranks), precision_of(precision)
+    check_spec(model)
     target = out / (name or slug(model))
 
     def studies(progress: Any, keep: Any) -> list[Study]:
