@@ -28,7 +28,7 @@ def load_workload(spec: str) -> Workload:
     """
     sizes = check_spec(spec)
     if sizes is not None:
-        return import_module(f"opgraph.zoo.{sizes.family}").workload(spec, sizes)  # type: ignore[no-any-return]
+        return import_module(f"opgraph.zoo.{sizes.family}").workload(spec, sizes)
     from opgraph.zoo.factory import factory_workload
 
     head, _, rest = spec.strip().partition(":")
@@ -62,8 +62,13 @@ def check_spec(spec: str) -> Sizes | None:
 
 
 def with_length(spec: str, tokens: int) -> Workload:
-    """The workload that `spec` names, of sequences of `tokens` tokens. ValueError for what has no such length: models
-    of other data, and Python files, whose factories choose it themselves."""
+    """The workload that `spec` names, of sequences of `tokens` tokens; ValueError as of `at_length`."""
+    return load_workload(at_length(spec, tokens))
+
+
+def at_length(spec: str, tokens: int) -> str:
+    """`spec` with this length of its sequences. ValueError for what has none to set: models of other data, and Python
+    files, whose factories choose it themselves."""
     head, _, rest = spec.strip().partition(":")
     if head.endswith(".py"):
         raise ValueError(
@@ -73,4 +78,4 @@ def with_length(spec: str, tokens: int) -> Workload:
     if head in ZOO and not hasattr(ZOO[head], "seq"):
         raise ValueError(f"{head} takes no sequence of tokens, so it has no prompt; give a language model such as gpt2")
     others = [part for part in rest.split(",") if part.partition("=")[0].strip() not in ("", "seq")]
-    return load_workload(f"{head}:{','.join([*others, f'seq={tokens}'])}")
+    return f"{head}:{','.join([*others, f'seq={tokens}'])}"

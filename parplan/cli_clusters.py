@@ -89,12 +89,16 @@ def _tiers(c: dict[str, Any]) -> str:
 
 
 def _link(link: dict[str, Any]) -> str:
-    return f"{link['name']}: {number(link['bandwidth'], 'B/s')}, {seconds(link['latency'])}"
+    return f"{link['name']}: {_rate(link['bandwidth'])}, {seconds(link['latency'])}"
+
+
+def _rate(value: float) -> str:
+    return number(value, "B/s")
 
 
 FABRICS = {
     "nvswitch": "all to one switch (nvswitch)", "mesh": "every pair by its share of a device's links (mesh)",
-    "cube-mesh": "by the wires below (cube-mesh)", "pcie": "PCIe, by the wires below; all to one host bridge without any",
+    "cube-mesh": "by the wires below (cube-mesh)", "pcie": "PCIe: by the wires below, or all to one host bridge",
     "torus": "grid with wraparound over the whole cluster (torus)", "loopback": "processes of one machine (loopback)",
 }  # fmt: skip
 
@@ -112,7 +116,7 @@ def _details(name: str, entry: dict[str, Any]) -> None:
         *_link_rows("link in the node", entry["intra"]),
         *_link_rows("link between nodes", entry["inter"]),
         *_listed("switch tiers", [_tier(t) for t in entry["tiers"]]),
-        *_listed("wires", [f"{w['a']} - {w['b']}: {w['name']}, {number(w['bandwidth'], 'B/s')}" for w in entry["wires"]]),
+        *_listed("wires", [f"{w['a']} - {w['b']}: {w['name']}, {_rate(w['bandwidth'])}" for w in entry["wires"]]),
         *_listed("groups of nodes", [f"{g['nodes']} of {g['device']}" for g in entry["groups"]]),
         ("measured", f"{n} tables of collectives" if (n := entry["collective_tables"]) else ""),
         ("calibrated", "yes, `parplan calibrate`" if entry["calibrated"] else ""),
@@ -130,19 +134,20 @@ def _listed(title: str, lines: Sequence[str]) -> list[tuple[str, str]]:
 
 def _link_rows(title: str, link: dict[str, Any]) -> list[tuple[str, str]]:
     said = (
-        ("bandwidth", f"{number(link['bandwidth'], 'B/s')} a direction, of a port"),
+        ("bandwidth", f"{_rate(link['bandwidth'])} a direction, of a port"),
         ("latency", f"{seconds(link['latency'])} one way, of an empty message"),
         ("ports", f"{link['ports']} a node, shared by its devices" if link["ports"] else "one for each device"),
-        ("one flow", f"at most {number(link['flow_cap'], 'B/s')}" if link["flow_cap"] else ""),
+        ("one flow", f"at most {_rate(link['flow_cap'])}" if link["flow_cap"] else ""),
         ("window", f"at most {number(link['window'], 'B')} of a flow under way" if link["window"] else ""),
-        ("collisions", f"leave {link['ecmp']:.0%} where flows are hashed over parallel links" if link["ecmp"] < 1 else ""),
+        ("collisions", f"leave {link['ecmp']:.0%} of it to flows over parallel links" if link["ecmp"] < 1 else ""),
         ("source", link["source"]),
     )
     return [(title, link["name"]), *((f"  {key}", value) for key, value in said)]
 
 
 def _tier(tier: dict[str, Any]) -> str:
-    words = [f"{tier['name']}: {tier['nodes']:,} nodes below a switch", f"oversubscribed 1:{tier['oversubscription']:g}"]
+    words = [f"{tier['name']}: {tier['nodes']:,} nodes below a switch"]
+    words += [f"oversubscribed 1:{tier['oversubscription']:g}"] * (tier["oversubscription"] != 1)
     words += ["a switch for each port index (rails)"] * tier["rails"]
     words += [f"collisions leave {tier['ecmp']:.0%}"] * (tier["ecmp"] < 1)
     words += [f"{seconds(tier['latency'])} more"] * bool(tier["latency"])

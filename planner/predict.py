@@ -39,11 +39,12 @@ class Prediction:
     assumed speed, added in squares, 1.645 standard deviations wide. peak_bytes: tensor bytes at the worst moment, by
     rank; memory_bytes: what a rank has. breakdown: compute, exposed_communication, bubble (nothing of the rank runs: it
     waits for others) and host (waiting for the host thread), averaged over ranks; they sum to the step. mfu: model FLOP
-    (`opgraph.summary.model_flops`) over what the step's devices would do at their peak (`mfu_peak`). shares: of the time
-    by kind of price. unpriced: ops that no model covers. tasks: simulated. at_peak: bytes by category (`memory_ledger.CATEGORIES`) at the worst moment of the fullest rank; resting_bytes: what
-    it holds between steps. assumed: options that the step is assumed to run with; fused: chains of ops that a compiled
-    step runs as one kernel, and how often. host_bytes: by category, what offload keeps of the fullest rank in the
-    host's memory at most, of which host_pinned_bytes are page-locked.
+    (`opgraph.summary.model_flops`) over what the step's devices would do at their peak (`mfu_peak`). shares: of the
+    time by kind of price. unpriced: ops that no model covers. tasks: simulated. at_peak: bytes by category
+    (`memory_ledger.CATEGORIES`) at the worst moment of the fullest rank; resting_bytes: what it holds between steps.
+    assumed: options that the step is assumed to run with; fused: chains of ops that a compiled step runs as one kernel,
+    and how often. host_bytes: by category, what offload keeps of the fullest rank in the host's memory at most, of
+    which host_pinned_bytes are page-locked.
     """
 
     plan: ParallelPlan
@@ -142,8 +143,8 @@ def _judge(
 
 
 def mfu_peak(graph: OpGraph, precision: Precision, device: Device) -> float:
-    """FLOP/s of one device that an MFU is a share of: the peak of the plan's precision. fp32 is torch as it comes: there
-    it is that of the format in which most FLOP run, tf32 for convolutions that torch rounds to it (`Device.in_tf32`)."""
+    """FLOP/s of one device that an MFU is a share of: the peak of the plan's precision. fp32 is torch as it comes, so
+    there it is that of the format in which most FLOP run: tf32 for convolutions rounded unasked (`Device.in_tf32`)."""
     if precision != "fp32":
         return peak_of(device, FORMATS[precision])
     flops: dict[str, int] = {"float32": 0}

@@ -109,9 +109,7 @@ def _breakdown(
         spans = np.concatenate([start[busy], waits[0]]), np.concatenate([finish[busy], waits[1]])
         in_order = np.argsort(spans[0], kind="stable")
         held = covered(spans[0][in_order], spans[1][in_order])
-    return Breakdown(
-        compute, max(0.0, either - compute), max(0.0, timeline.makespan - held), max(0.0, held - either)
-    )
+    return Breakdown(compute, max(0.0, either - compute), max(0.0, timeline.makespan - held), max(0.0, held - either))
 
 
 def covered(start: Floats, finish: Floats) -> float:

@@ -129,7 +129,7 @@ def test_the_biases_of_qwen2_are_those_of_q_k_and_v(tmp_path: Path) -> None:
 def test_a_sequence_beyond_the_sliding_window_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "config.json"
     path.write_text(json.dumps(DECODER | {"model_type": "mistral", "sliding_window": 4096}))
-    with pytest.raises(ValueError, match="seq=8192 is longer than its sliding window.*window=8192"):
+    with pytest.raises(ValueError, match=r"seq=8192 is longer than its sliding window.*window=8192"):
         load_workload(f"{path}:seq=8192")
     assert load_workload(f"{path}:seq=8192,window=8192").batch(1)[0][0].shape == (1, 8192)
 
@@ -287,7 +287,7 @@ def test_integers_without_values_are_told_so() -> None:
     [
         ("{", "not readable as JSON"),
         ("[]", "has no model_type"),
-        ({"model_type": "mamba"}, "model_type 'mamba': configurations of gpt2, llama, mistral, qwen2, mixtral, bert, vit"),
+        ({"model_type": "mamba"}, "'mamba': configurations of gpt2, llama, mistral, qwen2, mixtral, bert, vit"),
         ({"model_type": ["gpt2"]}, "configurations of gpt2"),
         ({"model_type": "bert", "hidden_act": "relu"}, "hidden_act 'relu'"),
         ({"model_type": "bert", "position_embedding_type": "relative_key"}, "only absolute"),
