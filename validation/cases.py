@@ -1,4 +1,4 @@
-"""Published training runs: the rows of a CSV file in the schema of transformer_cases.csv or vision_cases.csv."""
+"""Published training runs: the rows of a CSV file in one of the schemas of docs/cases.md."""
 
 from __future__ import annotations
 
@@ -120,6 +120,7 @@ def _kind(columns: Sequence[str], path: Path) -> Kind:
     if missing[kind]:
         raise ValueError(
             f"{path} lacks the column(s) {', '.join(missing[kind][:8])} of {kind} cases; "
-            f"transformers need {', '.join(TRANSFORMER)}, and vision models {', '.join(VISION)}"
+            f"transformers need {', '.join(TRANSFORMER)}, and vision models {', '.join(VISION)}; "
+            "docs/cases.md says what they hold"
         )
     return "transformer" if kind == "transformer" else "vision"

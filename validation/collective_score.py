@@ -59,13 +59,14 @@ def read_sweeps(path: Path) -> tuple[list[Sweep], dict[str, str]]:
 def score_file(
     path: Path, progress: Progress | None = None, plain: bool = False
 ) -> tuple[list[Scored], dict[str, str]]:
-    """Every configuration of a file in the schema of nccl_cases.csv or tcp_cases.csv, and those that have no price.
+    """Every configuration of a file with the columns of docs/cases.md, and those that have no price.
 
     plain: NCCL's own constants alone, nothing fitted."""
     rows = read_rows(path)
     needed = {"config_id", "collective", "bytes", "time_us"}
+    needed |= {"backend", "num_nodes"} if is_tcp(rows[0]) else {"num_gpus", "num_nodes"}
     if missing := needed - set(rows[0]):
-        raise ValueError(f"{path}: columns {', '.join(sorted(missing))} are missing; see nccl_cases.csv for the schema")
+        raise ValueError(f"{path}: columns {', '.join(sorted(missing))} are missing; docs/cases.md has all of them")
     if is_tcp(rows[0]):
         return score_tcp(rows)
     sweeps, skipped = read_sweeps(path)

@@ -1,4 +1,4 @@
-"""Sweeps of torch.distributed over shaped TCP, in the schema of tcp_cases.csv: backend, num_nodes, delay_ms,
+"""Sweeps of torch.distributed over shaped TCP, with the columns of docs/cases.md: backend, num_nodes, delay_ms,
 bandwidth_gbps (0 where nothing was shaped), collective, bytes, time_us."""
 
 from __future__ import annotations
