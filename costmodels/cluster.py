@@ -7,6 +7,7 @@ import re
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from difflib import get_close_matches
 from functools import cached_property
 from itertools import accumulate
 from math import inf, prod
@@ -211,8 +212,10 @@ def load_cluster(name: str | Path, device: str = "") -> Cluster:
     if path.suffix != ".toml":
         path = CATALOGUE / "clusters" / f"{text.lower()}.toml"
         if not path.is_file():
-            known = ", ".join(list_clusters())
-            raise ValueError(f"'{text}' is no known cluster; give a path that ends in .toml, or one of: {known}")
+            known = list_clusters()
+            near = get_close_matches(text.lower(), known, n=3)
+            hint = f"did you mean {' or '.join(near)}? Else" if near else f"known are {', '.join(known)};"
+            raise ValueError(f"'{text}' is no known cluster: {hint} give a path that ends in .toml")
     return cluster_from(toml.read_toml(path), path)
 
 

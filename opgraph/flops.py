@@ -78,6 +78,14 @@ def _attention_backward(ins: list[Shape], outs: list[Shape], args: tuple[Any, ..
     return 2 * pairs * (3 * q[-1] + 2 * v[-1])
 
 
+def attention_again(op: str, inputs: Sequence[Shaped]) -> int:
+    """FLOP of the scores that a fused backward of attention computes again; 0 for every other op."""
+    if FORMULAS.get(base_name(op)) is not _attention_backward:
+        return 0
+    q, k = inputs[1].shape, inputs[2].shape
+    return 2 * prod(q) * k[-2]
+
+
 def _rnn_layer(ins: list[Shape], outs: list[Shape], args: tuple[Any, ...]) -> int:
     x, w_input, w_hidden = ins[0], ins[1], ins[2]
     return 2 * prod(x[:-1]) * (prod(w_input) + prod(w_hidden))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from math import ceil, log2, prod
 from typing import Any
 
-from opgraph.flops import FORMULAS, base_name
+from opgraph.flops import FORMULAS, attention_again, base_name
 from opgraph.graph import PHASES, Op, OpGraph
 from opgraph.memory import replay_memory
 from opgraph.work import rnn_cell
@@ -50,6 +50,16 @@ def summary(graph: OpGraph) -> dict[str, Any]:
         "traced_on": graph.traced_on,
         "notes": list(graph.notes),
     }
+
+
+def model_flops(graph: OpGraph) -> int:
+    """FLOP that the model asks for: forward and backward without anything computed twice, be it a checkpoint or the
+    scores that fused attention makes again in backward (two products forward, four backward)."""
+    return sum(
+        op.flops - attention_again(op.name, [graph.tensors[t] for t in op.inputs])
+        for op in graph.ops
+        if op.flops and op.phase in ("forward", "backward")
+    )
 
 
 def activation_bytes(graph: OpGraph) -> int:

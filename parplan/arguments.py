@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 Model = Annotated[
     str,
     typer.Argument(
-        help="A zoo name (gpt2, gpt2:layers=4,hidden=256), a Hugging Face config.json, or file.py:factory.",
+        help="A zoo name (gpt2, gpt2:layers=4,hidden=256), a Hugging Face config.json (model_type gpt2, llama, "
+        "mistral, qwen2, mixtral, bert or vit), or file.py:factory.",
         show_default=False,
     ),
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -96,29 +97,66 @@ def _tiers(c: dict[str, Any]) -> str:
 
 
 def _link(link: dict[str, Any]) -> str:
-    return f"{link['name']}: {number(link['bandwidth'], 'B/s')}, {seconds(link['latency'])}"
+    return f"{link['name']}: {_rate(link['bandwidth'])}, {seconds(link['latency'])}"
+
+
+def _rate(value: float) -> str:
+    return number(value, "B/s")
+
+
+FABRICS = {
+    "nvswitch": "all to one switch (nvswitch)", "mesh": "every pair by its share of a device's links (mesh)",
+    "cube-mesh": "by the wires below (cube-mesh)", "pcie": "PCIe: by the wires below, or all to one host bridge",
+    "torus": "grid with wraparound over the whole cluster (torus)", "loopback": "processes of one machine (loopback)",
+}  # fmt: skip
 
 
 def _details(name: str, entry: dict[str, Any]) -> None:
-    rows = []
-    for key, value in entry.items():
-        if isinstance(value, dict):
-            rows += [(f"{key}.{k}", _plain(k if k in ("bandwidth", "latency") else key, v)) for k, v in value.items()]
-        elif isinstance(value, list | tuple):
-            rows += [(key if i == 0 else "", _line(line)) for i, line in enumerate(value)]
-        else:
-            rows.append((key, _plain(key, value)))
-    show(table(name, ("", ""), rows, left=2))
+    """What is set, with units; zeros that mean "none" or "no limit" are left out."""
+    nodes, each = entry["nodes"], entry["devices_per_node"]
+    rows = [
+        ("device", entry["device"]),
+        ("devices", f"{entry['size']:,}: {nodes:,} {'nodes' if nodes > 1 else 'node'} of {each}"),
+        ("grid", " x ".join(map(str, entry["dims"]))),
+        ("messages by", entry["backend"]),
+        ("host cores", f"{entry['cores']} a node, shared by its ranks" if entry["cores"] else ""),
+        ("joined in the node", FABRICS[entry["fabric"]]),
+        *_link_rows("link in the node", entry["intra"]),
+        *_link_rows("link between nodes", entry["inter"]),
+        *_listed("switch tiers", [_tier(t) for t in entry["tiers"]]),
+        *_listed("wires", [f"{w['a']} - {w['b']}: {w['name']}, {_rate(w['bandwidth'])}" for w in entry["wires"]]),
+        *_listed("groups of nodes", [f"{g['nodes']} of {g['device']}" for g in entry["groups"]]),
+        ("measured", f"{n} tables of collectives" if (n := entry["collective_tables"]) else ""),
+        ("calibrated", "yes, `parplan calibrate`" if entry["calibrated"] else ""),
+        *_listed("sources", entry["sources"]),
+        *_listed("notes", entry["notes"]),
+    ]
+    show(table(name, ("", ""), [row for row in rows if row[1]], left=2))
+    if any("shared/" in value for _, value in rows):
+        show("Paths in shared/ are the project's own notes of its sources, which are not shipped.")
 
 
-def _line(value: Any) -> str:
-    return ", ".join(f"{k} {_plain(k, v)}" for k, v in value.items()) if isinstance(value, dict) else str(value)
+def _listed(title: str, lines: Sequence[str]) -> list[tuple[str, str]]:
+    return [(title if i == 0 else "", line) for i, line in enumerate(lines)]
 
 
-def _plain(key: str, value: Any) -> str:
-    match key:
-        case "bandwidth" | "flow_cap" if value:
-            return number(value, "B/s")
-        case "latency":
-            return seconds(value)
-    return str(value)
+def _link_rows(title: str, link: dict[str, Any]) -> list[tuple[str, str]]:
+    said = (
+        ("bandwidth", f"{_rate(link['bandwidth'])} a direction, of a port"),
+        ("latency", f"{seconds(link['latency'])} one way, of an empty message"),
+        ("ports", f"{link['ports']} a node, shared by its devices" if link["ports"] else "one for each device"),
+        ("one flow", f"at most {_rate(link['flow_cap'])}" if link["flow_cap"] else ""),
+        ("window", f"at most {number(link['window'], 'B')} of a flow under way" if link["window"] else ""),
+        ("collisions", f"leave {link['ecmp']:.0%} of it to flows over parallel links" if link["ecmp"] < 1 else ""),
+        ("source", link["source"]),
+    )
+    return [(title, link["name"]), *((f"  {key}", value) for key, value in said)]
+
+
+def _tier(tier: dict[str, Any]) -> str:
+    words = [f"{tier['name']}: {tier['nodes']:,} nodes below a switch"]
+    words += [f"oversubscribed 1:{tier['oversubscription']:g}"] * (tier["oversubscription"] != 1)
+    words += ["a switch for each port index (rails)"] * tier["rails"]
+    words += [f"collisions leave {tier['ecmp']:.0%}"] * (tier["ecmp"] < 1)
+    words += [f"{seconds(tier['latency'])} more"] * bool(tier["latency"])
+    return ", ".join(words)

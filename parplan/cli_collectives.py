@@ -24,7 +24,8 @@ LEGEND = {
 
 def collectives(
     cases: Annotated[
-        Path | None, typer.Option(help="CSV of published sweeps to predict and compare with.", show_default=False)
+        Path | None,
+        typer.Option(help="CSV of measured sweeps to compare with; docs/cases.md has the columns.", show_default=False),
     ] = None,
     cluster: Annotated[
         str | None, typer.Option("--cluster", "-c", help="A cluster to price a collective on.", show_default=False)
@@ -58,7 +59,7 @@ def collectives(
 
     Example: parplan collectives --cluster "2x dgx-h100" --op all_gather
     Example: parplan collectives --cluster "8x dgx-h100" --ranks 0-63:8
-    Example: parplan collectives --cases nccl_cases.csv --out report
+    Example: parplan collectives --cases examples/collectives_nccl.csv --out report
     """
     if (cases is None) == (cluster is None):
         raise ValueError("give either --cases with a CSV file or --cluster with a cluster")

@@ -92,8 +92,10 @@ def _advice(
     from costmodels.cluster import load_cluster
     from costmodels.compression import DEFAULTS, compression_from
     from costmodels.schemes import SCHEMES, scheme_from
+    from opgraph.models import check_spec, load_workload
 
     machine = load_cluster(cluster)
+    check_spec(model)
     chosen = [scheme_from(s.strip()) for s in schemes.split(",")] if schemes else list(SCHEMES)
     kinds = [compression_from(c) for c in (compressions.split(",") if compressions else DEFAULTS)]
     if not any(kind.lossy for kind in kinds):
@@ -103,7 +105,6 @@ def _advice(
     check_devices(machine, ranks)
     progress(f"tracing {model}", 0.1)
     from opgraph.batch import trace_workload
-    from opgraph.models import load_workload
     from planner.gradient_policy import advise
     from planner.plan import ParallelPlan
 

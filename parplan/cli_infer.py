@@ -64,13 +64,14 @@ def _infer(
     progress: Any,
 ) -> Any:  # fmt: skip
     from costmodels.cluster import load_cluster
+    from opgraph.models import at_length, check_spec, with_length
 
     kind = precision_of(precision)
     wanted = degrees(plan)
     cluster = load_cluster(name)
     check_graphs(options[1], cluster)
+    check_spec(at_length(model, lengths[1]))
     progress(f"tracing {model}", 0.1)
-    from opgraph.models import with_length
     from planner.inference import infer as predict
     from planner.inference_graph import trace_inference
 

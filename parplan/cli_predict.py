@@ -14,7 +14,8 @@ from parplan.console import emit, remark, show, table, working
 
 def predict(
     cases: Annotated[
-        Path, typer.Option("--cases", help="CSV file in the schema of published cases.", show_default=False)
+        Path,
+        typer.Option("--cases", help="CSV file of training runs; docs/cases.md has the columns.", show_default=False),
     ],
     set_name: Annotated[str | None, typer.Option("--set", help="Only rows of this set.", show_default=False)] = None,
     out: Annotated[
@@ -25,11 +26,11 @@ def predict(
 ) -> None:
     """Predict published training runs and compare with what was measured.
 
-    A row is a run: model, devices, plan, measured seconds; examples/runs.csv shows the columns for transformers.
+    A row is a run: model, devices, plan, and measured seconds where there are any. docs/cases.md has the columns.
     Its gpu is a name of parplan devices, local, or a device file (.toml) beside the CSV file.
 
     Example: parplan predict --cases examples/runs.csv
-    Example: parplan predict --cases transformer_cases.csv --set korthikanti_tab5 --out reports/published
+    Example: parplan predict --cases examples/runs_vision.csv --set invented --out reports/mine
     """
     import time
 

@@ -81,14 +81,15 @@ def _search(
 ) -> tuple[Any, Any]:
     from costmodels.cluster import load_cluster
     from costmodels.device import basis_of
+    from opgraph.models import check_spec, load_workload
     from planner.space_offload import check_mode
 
     kind, offload = precision_of(precision), check_mode(options[2])
     cluster = load_cluster(name)
     check_graphs(options[1], cluster)
+    check_spec(model)
     progress(f"tracing {model}", 0.0)
     from opgraph.batch import trace_workload
-    from opgraph.models import load_workload
     from planner.search import search as search_plans
     from planner.space import check_devices
 

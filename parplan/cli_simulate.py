@@ -90,14 +90,15 @@ def _simulate(
     model: str, plan: str, name: str, global_batch: int | None, options: tuple[bool, bool], progress: Any
 ) -> tuple[Any, Any, Any, Any]:
     from costmodels.cluster import load_cluster
+    from opgraph.models import check_spec, load_workload
     from parplan.inline_plan import read_plan
 
     cluster = load_cluster(name)
     check_graphs(options[0], cluster)
     world, precision, finish = read_plan(plan, global_batch)  # what is wrong with it shows before the model is built
+    check_spec(model)
     progress(f"tracing {model}", 0.1)
     from opgraph.batch import trace_workload
-    from opgraph.models import load_workload
     from planner.host_thread import Running
     from planner.predict import simulate_plan
     from planner.space import check_devices

@@ -33,11 +33,13 @@ def trace(
     positive("--processors", processors)
     began = time.perf_counter()
     with working() as progress:
+        from opgraph.models import check_spec, load_workload
+
+        check_spec(model)
         progress("loading torch", 0.0)
         import torch._dynamo  # noqa: F401  fake tensors load it when first used
 
         from opgraph.batch import trace_workload
-        from opgraph.models import load_workload
         from opgraph.summary import summary
 
         progress(f"tracing {model}", 0.1)

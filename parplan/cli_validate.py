@@ -37,6 +37,7 @@ def validate(
 
     Example: parplan validate gpt2:layers=4,hidden=256,heads=4,seq=128 --cluster local --global-batch 16 --ranks 2
     """
+    from opgraph.models import check_spec
     from planner.plan import ParallelPlan, check_executable
 
     for option, value in (("--global-batch", global_batch), ("--plans", plans), ("--steps", steps)):
@@ -45,6 +46,7 @@ def validate(
         raise ValueError(f"--timeout is {timeout:g}; give seconds above 0")
     worlds, kind = read_ranks(ranks), precision_of(precision)
     check_executable(ParallelPlan(1, precision=kind))
+    check_spec(model)
     target = out / (name or slug(model))
 
     def studies(progress: Any, keep: Any) -> list[Study]:

@@ -54,7 +54,7 @@ class Pass:
     def host_share(self) -> float:
         """Share of the pass that would go if the host cost nothing: what ranks wait for their host threads, of the time
         in which they do not wait for other stages."""
-        busy = self.seconds - self.breakdown["bubble"] - self.breakdown["idle"]
+        busy = self.seconds - self.breakdown["bubble"]
         return self.breakdown["host"] / busy if busy > 0 else 0.0
 
     @property

@@ -11,13 +11,14 @@ from costmodels.families import family
 from costmodels.ops import peak_of
 from costmodels.rounding import in_precision
 from costmodels.variability import synchronous
-from opgraph.eight_bits import EIGHT_BIT, mark_of
+from opgraph.eight_bits import EIGHT_BIT
 from opgraph.graph import OpGraph
+from opgraph.summary import model_flops
 from planner.host_thread import EAGER, HOST_ERROR, Running, assumptions, host_costs, host_notes
 from planner.lower import Lowered, lower
 from planner.memory import RankMemory, memory
 from planner.offload import is_apart, offload_notes
-from planner.plan import ParallelPlan
+from planner.plan import ParallelPlan, Precision
 from simulator import Timeline, breakdown, overall, simulate
 
 NINE_IN_TEN = 1.645  # standard deviations on either side of the mean of a normal distribution
@@ -27,7 +28,7 @@ NINE_IN_TEN = 1.645  # standard deviations on either side of the mean of a norma
 # other 17 ask for (0.065 to 0.095), 0.89 do; with 0.05, which none of them had chosen, 0.84 did:
 # `python -m validation.fit_step_error reports/published`.
 STEP_ERROR = 0.09
-HALF = {"bf16": "bfloat16", "fp16": "float16", "fp8": "bfloat16"}  # what a step's products run in by default
+FORMATS = {"tf32": "tf32", "fp16": "float16", "bf16": "bfloat16", "fp8": "float8_e4m3fn"}  # whose peak an MFU takes
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,13 +38,14 @@ class Prediction:
     interval: nine in ten step times should lie between these: the errors of the laws and tables on held-out samples,
     that of whole calibration steps (`Device.step_error`, `STEP_ERROR` where there are none), and that of the host's
     assumed speed, added in squares, 1.645 standard deviations wide. peak_bytes: tensor bytes at the worst moment, by
-    rank; memory_bytes: what a rank has. breakdown: compute, exposed_communication, bubble, idle and host (waiting for
-    the host thread), averaged over ranks; they sum to the step. mfu: model FLOP (without recomputation) per second over
-    the peak of all devices. shares: of the time by kind of price. unpriced: ops that no model covers. tasks: simulated.
-    at_peak: bytes by category (`memory_ledger.CATEGORIES`) at the worst moment of the fullest rank; resting_bytes: what
-    it holds between steps. assumed: options that the step is assumed to run with; fused: chains of ops that a compiled
-    step runs as one kernel, and how often. host_bytes: by category, what offload keeps of the fullest rank in the
-    host's memory at most, of which host_pinned_bytes are page-locked.
+    rank; memory_bytes: what a rank has. breakdown: compute, exposed_communication, bubble (nothing of the rank runs: it
+    waits for others) and host (waiting for the host thread), averaged over ranks; they sum to the step. mfu: model FLOP
+    (`opgraph.summary.model_flops`) over what the step's devices would do at their peak (`mfu_peak`). shares: of the
+    time by kind of price. unpriced: ops that no model covers. tasks: simulated. at_peak: bytes by category
+    (`memory_ledger.CATEGORIES`) at the worst moment of the fullest rank; resting_bytes: what it holds between steps.
+    assumed: options that the step is assumed to run with; fused: chains of ops that a compiled step runs as one kernel,
+    and how often. host_bytes: by category, what offload keeps of the fullest rank in the host's memory at most, of
+    which host_pinned_bytes are page-locked.
     """
 
     plan: ParallelPlan
@@ -114,9 +116,9 @@ def _judge(
     peaks = device_peaks(held, cluster)
     fullest = max(held, key=lambda m: m.peak)
     capacity = memory_per_rank(cluster, plan)
-    at_peak = _seconds_at_peak(graph.at_batch(plan.micro_batch), plan, cluster.device)
+    flops = model_flops(graph.at_batch(plan.micro_batch)) * plan.micro_batches * plan.dp
     devices = min(plan.world_size, cluster.size)
-    mfu = at_peak * plan.micro_batches * plan.dp / (step * devices) if step else 0.0
+    mfu = flops / (step * devices * mfu_peak(graph, plan.precision, cluster.device)) if step else 0.0
     if mfu > 1:
         notes += ("MFU is above 100 %: convolutions by Winograd or FFT multiply less often than FLOP are counted",)
     return Prediction(
@@ -141,14 +143,17 @@ def _judge(
     )
 
 
-def _seconds_at_peak(graph: OpGraph, plan: ParallelPlan, device: Device) -> float:
-    """The model's FLOP at the peak of the format that they run in, which is tf32 for some of a step in float32."""
-    if plan.precision in HALF:
-        eight = sum(op.flops for op in graph.ops if mark_of(op))
-        half = (graph.flops() - eight) / peak_of(device, HALF[plan.precision])
-        return half + eight / peak_of(device, EIGHT_BIT)
-    rounded = sum(op.flops for op in graph.ops if family(op.name) in device.in_tf32)
-    return rounded / peak_of(device, "tf32") + (graph.flops() - rounded) / peak_of(device, "float32")
+def mfu_peak(graph: OpGraph, precision: Precision, device: Device) -> float:
+    """FLOP/s of one device that an MFU is a share of: the peak of the plan's precision. fp32 is torch as it comes, so
+    there it is that of the format in which most FLOP run: tf32 for convolutions rounded unasked (`Device.in_tf32`)."""
+    if precision != "fp32":
+        return peak_of(device, FORMATS[precision])
+    flops: dict[str, int] = {"float32": 0}
+    for op in graph.ops:
+        if op.flops:
+            dtype = "tf32" if family(op.name) in device.in_tf32 else graph.tensors[op.inputs[0]].dtype
+            flops[dtype] = flops.get(dtype, 0) + op.flops
+    return peak_of(device, max(flops, key=lambda dtype: flops[dtype]))
 
 
 def format_notes(graph: OpGraph, device: Device) -> tuple[str, ...]:

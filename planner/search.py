@@ -250,11 +250,15 @@ def _tied(one: Prediction, best: Prediction) -> bool:
 
 
 def _memory_rejections(state: _State) -> tuple[Rejection, ...]:
-    text = "out of memory on rank {}: the plan that lacks least lacks {:,.0f} bytes ({:.2f} GiB)"
+    text = "out of memory on rank {}: the plan that lacks least lacks {}"
     return tuple(
-        Rejection(name, text.format(rank, nbytes, nbytes / 2**30), count)
+        Rejection(name, text.format(rank, _amount(nbytes)), count)
         for name, (nbytes, rank, count) in state.short.items()
     )
+
+
+def _amount(nbytes: float) -> str:
+    return f"{nbytes / 2**30:.2f} GiB" if nbytes >= 2**30 else f"{nbytes / 2**20:.4g} MiB"
 
 
 def _refusals(state: _State) -> tuple[Rejection, ...]:

@@ -147,8 +147,6 @@ def _enumerate_mesh(b: _Builder, pp: int, dp: int, tp: int) -> None:
     if dp > 1 and (why := no_fully_shard({name: t.shape for name, t in b.costs.graph.parameters.items()})):
         kinds = ("ddp", "zero1")
         b.reject("fsdp", why, len(schedules) * 2 * len(batches))
-    if dp == 1:
-        b.reject("fsdp or zero1, dp1", "fsdp and zero1 shard over dp, and dp is 1", 2 * count * len(batches))
     for m in batches:
         _enumerate_batch(b, label, (pp, dp, tp), m, shardings, kinds, schedules)
 

@@ -28,24 +28,23 @@ class Timeline:
 
 @dataclass(frozen=True, slots=True)
 class Breakdown:
-    """Where one rank's step goes, in seconds; the five parts sum to the makespan.
+    """Where one rank's step goes, in seconds; the four parts sum to the makespan.
 
     compute: a task of a compute resource of the rank is running.
     exposed_communication: only communication or link tasks of the rank are.
-    bubble: neither, though tasks of the rank are still to come (waiting for others).
-    idle: after the rank's last task.
+    bubble: neither: the rank waits for others, before its first task, between two, or after its last. Of a pipeline
+    with equal stages this is the (p - 1) / (m + p - 1) of warm-up and drain.
     host: neither, because the rank's host thread has not issued the next work yet (see `host_waits`).
     """
 
     compute: float
     exposed_communication: float
     bubble: float
-    idle: float
     host: float = 0.0
 
     @property
     def total(self) -> float:
-        return self.compute + self.exposed_communication + self.bubble + self.idle + self.host
+        return self.compute + self.exposed_communication + self.bubble + self.host
 
 
 def timeline_of(program: Program, start: Floats, finish: Floats) -> Timeline:
@@ -105,15 +104,12 @@ def _breakdown(
     busy = computing | np.isin(kinds, COMMUNICATION)
     compute = covered(start[computing], finish[computing])
     either = covered(start[busy], finish[busy])
-    last = float(finish.max(initial=0.0))
     held = either
     if waits is not None:
         spans = np.concatenate([start[busy], waits[0]]), np.concatenate([finish[busy], waits[1]])
         in_order = np.argsort(spans[0], kind="stable")
         held = covered(spans[0][in_order], spans[1][in_order])
-    return Breakdown(
-        compute, max(0.0, either - compute), max(0.0, last - held), timeline.makespan - last, max(0.0, held - either)
-    )
+    return Breakdown(compute, max(0.0, either - compute), max(0.0, timeline.makespan - held), max(0.0, held - either))
 
 
 def covered(start: Floats, finish: Floats) -> float:
@@ -130,7 +126,7 @@ def overall(breakdowns: Mapping[int, Breakdown]) -> Breakdown:
     """Mean over the ranks."""
     if not breakdowns:
         raise ValueError("there is no rank to take a mean over; give tasks or resources a rank")
-    rows = [(b.compute, b.exposed_communication, b.bubble, b.idle, b.host) for b in breakdowns.values()]
+    rows = [(b.compute, b.exposed_communication, b.bubble, b.host) for b in breakdowns.values()]
     return Breakdown(*(float(mean) for mean in np.mean(rows, axis=0)))
 
 

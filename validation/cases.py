@@ -1,4 +1,4 @@
-"""Published training runs: the rows of a CSV file in the schema of transformer_cases.csv or vision_cases.csv."""
+"""Published training runs: the rows of a CSV file in one of the schemas of docs/cases.md."""
 
 from __future__ import annotations
 
@@ -115,5 +115,6 @@ def _kind(columns: Sequence[str], path: Path) -> Kind:
     other = {"global_batch": "per_gpu_batch"} if kind == "vision" else {}
     if missing := [name for name in needed if not {name, other.get(name, name)} & {*columns}]:
         what = f"cases of transformers need {', '.join(TRANSFORMER)}, those of vision models {', '.join(VISION)}"
-        raise ValueError(f"{path} lacks the column(s) {', '.join(missing)} of {kind} cases; {what}")
+        lacks = f"{path} lacks the column(s) {', '.join(missing)} of {kind} cases"
+        raise ValueError(f"{lacks}; {what}; docs/cases.md says what they hold")
     return kind

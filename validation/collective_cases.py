@@ -1,6 +1,6 @@
 """Published sweeps of collectives: read from CSV or the catalogue, and turned into clusters that can be priced.
 
-Columns as in nccl_cases.csv: config_id, gpu, num_gpus, num_nodes, interconnect, collective, bytes, time_us, source,
+Columns (docs/cases.md): config_id, gpu, num_gpus, num_nodes, interconnect, collective, bytes, time_us, source,
 notes. What links there are is read from the words of `interconnect` and `notes`; what those leave out is taken from the
 usual machine of that device (`USUAL`), and a device without a family needs its links in words.
 """
@@ -82,9 +82,9 @@ def read_rows(path: Path) -> list[dict[str, str]]:
     except (UnicodeDecodeError, csv.Error):
         raise ValueError(f"{path} is no CSV file; give one in the schema of nccl_cases.csv or tcp_cases.csv") from None
     except OSError as error:
-        raise ValueError(f"{path}: {error.strerror}; give a CSV file in the schema of nccl_cases.csv") from None
+        raise ValueError(f"{path}: {error.strerror}; give a CSV file with the columns of docs/cases.md") from None
     if not rows:
-        raise ValueError(f"{path}: no rows; give a CSV file in the schema of nccl_cases.csv or tcp_cases.csv")
+        raise ValueError(f"{path}: no rows; give a CSV file with the columns of docs/cases.md")
     return rows
 
 

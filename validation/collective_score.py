@@ -59,14 +59,14 @@ def read_sweeps(path: Path) -> tuple[list[Sweep], dict[str, str]]:
 def score_file(
     path: Path, progress: Progress | None = None, plain: bool = False
 ) -> tuple[list[Scored], dict[str, str]]:
-    """Every configuration of a file in the schema of nccl_cases.csv or tcp_cases.csv, and those that have no price.
+    """Every configuration of a file with the columns of docs/cases.md, and those that have no price.
 
     plain: NCCL's own constants alone, nothing fitted."""
     rows = read_rows(path)
     tcp = is_tcp(rows[0])
-    schema, own = ("tcp_cases.csv", {"backend"}) if tcp else ("nccl_cases.csv", {"gpu", "num_gpus"})
+    own = {"backend"} if tcp else {"gpu", "num_gpus"}
     if missing := {"config_id", "collective", "bytes", "time_us", "num_nodes", *own} - set(rows[0]):
-        raise ValueError(f"{path}: columns {', '.join(sorted(missing))} are missing; see {schema} for the schema")
+        raise ValueError(f"{path}: columns {', '.join(sorted(missing))} are missing; docs/cases.md has all of them")
     if tcp:
         return score_tcp(rows)
     sweeps, skipped = read_sweeps(path)

@@ -1,4 +1,4 @@
-"""Sweeps of torch.distributed over shaped TCP, in the schema of tcp_cases.csv: backend, hardware, num_nodes,
+"""Sweeps of torch.distributed over shaped TCP, with the columns of docs/cases.md: backend, hardware, num_nodes,
 gpus_per_node (1 where it is not said), delay_ms, bandwidth_gbps (0 where nothing was shaped), collective, bytes,
 time_us."""
 

@@ -225,7 +225,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from validation.collective_score import bands_of, left_out, read_sweeps
 
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("cases", type=Path, help="CSV file in the schema of nccl_cases.csv")
+    parser.add_argument("cases", type=Path, help="CSV file with the NCCL columns of docs/cases.md")
     sweeps, skipped = read_sweeps(parser.parse_args(arguments).cases)
     for config, reason in skipped.items():
         print(f"skipped {config}: {reason}")

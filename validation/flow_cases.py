@@ -1,6 +1,6 @@
 """Published gloo collectives over shaped TCP, predicted by flows that share links, without any fitted constant.
 
-    python -m validation.flow_cases --cases tcp_cases.csv --out reports/topology
+    python -m validation.flow_cases --cases sweeps.csv --out reports/topology
 
 Broadcast: simultaneous sends of a binomial tree share the sender's port. All-reduce: gloo's ring, segment by
 segment, where the delay of each message counts in full. The unshaped instance network is 10 Gbit/s a port, 5 a flow,
@@ -53,11 +53,11 @@ class Case:
 
 
 def read_cases(path: Path) -> list[Case]:
-    """The gloo broadcasts and all-reduces of a CSV in the schema of tcp_cases.csv, predicted."""
+    """The gloo broadcasts and all-reduces of a CSV with the TCP columns of docs/cases.md, predicted."""
     with path.open(newline="") as file:
         table = csv.DictReader(file)
         if missing := [c for c in COLUMNS if c not in (table.fieldnames or ())]:
-            raise ValueError(f"{path}: no column {', '.join(missing)}; give a file in the schema of tcp_cases.csv")
+            raise ValueError(f"{path}: no column {', '.join(missing)}; docs/cases.md has the columns of TCP")
         rows = [row for row in table if row["backend"] == "gloo" and row["collective"] in KINDS]
     cases = []
     for row in rows:
@@ -116,7 +116,7 @@ def report(cases: Sequence[Case], command: str) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m validation.flow_cases")
-    parser.add_argument("--cases", type=Path, required=True, help="a CSV in the schema of tcp_cases.csv")
+    parser.add_argument("--cases", type=Path, required=True, help="a CSV with the TCP columns of docs/cases.md")
     parser.add_argument("--out", type=Path, required=True, help="folder for flows.md and flows.json")
     options = parser.parse_args(arguments)
     try:

@@ -16,15 +16,17 @@ class Attention(nn.Module):
     """
 
     def __init__(
-        self, hidden: int, heads: int, *, causal: bool, bias: bool, kv_heads: int | None = None, head_dim: int = 0
-    ):
+        self, hidden: int, heads: int, *, causal: bool, bias: bool, kv_heads: int | None = None, head_dim: int = 0,
+        qkv_bias: bool | None = None,
+    ):  # fmt: skip
         super().__init__()
         self.causal, self.head_dim = causal, head_dim or hidden // heads
         self.grouped = kv_heads is not None and kv_heads != heads
         kv = (kv_heads or heads) * self.head_dim
-        self.q = nn.Linear(hidden, heads * self.head_dim, bias=bias)
-        self.k = nn.Linear(hidden, kv, bias=bias)
-        self.v = nn.Linear(hidden, kv, bias=bias)
+        with_bias = bias if qkv_bias is None else qkv_bias
+        self.q = nn.Linear(hidden, heads * self.head_dim, bias=with_bias)
+        self.k = nn.Linear(hidden, kv, bias=with_bias)
+        self.v = nn.Linear(hidden, kv, bias=with_bias)
         self.o = nn.Linear(heads * self.head_dim, hidden, bias=bias)
 
     def forward(self, x: torch.Tensor, rotation: Rotation | None = None) -> torch.Tensor:

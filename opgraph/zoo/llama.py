@@ -1,4 +1,4 @@
-"""Llama 2 (Touvron et al. 2023) and Llama 3 (Dubey et al. 2024).
+"""Llama 2 (Touvron et al. 2023) and Llama 3 (Dubey et al. 2024), and what differs from them by sizes: Mistral, Qwen 2.
 
 The cosines and sines of the rotary positions are computed once per step and handed to every block; there are no
 buffers. The stretched rotary frequencies of Llama 3.1 and later cost the same and are left out.
@@ -21,7 +21,9 @@ class Block(nn.Module):
     def __init__(self, s: sizes.Llama, mlp: nn.Module):
         super().__init__()
         self.norm1 = nn.RMSNorm(s.hidden, eps=s.eps)
-        self.attn = Attention(s.hidden, s.heads, causal=True, bias=False, kv_heads=s.kv_heads, head_dim=s.head_dim)
+        self.attn = Attention(
+            s.hidden, s.heads, causal=True, bias=False, kv_heads=s.kv_heads, head_dim=s.head_dim, qkv_bias=s.qkv_bias
+        )
         self.norm2 = nn.RMSNorm(s.hidden, eps=s.eps)
         self.mlp = mlp
 

@@ -11,12 +11,17 @@ from types import ModuleType
 from typing import Any
 
 
-def load_function(path: Path, name: str) -> Callable[[], Any]:
-    """The function `name` of the Python file `path`, which may import its neighbours."""
+def check_path(path: Path, name: str) -> None:
+    """ValueError where there is no such file, or no name of a function."""
     if not path.is_file():
         raise ValueError(f"there is no file {path}: give file.py:factory")
     if not name:
         raise ValueError(f"{path} is a file without the name of a function in it: give {path}:factory")
+
+
+def load_function(path: Path, name: str) -> Callable[[], Any]:
+    """The function `name` of the Python file `path`, which may import its neighbours."""
+    check_path(path, name)
     module_name = f"_parplan_{path.stem}_{abs(hash(path.resolve()))}"
     description = importlib.util.spec_from_file_location(module_name, path)
     assert description is not None and description.loader is not None

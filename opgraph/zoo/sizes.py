@@ -120,7 +120,8 @@ class Gpt:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Llama:
-    """Llama: RMSNorm, rotary positions, grouped-query attention, SwiGLU, untied head."""
+    """Llama: RMSNorm, rotary positions, grouped-query attention, SwiGLU, untied head. `qkv_bias` is Qwen 2's. `window`:
+    tokens that attention looks back (0: all); longer sequences, which would need it, are not built."""
 
     family: ClassVar[str] = "llama"
     layers: int
@@ -134,6 +135,8 @@ class Llama:
     rope_theta: float = 10000.0
     eps: float = 1e-5
     tied: bool = False
+    qkv_bias: bool = False
+    window: int = 0
     batch: int = 2
 
 
@@ -202,6 +205,11 @@ def check(sizes: Sizes, name: str) -> None:
         case Llama() if sizes.heads % sizes.kv_heads:
             raise ValueError(
                 f"{name}: heads={sizes.heads} is no multiple of kv_heads={sizes.kv_heads}: give kv_heads too"
+            )
+        case Llama() if sizes.seq > sizes.window > 0:
+            raise ValueError(
+                f"{name}: seq={sizes.seq} is longer than its sliding window, which is not modelled: give "
+                f"seq={sizes.window} or less, or window={sizes.seq} for attention to all tokens"
             )
         case Llama() if sizes.head_dim % 2:
             raise ValueError(f"{name}: head_dim={sizes.head_dim} is odd: rotary positions need an even one")

@@ -87,6 +87,53 @@ def test_small_configurations() -> None:
     assert load_workload(f"{DATA}/tiny-llama").batch(1)[0][0].shape == (1, 8192)
 
 
+DECODER = {"hidden_size": 4096, "num_attention_heads": 32, "num_key_value_heads": 8, "num_hidden_layers": 32,
+           "intermediate_size": 14336, "vocab_size": 32000, "max_position_embeddings": 32768}  # fmt: skip
+ENCODER = {"hidden_size": 768, "num_attention_heads": 12, "num_hidden_layers": 12, "intermediate_size": 3072}
+
+
+@pytest.mark.parametrize(
+    ("config", "parameters", "seq", "like"),
+    [
+        (DECODER | {"model_type": "mistral", "sliding_window": 4096}, 7_241_732_096, 4096, ""),
+        (DECODER | {"model_type": "mistral", "sliding_window": None}, 7_241_732_096, 8192, ""),
+        (DECODER | {"model_type": "mixtral", "sliding_window": None, "num_local_experts": 8, "num_experts_per_tok": 2},
+         46_702_792_704, 8192, "mixtral-8x7b"),
+        # Qwen2-7B; its file has a window and says that it is not used.
+        ({"model_type": "qwen2", "hidden_size": 3584, "num_attention_heads": 28, "num_key_value_heads": 4,
+          "num_hidden_layers": 28, "intermediate_size": 18944, "vocab_size": 152064, "max_position_embeddings": 131072,
+          "sliding_window": 4096, "use_sliding_window": False}, 7_615_616_512, 8192, ""),
+        (ENCODER | {"model_type": "bert", "vocab_size": 30522, "max_position_embeddings": 512}, 109_514_298, 512,
+         "bert-base"),
+        (ENCODER | {"model_type": "vit", "image_size": 224, "patch_size": 16}, 86_567_656, 224, "vit-b16"),
+        (ENCODER | {"model_type": "vit", "id2label": {"0": "cat", "1": "dog"}}, 86_567_656 - 998 * 769, 224, ""),
+    ],
+)  # fmt: skip
+def test_configurations_have_the_published_parameters(
+    tmp_path: Path, config: dict[str, object], parameters: int, seq: int, like: str
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    read = load_workload(str(tmp_path))
+    assert count(read) == parameters and read.batch(1)[0][0].shape[-1] == seq
+    assert not like or shapes(read) == shapes(load_workload(like))
+
+
+def test_the_biases_of_qwen2_are_those_of_q_k_and_v(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(DECODER | {"model_type": "qwen2"}))
+    biased = {name.split(".", 2)[-1] for name in shapes(load_workload(f"{path}:layers=1")) if name.endswith("bias")}
+    assert biased == {"attn.q.bias", "attn.k.bias", "attn.v.bias"}
+    assert 0 < step(load_workload(f"{path}:layers=1,hidden=32,heads=2,ffn=48,vocab=64,seq=8")) < 10
+
+
+def test_a_sequence_beyond_the_sliding_window_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(DECODER | {"model_type": "mistral", "sliding_window": 4096}))
+    with pytest.raises(ValueError, match=r"seq=8192 is longer than its sliding window.*window=8192"):
+        load_workload(f"{path}:seq=8192")
+    assert load_workload(f"{path}:seq=8192,window=8192").batch(1)[0][0].shape == (1, 8192)
+
+
 def test_a_file_with_a_pair() -> None:
     workload = load_workload(f"{USER}:pair")
     assert workload.batch_size == 4 and workload.blocks == tuple(f"body.layers.{i}" for i in range(3))
@@ -240,7 +287,13 @@ def test_integers_without_values_are_told_so() -> None:
     [
         ("{", "not readable as JSON"),
         ("[]", "has no model_type"),
-        ({"model_type": "mamba"}, "model_type 'mamba': only gpt2 and llama"),
+        ({"model_type": "mamba"}, "'mamba': configurations of gpt2, llama, mistral, qwen2, mixtral, bert, vit"),
+        ({"model_type": ["gpt2"]}, "configurations of gpt2"),
+        ({"model_type": "bert", "hidden_act": "relu"}, "hidden_act 'relu'"),
+        ({"model_type": "bert", "position_embedding_type": "relative_key"}, "only absolute"),
+        ({"model_type": "vit", "num_channels": 1}, "num_channels other than 3"),
+        (DECODER | {"model_type": "mistral", "sliding_window": 0}, "sliding_window=0: give a whole number"),
+        (DECODER | {"model_type": "mixtral", "num_experts_per_tok": 9}, "top_k=9 exceeds experts=8"),
         ({"model_type": "gpt2", "n_embd": 8}, "has no n_positions"),
         ({"model_type": "gpt2", "n_embd": "8"}, "n_embd='8': give a whole number"),
         ({"model_type": "gpt2", "activation_function": "relu"}, "activation_function 'relu'"),

@@ -7,12 +7,13 @@ import json
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from opgraph.batch import trace_workload
 from opgraph.graph import OpGraph
 from opgraph.memory import replay_memory
 from opgraph.models import load_workload
-from opgraph.summary import activation_bytes, summary, work_and_depth
+from opgraph.summary import activation_bytes, model_flops, summary, work_and_depth
 from opgraph.trace import trace
 
 
@@ -80,3 +81,26 @@ def test_the_summary_is_json_with_the_keys_of_the_design() -> None:
     assert found["peak_bytes"] == replay_memory(graph).peak_bytes
     assert 0 < found["activation_bytes"] < found["peak_bytes"]
     assert found["work"] > found["flops"]["total"] and 0 < found["depth"] < found["work"]
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, again: bool) -> None:
+        super().__init__()
+        self.again, self.linear = again, nn.Linear(16, 16, bias=False)
+
+    def wave(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linear(x).sin()  # whose backward needs the product
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = checkpoint(self.wave, x, use_reentrant=False) if self.again else self.wave(x)
+        return torch.nn.functional.scaled_dot_product_attention(x, x, x)
+
+
+def test_model_flops_count_nothing_twice() -> None:
+    """A product of 8 x 16 by 16 x 16, forward and for the weight (and none for the input, which needs no gradient);
+    attention of 8 positions: two products forward and four backward, of the five that the fused kernel runs."""
+    x = torch.randn(2, 1, 8, 16)
+    plain, again = (trace(Checkpointed(c), (x,), loss=lambda y: y.square().mean()) for c in (False, True))
+    product, scores = 2 * 2 * 8 * 16 * 16, 2 * 2 * 8 * 8 * 16
+    assert plain.flops() == 2 * product + 7 * scores and again.flops() == plain.flops() + product
+    assert model_flops(plain) == model_flops(again) == 2 * product + 6 * scores

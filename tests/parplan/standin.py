@@ -10,7 +10,7 @@ import numpy as np
 
 from planner.plan import ParallelPlan
 
-PARTS = {"compute": 0.006, "exposed_communication": 0.003, "bubble": 0.001, "idle": 0.0}
+PARTS = {"compute": 0.006, "exposed_communication": 0.003, "bubble": 0.001, "host": 0.0}
 
 
 def prediction(plan: ParallelPlan, seconds: float = 0.010) -> Any:

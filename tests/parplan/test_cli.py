@@ -171,7 +171,8 @@ def bad_inputs(folder: Path) -> dict[str, tuple[tuple[object, ...], str]]:
         "model": (("trace", "gpt22"), "did you mean"),
         "factory": (("trace", f"{MODELS}:nothing"), "no function 'nothing'"),
         "untraceable": (("trace", f"{MODELS}:untraceable"), "my own mistake"),
-        "cluster": (("search", MLP, "--cluster", "nope", "-b", 8), "no known cluster"),
+        "cluster": (("search", MLP, "--cluster", "nope", "-b", 8), "no known cluster: known are"),
+        "near cluster": (("search", MLP, "--cluster", "8x dgx-h10", "-b", 8), "did you mean dgx-h100"),
         "toml": (("search", MLP, "--cluster", folder / "broken.toml", "-b", 8), "not valid TOML"),
         "no toml": (("search", MLP, "--cluster", folder / "none.toml", "-b", 8), "no such file"),
         "device": (("devices", "nope"), "no known device"),
@@ -246,6 +247,16 @@ def test_bad_input_gives_one_sentence_and_code_2(parplan, planner, tmp_path):
         assert len(said) == 1 and said[0].startswith("parplan: ") and expected in said[0], f"{case}: {said}"
         assert "Traceback" not in result.err and result.out == "", case
     assert sorted(p.name for p in tmp_path.iterdir() if p.name.startswith(".")) == []
+
+
+def test_a_slip_in_the_name_of_a_model_is_told_before_torch_is_loaded():
+    on = ["-c", "dgx-h100", "-b", "2"]
+    verbs = (["trace"], ["simulate", "-p", "dp2", *on], ["search", *on], ["validate", "-b", "2"])
+    specs = ("gpt22", "no/config.json", "no.py:factory", str(ROOT), "gpt2:layrs=3")
+    code = "import sys; from parplan.cli import main\n"
+    code += f"print({{main([*verb, spec]) for verb in {verbs} for spec in {specs}}}, 'torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.strip() == "{2} False", done.stderr
 
 
 @pytest.mark.executed

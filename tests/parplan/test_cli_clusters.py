@@ -53,3 +53,21 @@ def test_a_file_of_a_machine_takes_its_device_from_an_option(parplan, tmp_path):
     ):
         result = parplan("clusters", *words)
         assert result.code == 2 and said in result.err and "Traceback" not in result.err
+
+
+def test_details_have_units_and_leave_out_what_is_not_set(parplan):
+    single = parplan("clusters", "dgx-h100").out
+    assert "450 GB/s a direction" in single and "2.7 us one way" in single and "8: 1 node of 8" in single
+    assert not any(word in single for word in ("flow_cap", "cores", "tiers", "wires", "window", "False", "0.0"))
+    assert "notes of its sources, which are not shipped" in single  # its sources name shared/...
+    tree = parplan("clusters", "llama3-roce-16k").out
+    assert "pod: 384 nodes below a switch, oversubscribed 1:7" in tree and "2 us more" in tree
+    capped = parplan("clusters", "p3-tcp").out
+    assert "at most 625 MB/s" in capped and "of a flow under way" in capped
+    assert "1 a node, shared by its devices" in parplan("clusters", "g5-12xlarge").out
+    assert "shared/" not in parplan("clusters", "g5-12xlarge").out
+
+
+def test_json_keeps_the_fields_of_links(parplan):
+    (entry,) = parplan("clusters", "dgx-h100", "--json").data["clusters"]
+    assert entry["intra"]["flow_cap"] == 0 and entry["inter"]["ports"] == 0 and entry["cores"] == 0

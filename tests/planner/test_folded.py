@@ -172,7 +172,7 @@ def test_stages_recompute_their_own_share() -> None:
 def test_interleaving_shrinks_the_bubble() -> None:
     wide = step(pp=4, global_batch=32)
     thin = step(pp=4, vpp=2, global_batch=32)
-    assert thin.breakdown["bubble"] + thin.breakdown["idle"] < wide.breakdown["bubble"] + wide.breakdown["idle"]
+    assert thin.breakdown["bubble"] < wide.breakdown["bubble"]
     assert thin.step_seconds < wide.step_seconds
 
 

@@ -40,13 +40,13 @@ def two_ranks() -> Program:
 
 def test_breakdown_by_hand() -> None:
     parts = breakdown(simulate(two_ranks()))
-    assert parts == {0: Breakdown(3.0, 2.0, 1.0, 1.0), 1: Breakdown(3.0, 0.0, 4.0, 0.0)}
-    assert overall(parts) == Breakdown(3.0, 1.0, 2.5, 0.5)
+    assert parts == {0: Breakdown(3.0, 2.0, 2.0), 1: Breakdown(3.0, 0.0, 4.0)}
+    assert overall(parts) == Breakdown(3.0, 1.0, 3.0)
 
 
-def test_rank_without_tasks_is_idle_and_ranks_are_needed() -> None:
+def test_rank_without_tasks_waits_for_all_of_the_step_and_ranks_are_needed() -> None:
     program = program_from_arrays([2.0], [], [], rank=0, resource=0, resources=[Resource("a"), Resource("b", rank=7)])
-    assert breakdown(simulate(program)) == {0: Breakdown(2.0, 0.0, 0.0, 0.0), 7: Breakdown(0.0, 0.0, 0.0, 2.0)}
+    assert breakdown(simulate(program)) == {0: Breakdown(2.0, 0.0, 0.0), 7: Breakdown(0.0, 0.0, 2.0)}
     with pytest.raises(ValueError, match="no rank"):
         overall(breakdown(simulate(program_from_arrays([1.0], [], []))))
 
@@ -56,7 +56,7 @@ def test_rank_without_tasks_is_idle_and_ranks_are_needed() -> None:
 def test_breakdown_sums_to_the_step(seed: int, tasks: int, resources: int, pools: int, ties: bool) -> None:
     timeline = simulate(random_program(seed, tasks, resources, pools, ties))
     for part in breakdown(timeline).values():
-        assert min(part.compute, part.exposed_communication, part.bubble, part.idle) >= 0.0
+        assert min(part.compute, part.exposed_communication, part.bubble) >= 0.0
         assert part.total == pytest.approx(timeline.makespan, rel=1e-12)
 
 
