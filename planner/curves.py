@@ -7,10 +7,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from costmodels.collectives import collective_price
 from costmodels.context import per_op
 from costmodels.ops import price_many
 from opgraph.graph import Tensor
+from planner.group_prices import quickest
 from planner.host_thread import host_costs
 from planner.layout import propagate
 from planner.op_costs import host_seconds, op_seconds
@@ -69,10 +69,10 @@ def _curves(costs: StepCosts, plan: ParallelPlan) -> Curves:
     (messages, sends), demand = np.zeros((2, 2, n)), 1.0
     issue, least = host_seconds(costs, layout)
     thread = host_costs(costs.cluster, costs.running)
-    step, ranks, likes = plan.micro_batch - graph.batch, plan.group(0, "tp"), plan.likes(0, "tp")
+    step = plan.micro_batch - graph.batch
     for reduction in layout.reductions:
         nbytes = float(_at(graph.tensors[reduction.tensor], step).bytes)
-        price = collective_price(costs.cluster, "all_reduce", nbytes, ranks, firsts=likes)
+        price = quickest(costs.cluster, plan, "tp", "all_reduce", nbytes)
         messages[int(reduction.after >= n), place[reduction.after]] += price.seconds
         sends[int(reduction.after >= n), place[reduction.after]] += thread.message if thread else 0.0
         demand = min(demand, price.demand)

@@ -25,6 +25,7 @@ from costmodels.overlap import beside, slowdowns
 from costmodels.variability import synchronous
 from opgraph.graph import OpGraph
 from planner.estimate_offload import add_offload
+from planner.group_prices import groups_along, quickest
 from planner.host_thread import host_costs
 from planner.op_costs import optimizer_seconds
 from planner.plan import ParallelPlan
@@ -216,7 +217,6 @@ def _data_messages(costs: StepCosts, plan: ParallelPlan, volume: Floats, trained
     if plan.dp == 1:
         return found
     found["slowed"] = np.full(plan.pp, _slowed(costs, plan, float(trained.max())))
-    cluster, ranks, likes = costs.cluster, plan.group(0, "dp"), plan.likes(0, "dp")
 
     def moved(what: str) -> Floats:
         return volume if what == "all_gather" else trained
@@ -225,11 +225,11 @@ def _data_messages(costs: StepCosts, plan: ParallelPlan, volume: Floats, trained
         volume = moved(what)
         pieces = np.maximum(np.round(pieces), 1)
         sizes = (volume / pieces).tolist()
-        prices = [collective_price(cluster, what, n, ranks, firsts=likes).seconds for n in sizes]
+        prices = [quickest(costs.cluster, plan, "dp", what, n).seconds for n in sizes]
         return np.where(volume > 0, pieces * np.array(prices), 0.0)
 
     def least(what: str) -> tuple[Floats, Floats]:
-        seconds, work = _least(costs, what, ranks)
+        seconds, work = _least(costs, plan, what)
         return seconds * moved(what), work * moved(what)
 
     if plan.fully_sharded:
@@ -273,13 +273,14 @@ def _slowed(costs: StepCosts, plan: ParallelPlan, volume: float) -> float:
     return found
 
 
-def _least(costs: StepCosts, kind: str, ranks: tuple[int, ...]) -> tuple[float, float]:
+def _least(costs: StepCosts, plan: ParallelPlan, kind: str) -> tuple[float, float]:
     """Seconds, and core seconds of a rank, that a byte takes at the very least: prices are affine or log-log linear in
     pieces, so the least ratio lies at a table's point or far out."""
-    key = ("least", kind, ranks)
+    key = ("least", kind, plan.pp, plan.dp, plan.tp, plan.cp, plan.ep)
     if key not in costs.cache:
         sizes = [float(n) for t in costs.cluster.tables for n in t.bytes] + [4.0**k for k in range(5, 26)]
-        prices = [(collective_price(costs.cluster, kind, n, ranks), n) for n in sizes]
+        alone = groups_along(costs.cluster, plan, "dp")
+        prices = [(collective_price(costs.cluster, kind, n, ranks), n) for n in sizes for ranks in alone]
         seconds = min(p.seconds / n for p, n in prices) * (1 - 1e-9)
         costs.cache[key] = seconds, seconds * min(p.demand for p, _ in prices)
     found: tuple[float, float] = costs.cache[key]

@@ -8,8 +8,8 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-from costmodels.collectives import collective_price
 from planner.curves import Curves, curves
+from planner.group_prices import quickest_send
 from planner.host_thread import host_costs
 from planner.plan import ParallelPlan
 from planner.runtime_host import calls_seconds, least_seconds
@@ -89,9 +89,7 @@ def _stage_costs(costs: StepCosts, plan: ParallelPlan) -> StageCosts:
     send = np.zeros(plan.pp)
     for s, start in enumerate(starts[1:]):
         crossing = [i for i in crossings(costs, start) if i >= 0]
-        ranks = (s * plan.dp * plan.tp, (s + 1) * plan.dp * plan.tp)
-        size, likes = float(c.reads[crossing].sum()), range(ranks[0], ranks[1])
-        send[s] = collective_price(costs.cluster, "send", size, ranks, firsts=likes).seconds
+        send[s] = quickest_send(costs.cluster, plan, s + 1, float(c.reads[crossing].sum()))
     inputs = sum(s.bytes_per_batch * plan.micro_batch for s in graph.storages if s.role == "input")
     messages = per_stage(c.messages.sum(0) + np.where(again > 0, c.messages[0], 0.0))
     moved = np.array([per_stage(c.moved[0]), per_stage(c.moved[1] + np.where(again > 0, c.moved[0], 0.0))])

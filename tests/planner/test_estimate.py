@@ -54,6 +54,8 @@ PROBLEMS = {
     "gpt on cores": (gpt, cores, 4, 40),
     "mlp on two nodes": (mlp, lambda: load_cluster("2x dgx-a100"), 16, 100),
     "mlp on cores": (mlp, cores, 4, 100),
+    "gpt on a cube mesh": (gpt, lambda: load_cluster("dgx1-v100"), 8, 40),
+    "mlp on nodes that differ": (mlp, lambda: load_cluster("dgx1-v100 + dgx-a100"), 16, 60),
     "cnn on GPUs": (norm_net, lambda: load_cluster("dgx-a100"), 4, 100),
     "cnn on cores": (norm_net, cores, 4, 100),
 }
