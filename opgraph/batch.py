@@ -187,6 +187,7 @@ def trace_workload(
     from opgraph.recurrent import has_recurrent, with_accelerated
 
     recurrent = list[bool]()
+    flops = {**workload.flops, **(flops or {})}
     made = partial(_traced, workload, precision, flops, fold, lambda module: recurrent.append(has_recurrent(module)))
     if accelerator:
         try:

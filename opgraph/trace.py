@@ -26,6 +26,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from opgraph.flops import Formula
 from opgraph.graph import OpGraph, Storage
+from opgraph.grouped import GroupedProducts
+from opgraph.masks import masks_as_run
 from opgraph.recurrent import has_recurrent, one_call, with_accelerated
 from opgraph.tracer import LOSS as LOSS
 from opgraph.tracer import StepTracer, module_hooks, plain_path
@@ -33,6 +35,7 @@ from opgraph.workload import adamw, mean_square
 
 PRECISIONS = {"fp32": None, "tf32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 HERE = str(Path(__file__).parent)
+OWN = ("trace", "tracer", "batch", "recurrent", "grouped", "masks")
 
 Inputs = Sequence[Any] | Mapping[str, Any]
 MakeOptimizer = Callable[[Iterable[Any]], torch.optim.Optimizer]
@@ -139,7 +142,7 @@ def _record(
     dtype = PRECISIONS[precision]
     casting = torch.autocast("cpu", dtype) if dtype is not None else nullcontext()
     kernels = one_call() if accelerator else nullcontext()
-    with module_hooks(tracer), kernels, tracer, torch.compiler.set_stance("force_eager"):
+    with module_hooks(tracer), masks_as_run(), kernels, tracer, torch.compiler.set_stance("force_eager"):
         with casting:  # no name holds the model's output: the executed step frees it with the loss, too
             if isinstance(inputs, Mapping):
                 value = loss(module(**inputs), *targets)
@@ -220,7 +223,7 @@ def trace(
     try:
         with _naming_lines(name), _fake_weights(module, mode):
             data = _fake_like((inputs, targets), mode)
-            with mode:
+            with mode, GroupedProducts():
                 tracer = _record(module, data[0], data[1], *rest)
             return _finish(tracer, name, batch, precision, "fake", ())
     except DataDependentOutputException as error:
@@ -273,7 +276,7 @@ def _naming_lines(name: str) -> Iterator[None]:
 
 def _user_line(error: BaseException) -> str:
     """The innermost frame outside torch and outside the tracer."""
-    tracing = tuple(f"{HERE}/{name}.py" for name in ("trace", "tracer", "batch", "recurrent"))
+    tracing = tuple(f"{HERE}/{name}.py" for name in OWN)
     frames = traceback.extract_tb(error.__traceback__)
     mine = [f for f in frames if "/torch/" not in f.filename and f.filename not in tracing]
     mine = [f for f in mine if not f.filename.endswith("contextlib.py")]

@@ -11,6 +11,8 @@ import pytest
 import torch
 from torch import nn
 
+from opgraph.batch import trace_workload
+from opgraph.flops import NoFormulaError
 from opgraph.models import load_workload, zoo_names
 from opgraph.workload import Workload
 from opgraph.zoo.factory import find_blocks
@@ -265,3 +267,40 @@ def test_a_file_that_does_not_parse_or_import_is_told_the_line(tmp_path: Path) -
     path.write_text("import torch\nimport no_such_package\n")
     with pytest.raises(ValueError, match="line 2: ModuleNotFoundError"):
         load_workload(f"{path}:factory")
+
+
+CUSTOM = """
+import torch
+from torch import nn
+
+@torch.library.custom_op("parplan_test::twice", mutates_args=())
+def twice(x: torch.Tensor) -> torch.Tensor:
+    return x * 2
+
+twice.register_fake(lambda x: torch.empty_like(x))
+twice.register_autograd(lambda ctx, grad: grad * 2)
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Linear(8, 4)
+    def forward(self, x):
+        return twice(self.a(x))
+
+def without(): return Net(), torch.randn(4, 8)
+def given(): return {"module": Net(), "inputs": torch.randn(4, 8),
+                     "flops": {"parplan_test.twice.default": lambda ins, outs, args: 10 * ins[0][0] * ins[0][1]}}
+def wrong(): return {"module": Net(), "inputs": torch.randn(4, 8), "flops": {"parplan_test.twice.default": 3}}
+"""
+
+
+def test_a_file_may_count_its_own_ops(tmp_path: Path) -> None:
+    path = tmp_path / "custom.py"
+    path.write_text(CUSTOM)
+    with pytest.raises(NoFormulaError, match="or return that from file.py:factory under the key flops"):
+        trace_workload(load_workload(f"{path}:without"))
+    graph = trace_workload(load_workload(f"{path}:given"))
+    assert graph.flops("forward") == 2 * 4 * 8 * 4 + 10 * 4 * 4
+    assert graph.at_batch(8).flops("forward") == 2 * graph.flops("forward")
+    with pytest.raises(ValueError, match="returned flops that are no dict of op names and functions"):
+        load_workload(f"{path}:wrong")
