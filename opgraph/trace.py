@@ -22,6 +22,7 @@ from torch._subclasses.fake_tensor import (
     DynamicOutputShapeException,
     FakeTensorMode,
 )
+from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves, tree_map
 
 from opgraph.flops import Formula
@@ -117,6 +118,16 @@ def _register(tracer: StepTracer, module: nn.Module, data: Any, optimizer: torch
         tracer.register(state, "optimizer_state", owner.get(id(parameter), "") or "?")
 
 
+def _check_weights(module: nn.Module) -> None:
+    """TraceError for parameters that have no shape yet."""
+    lazy = next((plain_path(name) for name, t in module.named_parameters() if is_lazy(t)), "")
+    if lazy:
+        raise TraceError(
+            f"{lazy} is a parameter of a lazy module, which has no shape before it ran: run the model once on a batch "
+            "before it is traced"
+        )
+
+
 def _check_loss(value: Any) -> None:
     if not isinstance(value, torch.Tensor) or value.numel() != 1:
         what = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__
@@ -179,7 +190,8 @@ def _finish(tracer: StepTracer, name: str, batch: int, precision: str, on: str, 
             f"freeze them with requires_grad_(False)",
         )
     return OpGraph(
-        name, batch, tuple(tracer.ops), tuple(tracer.tensors), storages, gradients, precision, cast(Any, on), notes
+        name, batch, tuple(tracer.ops), tuple(tracer.tensors), storages, gradients, precision, cast(Any, on), notes,
+        idle=tuple(tracer.idle),
     )
 
 
@@ -209,6 +221,7 @@ def trace(
     op that nobody can count.
     """
     inputs, targets = _checked(inputs, precision), tuple(targets)
+    _check_weights(module)
     recurrent = has_recurrent(module)
     if accelerator is None and recurrent:
         of = partial(

@@ -51,7 +51,7 @@ def read_plan(text: str, global_batch: int | None) -> tuple[int, str, Finish]:
 
 
 def parse(text: str) -> dict[str, Any]:
-    """What typed degrees mean: `dp2 fsdp x tp2 mb4` or `dp2,fsdp,tp2,mb4`."""
+    """What typed degrees mean: `dp2 fsdp x tp2 mb4` or `dp2,fsdp,tp2,mb4`. `pp4` alone has four micro-batches."""
     fields: dict[str, Any] = {
         "dp": 1, "tp": 1, "pp": 1, "micro_batches": 1, "data_parallel": "ddp", "schedule": "1f1b", "precision": "fp32",
         "recompute": False, "recompute_first": (), "recompute_keeps": (), "offload": (),
@@ -77,6 +77,8 @@ def parse(text: str) -> dict[str, Any]:
                 "with any of dpN tpN ppN mbN ddp zero1 zero2 zero3 fsdp gpipe 1f1b recompute recomputeN keep-products "
                 "keep-attention offload offload-optimizer offload-activations tf32 bf16, or give a plan file"
             )
+    if fields["pp"] > 1 and "mb" not in seen and fields["schedule"] == "1f1b":
+        fields["micro_batches"] = fields["pp"]  # the fewest that 1f1b takes
     _check_words(words, text, fields)
     return fields
 
@@ -115,8 +117,8 @@ def _check_batch(wanted: dict[str, Any], text: str, global_batch: int) -> None:
     parts = wanted["dp"] * wanted["micro_batches"]
     if global_batch % parts:
         raise ValueError(
-            f"global batch {global_batch} is not divisible by dp x micro-batches of plan '{text}'; "
-            f"use a multiple of {parts}"
+            f"global batch {global_batch} is not divisible by dp x micro-batches of plan '{text}' ({wanted['dp']} x "
+            f"{wanted['micro_batches']}); use a multiple of {parts}"
         )
 
 
