@@ -34,7 +34,8 @@ Finish = Callable[["Workload", "OpGraph", "Cluster"], "ParallelPlan"]
 def read_plan(text: str, global_batch: int | None) -> tuple[int, str, Finish]:
     """World size, precision, and a function that makes the plan once the model is traced.
 
-    `text` is a plan file, whose batch `global_batch` overrides, or degrees, which need it.
+    `text` is a plan file, whose batch `global_batch` overrides, or degrees, which need it; ppN without mbN has N
+    micro-batches.
     """
     from planner.plan import load_plan
 
@@ -43,6 +44,8 @@ def read_plan(text: str, global_batch: int | None) -> tuple[int, str, Finish]:
         plan = replace(plan, global_batch=global_batch) if global_batch else plan
         return plan.world_size, plan.precision, lambda workload, graph, cluster: plan
     wanted = parse(text)
+    if wanted["pp"] > 1 and wanted["schedule"] == "1f1b" and not re.search(r"\bmb\d", text):
+        wanted["micro_batches"] = wanted["pp"]  # the fewest that 1f1b takes
     if global_batch is None:
         raise ValueError(f"the plan '{text}' says nothing of the batch; give --global-batch")
     _check_batch(wanted, text, global_batch)
@@ -51,7 +54,7 @@ def read_plan(text: str, global_batch: int | None) -> tuple[int, str, Finish]:
 
 
 def parse(text: str) -> dict[str, Any]:
-    """What typed degrees mean: `dp2 fsdp x tp2 mb4` or `dp2,fsdp,tp2,mb4`. `pp4` alone has four micro-batches."""
+    """What typed degrees mean: `dp2 fsdp x tp2 mb4` or `dp2,fsdp,tp2,mb4`."""
     fields: dict[str, Any] = {
         "dp": 1, "tp": 1, "pp": 1, "micro_batches": 1, "data_parallel": "ddp", "schedule": "1f1b", "precision": "fp32",
         "recompute": False, "recompute_first": (), "recompute_keeps": (), "offload": (),
@@ -77,8 +80,6 @@ def parse(text: str) -> dict[str, Any]:
                 "with any of dpN tpN ppN mbN ddp zero1 zero2 zero3 fsdp gpipe 1f1b recompute recomputeN keep-products "
                 "keep-attention offload offload-optimizer offload-activations tf32 bf16, or give a plan file"
             )
-    if fields["pp"] > 1 and "mb" not in seen and fields["schedule"] == "1f1b":
-        fields["micro_batches"] = fields["pp"]  # the fewest that 1f1b takes
     _check_words(words, text, fields)
     return fields
 

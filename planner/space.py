@@ -173,8 +173,8 @@ def _enumerate_mesh(b: _Builder, pp: int, dp: int, tp: int) -> None:
         kinds = ("ddp", "zero1")
         b.reject("fsdp", why, len(schedules) * 2 * len(batches))
     if dp > 1 and b.costs.graph.idle:
-        count = (len(kinds) - ("fsdp" in kinds)) * len(schedules) * 2 * len(batches)
-        b.reject("ddp or zero1", unreached(b.costs.graph), count)
+        left_out = (len(kinds) - ("fsdp" in kinds)) * len(schedules) * 2 * len(batches)
+        b.reject("ddp or zero1", unreached(b.costs.graph), left_out)
         kinds = tuple(kind for kind in kinds if kind == "fsdp")
         if not kinds:
             return
