@@ -30,7 +30,7 @@ def simulate(
     plan: Annotated[
         str,
         typer.Option(
-            "--plan", "-p", help="A plan file, or degrees: dp2,tp2,mb4 or 'dp8 fsdp offload'; pp4 is pp4,mb4.", show_default=False
+            "--plan", "-p", help="A plan file, or degrees: dp2,tp2,mb4 or 'dp8 fsdp offload'.", show_default=False
         ),
     ],
     cluster: ClusterName,
