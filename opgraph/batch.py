@@ -40,6 +40,12 @@ def fit_batch(first: OpGraph, second: OpGraph) -> OpGraph:
         raise ValueError(f"both traces have batch {first.batch}; trace at two different batch sizes")
     for a, b in zip_longest(first.ops, second.ops):
         if a is None or b is None or _signature(a) != _signature(b):
+            if loose:
+                raise NotAffineError(
+                    f"{first.name} runs other operators on one batch than on another, from op {(a or b).id} "
+                    f"({(a or b).name} in '{(a or b).module}') on, as its control flow depends on the values of its "
+                    "data: no one graph is its step"
+                )
             raise NotAffineError(
                 f"{first.name} runs other operators at batch {second.batch} than at batch {first.batch}, from op "
                 f"{(a or b).id} ({(a or b).name} in '{(a or b).module}') on; fix the batch size of the plan"
@@ -193,6 +199,7 @@ def trace_workload(
         traced = trace_workload(workload, precision="bf16", flops=flops, fold=fold, accelerator=accelerator)
         return in_eight_bits(traced)
     recurrent = list[bool]()
+    flops = {**workload.flops, **(flops or {})}
     made = partial(_traced, workload, precision, flops, fold, lambda module: recurrent.append(has_recurrent(module)))
     if accelerator:
         try:
@@ -211,6 +218,7 @@ def _traced(
     """One of the two; `see` gets the module."""
     import torch
 
+    from opgraph.branches import takes_other_paths
     from opgraph.fold import Fold, find_fold, shortened
     from opgraph.trace import TraceError, trace
     from opgraph.tracer import WithoutMetaInit
@@ -237,7 +245,10 @@ def _traced(
     def fitted(module: nn.Module) -> OpGraph:
         first = at(low, module)
         second = 2 * low if first.traced_on == "real" else low + 1  # twice as many: what depends on data evens out
-        return fit_batch(first, at(second, module)).at_batch(workload.batch_size)
+        graph = fit_batch(first, at(second, module)).at_batch(workload.batch_size)
+        if first.traced_on != "real":
+            return graph
+        return replace(graph, varies=takes_other_paths(module, lambda: workload.batch(low)[0]))
 
     def folded(module: nn.Module, repeat: Fold) -> OpGraph | None:
         try:

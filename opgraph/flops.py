@@ -119,6 +119,10 @@ def _pairwise_backward(ins: list[Shape], outs: list[Shape], args: tuple[Any, ...
     return 3 * prod(ins[0]) * ins[1][-1]
 
 
+def _addbmm(ins: list[Shape], outs: list[Shape], args: tuple[Any, ...]) -> int:
+    return 2 * prod(ins[-2]) * ins[-1][-1]
+
+
 def _square(factor: float) -> Formula:
     """`factor` n^3 for every n x n matrix."""
     return lambda ins, outs, args: int(factor * prod(ins[0][:-2]) * ins[0][-1] ** 3)
@@ -160,7 +164,7 @@ DECOMPOSITIONS: dict[str, Formula] = {
 
 FORMULAS: dict[str, Formula] = {
     **DECOMPOSITIONS,
-    "mm": _mm, "addmm": _mm, "bmm": _mm, "baddbmm": _mm, "_addmm_activation": _mm,
+    "mm": _mm, "addmm": _mm, "bmm": _mm, "baddbmm": _mm, "addbmm": _addbmm, "_addmm_activation": _mm,
     "_scaled_mm": _mm_first, "_int_mm": _mm, "linear": _mm_first, "mkldnn_linear": _mm_first,
     "mv": _mv, "addmv": _mv, "dot": _mv, "vdot": _mv,
     "_grouped_mm": _grouped_mm, "_scaled_grouped_mm": _grouped_mm,
@@ -180,6 +184,7 @@ FORMULAS: dict[str, Formula] = {
     "_cudnn_rnn": _recurrent, "_cudnn_rnn_backward": _recurrent_backward,
     "_fft_r2c": _fft, "_fft_c2c": _fft, "_fft_c2r": _fft,
     "_cdist_forward": _pairwise, "_euclidean_dist": _pairwise, "_cdist_backward": _pairwise_backward,
+    "_pdist_forward": _pairwise, "_pdist_backward": _pairwise_backward,
 }  # fmt: skip
 
 # Ops whose work is proportional to the bytes they move, and which torch does not tag as pointwise or reduction.
@@ -203,6 +208,9 @@ LIGHT = frozenset(
     _upsample_nearest_exact2d _upsample_nearest_exact2d_backward bernoulli exponential cauchy geometric log_normal
     random poisson binomial multinomial dropout alpha_dropout _sparse_softmax take_backward trace_backward
     _assert_async _assert_tensor_metadata
+    _chunk_cat _unsafe_masked_index _unsafe_masked_index_put_accumulate addr allclose as_strided_scatter block_diag
+    complex diagonal_scatter fill floor_divide histogram index_reduce lu_unpack masked_fill nonzero_static normal put
+    rsub
     _prelu_kernel _prelu_kernel_backward
     _batch_norm_with_update _embedding_bag _embedding_bag_forward_only _fused_rms_norm _fused_rms_norm_backward
     _linalg_check_errors _local_scalar_dense _log_softmax _log_softmax_backward_data _native_batch_norm_legit
@@ -294,6 +302,6 @@ def check_formula(op: str, tags: Sequence[Any], module: str, extra: Mapping[str,
         return
     raise NoFormulaError(
         f"{op} in module '{module or '<root>'}' has no FLOP formula, so its work cannot be counted; pass "
-        f"flops={{'{op}': formula}} to trace, where formula(input_shapes, output_shapes, args) returns FLOP "
-        f"(0 if the op only moves bytes)"
+        f"flops={{'{op}': formula}} to trace, or return that from file.py:factory under the key flops, where "
+        f"formula(input_shapes, output_shapes, args) returns FLOP (0 if the op only moves bytes)"
     )

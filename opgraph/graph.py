@@ -104,6 +104,7 @@ class OpGraph:
     last one of that gradient. `precision` is the autocast dtype name or "fp32"; `traced_on` is "fake" or "real";
     `notes` are sentences that every report about this graph must show. `repeats` are groups of block paths that
     tracing found alike: same modules, and all but the first and last of a group run the same ops on the same shapes.
+    `idle` are trainable parameters that no gradient reached. `varies`: other data lead the forward through other code.
     `on_accelerators` is the same step as accelerators run it where that differs (recurrent layers); see `run_by`.
     """
 
@@ -118,6 +119,8 @@ class OpGraph:
     notes: tuple[str, ...] = field(default=())
     repeats: tuple[tuple[str, ...], ...] = ()
     on_accelerators: OpGraph | None = None
+    idle: tuple[str, ...] = ()
+    varies: bool = False
 
     @cached_property
     def parameters(self) -> dict[str, Tensor]:

@@ -22,10 +22,13 @@ from torch._subclasses.fake_tensor import (
     DynamicOutputShapeException,
     FakeTensorMode,
 )
+from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves, tree_map
 
 from opgraph.flops import Formula
 from opgraph.graph import OpGraph, Storage
+from opgraph.grouped import GroupedProducts
+from opgraph.masks import masks_as_run
 from opgraph.recurrent import has_recurrent, one_call, with_accelerated
 from opgraph.scaling import FIRST_SCALE, scaled, unscale
 from opgraph.tracer import LOSS as LOSS
@@ -34,6 +37,7 @@ from opgraph.workload import adamw, mean_square
 
 PRECISIONS = {"fp32": None, "tf32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 HERE = str(Path(__file__).parent)
+OWN = ("trace", "tracer", "batch", "recurrent", "grouped", "masks")
 
 Inputs = Sequence[Any] | Mapping[str, Any]
 MakeOptimizer = Callable[[Iterable[Any]], torch.optim.Optimizer]
@@ -115,6 +119,16 @@ def _register(tracer: StepTracer, module: nn.Module, data: Any, optimizer: torch
         tracer.register(state, "optimizer_state", owner.get(id(parameter), "") or "?")
 
 
+def _check_weights(module: nn.Module) -> None:
+    """TraceError for parameters that have no shape yet."""
+    lazy = next((plain_path(name) for name, t in module.named_parameters() if is_lazy(t)), "")
+    if lazy:
+        raise TraceError(
+            f"{lazy} is a parameter of a lazy module, which has no shape before it ran: run the model once on a batch "
+            "before it is traced"
+        )
+
+
 def _check_loss(value: Any) -> None:
     if not isinstance(value, torch.Tensor) or value.numel() != 1:
         what = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__
@@ -140,7 +154,7 @@ def _record(
     dtype = PRECISIONS[precision]
     casting = torch.autocast("cpu", dtype) if dtype is not None else nullcontext()
     kernels = one_call() if accelerator else nullcontext()
-    with module_hooks(tracer), kernels, tracer, torch.compiler.set_stance("force_eager"):
+    with module_hooks(tracer), masks_as_run(), kernels, tracer, torch.compiler.set_stance("force_eager"):
         with casting:  # no name holds the model's output: the executed step frees it with the loss, too
             if isinstance(inputs, Mapping):
                 value = loss(module(**inputs), *targets)
@@ -181,7 +195,8 @@ def _finish(tracer: StepTracer, name: str, batch: int, precision: str, on: str, 
             f"freeze them with requires_grad_(False)",
         )
     return OpGraph(
-        name, batch, tuple(tracer.ops), tuple(tracer.tensors), storages, gradients, precision, cast(Any, on), notes
+        name, batch, tuple(tracer.ops), tuple(tracer.tensors), storages, gradients, precision, cast(Any, on), notes,
+        idle=tuple(tracer.idle),
     )
 
 
@@ -211,6 +226,7 @@ def trace(
     op that nobody can count.
     """
     inputs, targets = _checked(inputs, precision), tuple(targets)
+    _check_weights(module)
     recurrent = has_recurrent(module)
     if accelerator is None and recurrent:
         of = partial(
@@ -225,7 +241,7 @@ def trace(
     try:
         with _naming_lines(name), _fake_weights(module, mode):
             data = _fake_like((inputs, targets), mode)
-            with mode:
+            with mode, GroupedProducts():
                 tracer = _record(module, data[0], data[1], *rest)
             return _finish(tracer, name, batch, precision, "fake", ())
     except DataDependentOutputException as error:
@@ -278,7 +294,7 @@ def _naming_lines(name: str) -> Iterator[None]:
 
 def _user_line(error: BaseException) -> str:
     """The innermost frame outside torch and outside the tracer."""
-    tracing = tuple(f"{HERE}/{name}.py" for name in ("trace", "tracer", "batch", "recurrent"))
+    tracing = tuple(f"{HERE}/{name}.py" for name in OWN)
     frames = traceback.extract_tb(error.__traceback__)
     mine = [f for f in frames if "/torch/" not in f.filename and f.filename not in tracing]
     mine = [f for f in mine if not f.filename.endswith("contextlib.py")]

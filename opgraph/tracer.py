@@ -25,6 +25,8 @@ LOSS = "<loss>"
 # Ops that write their running statistics (arguments 3 and 4) in training without saying so in their schema.
 RUNNING_STATS = {"native_batch_norm": 5, "cudnn_batch_norm": 5, "miopen_batch_norm": 5}  # position of `training`
 
+SPARSE = (torch.sparse_coo, torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc)
+
 # Ops that return one tensor twice: the fake mode's cache of past calls would hand out two.
 TWICE = {"mkldnn_rnn_layer_backward"}
 
@@ -67,6 +69,8 @@ class StepTracer(TorchDispatchMode):
         self.storages[self._storage(tensor, role, birth=len(self.ops) - 1)]["role"] = role
 
     def _storage(self, tensor: torch.Tensor, role: Role, birth: int) -> int:
+        if tensor.layout in SPARSE:
+            raise ValueError(self._sparse(tensor))
         untyped = tensor.untyped_storage()
         address = untyped._cdata
         index = self._live.get(address)
@@ -76,6 +80,15 @@ class StepTracer(TorchDispatchMode):
             self._live[address] = index
             weakref.finalize(untyped, self._died, address, index)
         return index
+
+    def _sparse(self, tensor: torch.Tensor) -> str:
+        """Why a sparse tensor cannot be recorded."""
+        where = self._place()[1] if self.part != "optimizer" else ""
+        what = "the gradient" if self.part == "backward" else "a tensor"
+        return (
+            f"{what} in module '{where or '<root>'}' is sparse ({str(tensor.layout).removeprefix('torch.')}): plans "
+            "are made for dense ones only, so build embeddings with sparse=False"
+        )
 
     def _died(self, address: int, index: int) -> None:
         self.storages[index]["death"] = len(self.ops) - 1

@@ -63,6 +63,7 @@ def unfold(graph: OpGraph, fold: Fold) -> OpGraph:
     return OpGraph(
         graph.name, graph.batch, long_ops, long_tensors, long_storages, gradients,
         graph.precision, graph.traced_on, graph.notes, (*graph.repeats, fold.paths),
+        idle=graph.idle,
     )  # fmt: skip
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, fields, is_dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
+
+    from opgraph.flops import Formula
 
 Batch = tuple[tuple["torch.Tensor", ...], tuple["torch.Tensor", ...]]
 
@@ -24,6 +26,8 @@ class Workload:
     parts is the loss of the whole. `optimizer(params)` makes the optimizer.
     `blocks` are the module paths of the repeated blocks in execution order ("" where there are none): the
     default units of FSDP, recomputation and pipeline cuts.
+    `flops` are formulas of the model's own ops, by op name (`mylib.op.default`): formula(input_shapes, output_shapes,
+    args) gives the FLOP of one call.
     """
 
     name: str
@@ -33,13 +37,20 @@ class Workload:
     optimizer: Callable[[Iterable[Any]], torch.optim.Optimizer]
     batch_size: int
     blocks: tuple[str, ...] = ()
+    flops: Mapping[str, Formula] = field(default_factory=dict, hash=False)
 
 
 def adamw(params: Iterable[Any]) -> torch.optim.Optimizer:
-    """The default optimizer: AdamW in torch's fused form (one op per step, no temporaries)."""
+    """The default optimizer: AdamW in torch's fused form (one op per step, no temporaries), but a loop over complex
+    parameters, which have no fused form."""
     import torch
 
-    return torch.optim.AdamW(params, lr=1e-3, fused=True)
+    made = list(params)
+    if not any(p.is_complex() for p in made):
+        return torch.optim.AdamW(made, lr=1e-3, fused=True)
+    groups = {fused: [p for p in made if p.is_complex() is not fused] for fused in (True, False)}
+    some = [{"params": group, "fused": fused} for fused, group in groups.items() if group]
+    return torch.optim.AdamW(some, lr=1e-3, foreach=False)
 
 
 def mean_square(output: Any, *targets: Any) -> torch.Tensor:

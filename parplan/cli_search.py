@@ -142,6 +142,8 @@ def _write(out: Path, plans: Any, data: dict[str, Any]) -> None:
 
 
 def _print(data: dict[str, Any], plans: Any) -> None:
+    from planner.space import counted
+
     rows = []
     for i, (entry, ranked) in enumerate(zip(data["plans"], plans), start=1):
         low, high = entry["interval"]
@@ -156,7 +158,9 @@ def _print(data: dict[str, Any], plans: Any) -> None:
         title += f", assuming {' and '.join(data['assumed'])}"
     columns = ("", "plan", "step", "interval", "peak", "fits", "MFU", "bound", "gap")
     show(table(title, columns, rows, left=2))
-    proof = f"{data['undecided']} others might be faster" if data["undecided"] else "none of the others can be faster"
+    proof = "none of the others can be faster"
+    if data["undecided"]:
+        proof = f"{counted(data['undecided'], 'other')} might be faster"
     show(
         f"{data['considered']} plans considered, {data['infeasible']} do not fit, {data['ranked']} simulated in "
         f"{data['seconds']:.1f} s; {proof} than the first by their lower bounds. "

@@ -146,7 +146,7 @@ def _print(study: Study) -> None:
             c.plan.label, str(c.plan.world_size), seconds(c.predicted_before), seconds(c.predicted_seconds),
             f"{seconds(low)} – {seconds(high)}",
             seconds(c.measured_seconds) if c.ok else "FAILED", percent(c.error, "+"), size(c.predicted_peak_bytes),
-            size(c.measured_peak_bytes) if c.measured_peaks else "–", percent(c.memory_error, "+"),
+            size(c.measured_peak_bytes) if c.measured_peak_bytes else "–", percent(c.memory_error, "+"),
         ))  # fmt: skip
     columns = (
         "plan", "ranks", "before", "predicted", "interval", "measured", "error", "peak predicted", "measured", "error"
@@ -159,5 +159,6 @@ def _print(study: Study) -> None:
         f"{percent(s.bias, '+')}, Spearman {rank}, top-1 regret {percent(s.top1_regret)}, "
         f"{percent(s.coverage)} in the interval; {percent(s.median_error_before)} before, when the machine's pace "
         "during the runs was not known\n"
-        f"memory: median error {percent(s.memory_median_error)}, worst {percent(s.memory_worst_error)}"
+        f"memory: median error {percent(s.memory_median_error)}, worst {percent(s.memory_worst_error)}; peaks are of "
+        "the rank where predicted and measured differ most"
     )

@@ -34,7 +34,8 @@ Finish = Callable[["Workload", "OpGraph", "Cluster"], "ParallelPlan"]
 def read_plan(text: str, global_batch: int | None) -> tuple[int, str, Finish]:
     """World size, precision, and a function that makes the plan once the model is traced.
 
-    `text` is a plan file, whose batch `global_batch` overrides, or degrees, which need it.
+    `text` is a plan file, whose batch `global_batch` overrides, or degrees, which need it; ppN without mbN has N
+    micro-batches.
     """
     from planner.plan import load_plan
 
@@ -43,6 +44,8 @@ def read_plan(text: str, global_batch: int | None) -> tuple[int, str, Finish]:
         plan = replace(plan, global_batch=global_batch) if global_batch else plan
         return plan.world_size, plan.precision, lambda workload, graph, cluster: plan
     wanted = parse(text)
+    if wanted["pp"] > 1 and wanted["schedule"] == "1f1b" and not re.search(r"\bmb\d", text):
+        wanted["micro_batches"] = wanted["pp"]  # the fewest that 1f1b takes
     if global_batch is None:
         raise ValueError(f"the plan '{text}' says nothing of the batch; give --global-batch")
     _check_batch(wanted, text, global_batch)
@@ -116,8 +119,8 @@ def _check_batch(wanted: dict[str, Any], text: str, global_batch: int) -> None:
     parts = wanted["dp"] * wanted["micro_batches"]
     if global_batch % parts:
         raise ValueError(
-            f"global batch {global_batch} is not divisible by dp x micro-batches of plan '{text}'; "
-            f"use a multiple of {parts}"
+            f"global batch {global_batch} is not divisible by dp x micro-batches of plan '{text}' ({wanted['dp']} x "
+            f"{wanted['micro_batches']}); use a multiple of {parts}"
         )
 
 

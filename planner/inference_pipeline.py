@@ -18,7 +18,7 @@ from planner.lower import Lowered, lower_scripts
 from planner.plan import ParallelPlan
 from planner.runtime_stage import Stage
 from planner.script import Item, Transfer, Wait, tensor_bytes, transfer_key
-from planner.space import balanced_cuts, cut_candidates, uncut_by_tp
+from planner.space import balanced_cuts, counted, cut_candidates, uncut_by_tp
 from planner.step_costs import step_costs
 from simulator import Timeline, simulate
 
@@ -45,7 +45,8 @@ def stage_cuts(graph: OpGraph, cluster: Cluster, running: Running, plan: Paralle
     candidates = uncut_by_tp(costs, cut_candidates(costs), plan)
     cuts = balanced_cuts(costs, plan, candidates, pp)
     if cuts is None:
-        raise ValueError(f"pp = {pp} needs {pp - 1} cuts, but {graph.name} has {len(candidates)} places to cut")
+        places = counted(len(candidates), "place")
+        raise ValueError(f"pp = {pp} needs {counted(pp - 1, 'cut')}, but {graph.name} has {places} to cut")
     return cuts
 
 

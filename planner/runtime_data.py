@@ -120,6 +120,15 @@ def no_fully_shard(shapes: Mapping[str, tuple[int, ...]]) -> str:
     return scalar and f"fully_shard takes no scalar parameter, and {scalar} is one; make it a tensor of one element"
 
 
+def no_zero1(dtypes: Mapping[str, str]) -> str:
+    """Why torch's ZeroRedundancyOptimizer refuses parameters of these dtypes; empty where it takes them."""
+    kinds = {dtype: name for name, dtype in reversed(list(dtypes.items()))}
+    if len(kinds) < 2:
+        return ""
+    (a, first), (b, second) = sorted(kinds.items())[:2]
+    return f"ZeroRedundancyOptimizer takes parameters of one dtype, and {first} is {a}, {second} is {b}"
+
+
 def fsdp_units(plan: ParallelPlan, stage: StageOps, parameters: dict[str, LocalParameter]) -> list[Unit]:
     """Units in the order in which forward reaches them; the root, with what is left over, first. ValueError for what
     `fully_shard` refuses."""

@@ -15,12 +15,16 @@ from planner.curves import curves
 from planner.host_thread import EAGER, Running
 from planner.layout import propagate
 from planner.plan import DataParallel, ParallelPlan, Precision, Schedule, Sharding
-from planner.runtime_data import no_fully_shard
+from planner.runtime_data import no_fully_shard, no_zero1
 from planner.stages import LOSS, OWN_CHECKPOINTS, recomputes, within
 from planner.step_costs import StepCosts, crossings, step_costs
 from planner.tensor_parallel import explain_no_shardings, tp_shardings
 from planner.tp_trial import forward_of, kinds, workable
 
+OTHER_PATHS = (
+    "the forward takes another path for other data, so ranks of different data would run different operators and wait "
+    "for each other for ever"
+)
 OVERSUBSCRIPTION = 4  # ranks per host core that a cluster of cores accepts
 
 
@@ -113,6 +117,24 @@ def check_devices(cluster: Cluster, devices: int | None) -> int:
     return devices
 
 
+def unreached(graph: OpGraph) -> str:
+    """Why no plan of this model uses DistributedDataParallel."""
+    more = len(graph.idle) - 1
+    others = f" and {counted(more, 'other')}" if more else ""
+    return (
+        f"no gradient reaches {graph.idle[0]}{others}, and torch's DistributedDataParallel, on which ddp and zero1 "
+        "rest, stops at such parameters: freeze them with requires_grad_(False), or use fsdp"
+    )
+
+
+def counted(n: int, what: str) -> str:
+    """
+    >>> counted(1, "cut"), counted(0, "place")
+    ('1 cut', '0 places')
+    """
+    return f"{n} {what}{'' if n == 1 else 's'}"
+
+
 def _factorizations(n: int) -> Iterator[tuple[int, int, int]]:
     for pp in divisors(n):
         for tp in divisors(n // pp):
@@ -134,6 +156,9 @@ def _enumerate_mesh(b: _Builder, pp: int, dp: int, tp: int) -> None:
     if pp > 1 and recomputes(b.costs.graph):
         b.reject(label, OWN_CHECKPOINTS, count)
         return
+    if dp > 1 and b.costs.graph.varies:
+        b.reject(label, OTHER_PATHS, count)
+        return
     if b.global_batch % dp:
         b.reject(label, f"the global batch of {b.global_batch} is not divisible by dp = {dp}", count)
         return
@@ -147,6 +172,16 @@ def _enumerate_mesh(b: _Builder, pp: int, dp: int, tp: int) -> None:
     if dp > 1 and (why := no_fully_shard({name: t.shape for name, t in b.costs.graph.parameters.items()})):
         kinds = ("ddp", "zero1")
         b.reject("fsdp", why, len(schedules) * 2 * len(batches))
+    if dp > 1 and b.costs.graph.idle:
+        left_out = (len(kinds) - ("fsdp" in kinds)) * len(schedules) * 2 * len(batches)
+        b.reject("ddp or zero1", unreached(b.costs.graph), left_out)
+        kinds = tuple(kind for kind in kinds if kind == "fsdp")
+        if not kinds:
+            return
+    dtypes = {name: t.dtype for name, t in b.costs.graph.parameters.items()}
+    if "zero1" in kinds and (why := no_zero1(dtypes)):
+        kinds = tuple(kind for kind in kinds if kind != "zero1")
+        b.reject("zero1", why, len(schedules) * 2 * len(batches))
     for m in batches:
         _enumerate_batch(b, label, (pp, dp, tp), m, shardings, kinds, schedules)
 
@@ -167,7 +202,8 @@ def _enumerate_batch(
         candidates = uncut_by_tp(b.costs, b.cuts, probe)
         found = balanced_cuts(b.costs, probe, candidates, pp)
         if found is None:
-            reason = f"pp = {pp} needs {pp - 1} cuts, but the model has {len(candidates)} places to cut"
+            places = counted(len(candidates), "place")
+            reason = f"pp = {pp} needs {counted(pp - 1, 'cut')}, but the model has {places} to cut"
             b.reject(f"pp{pp}", reason, len(kinds) * len(schedules) * 2)
             return
         cuts = found

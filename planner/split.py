@@ -19,6 +19,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map, tree_structure, tree_unflatten
 
+from opgraph.grouped import GroupedProducts
+from opgraph.masks import masks_as_run
 from planner.split_record import Call, Held, Recorder, Value, ValueInfo
 
 
@@ -84,14 +86,14 @@ def _record(
         if cut not in paths or not cut:
             raise ValueError(f"cut {cut!r} is no module path of the model; paths look like {sorted(paths)[-1]!r}")
     opened = {cut[:i] for cut in cuts for i in range(len(cut)) if i == 0 or cut[i] == "."}
-    with _disable_current_modes(), FakeTensorMode(allow_non_fake_inputs=True), _own_tensors(module):
+    with _disable_current_modes(), _fake_mode(), _own_tensors(module):
         held = {name: _fake(t, device) for name, t in module.named_parameters()}
         held |= {name: _fake(t, device) for name, t in module.named_buffers()}
         fakes = tuple(_fake(t, device) if isinstance(t, torch.Tensor) else t for t in inputs)
         recorder = Recorder(module, opened, held, fakes)
         casting = torch.autocast(device.type, dtype=autocast) if autocast else nullcontext()
         try:
-            with torch.enable_grad(), casting, recorder.recording():
+            with torch.enable_grad(), casting, masks_as_run(), recorder.recording():
                 output = torch.func.functional_call(module, held, fakes, tie_weights=True)
         except ValueError:
             raise
@@ -103,6 +105,12 @@ def _record(
             ) from error
         recorder.output = recorder.encode(output)
     return recorder
+
+
+@contextmanager
+def _fake_mode() -> Iterator[None]:
+    with FakeTensorMode(allow_non_fake_inputs=True), GroupedProducts():
+        yield
 
 
 @contextmanager

@@ -39,7 +39,10 @@ def explain_no_shardings(graph: OpGraph, tp: int) -> str:
     """Why `tp_shardings` found nothing, in one sentence."""
     linears = _linears(graph)
     if len(linears) < 2:
-        return f"the model has {len(linears)} Linear modules that are called once; a tensor-parallel pair needs two"
+        return (
+            "a tensor-parallel pair needs two Linear modules inside the model, each called once and with a weight of "
+            f"its own, and the model has {'one' if linears else 'none'}"
+        )
     return f"no pair of the {len(linears)} Linear modules works on {tp} equal parts of what lies between them"
 
 

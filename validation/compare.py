@@ -80,14 +80,20 @@ class Comparison:
         return self.interval[0] <= self.measured_seconds <= self.interval[1]
 
     @property
+    def peak_rank(self) -> int:
+        """The rank whose peak memory is shown: where prediction and measurement differ most, or the fullest."""
+        errors = self.memory_errors or self.predicted_peaks
+        return max(range(len(errors)), key=lambda rank: abs(errors[rank]), default=0)
+
+    @property
     def predicted_peak_bytes(self) -> int:
-        """Of the fullest rank."""
-        return max(self.predicted_peaks, default=0)
+        """Of `peak_rank`."""
+        return self.predicted_peaks[self.peak_rank] if self.predicted_peaks else 0
 
     @property
     def measured_peak_bytes(self) -> int:
-        """Of the fullest rank; 0 where it was not measured."""
-        return max(self.measured_peaks, default=0)
+        """Of `peak_rank`; 0 where it was not measured."""
+        return self.measured_peaks[self.peak_rank] if self.memory_errors else 0
 
     @property
     def memory_errors(self) -> tuple[float, ...]:
@@ -98,8 +104,8 @@ class Comparison:
 
     @property
     def memory_error(self) -> float:
-        """The largest of `memory_errors` in size, with its sign."""
-        return max(self.memory_errors, key=abs, default=NAN)
+        """Of `peak_rank`: the largest of `memory_errors` in size, with its sign."""
+        return self.memory_errors[self.peak_rank] if self.memory_errors else NAN
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,8 +26,8 @@ PACKAGES = ("parplan", "torch", "numpy", "scipy", "numba")
 COLUMNS = (
     "model", "label", "family", "ranks", "status", "reason", "predicted_before", "predicted_seconds", "interval_low",
     "interval_high", "measured_seconds", "measured_p10", "measured_p90", "error_before", "error",
-    "predicted_peak_bytes", "measured_peak_bytes", "memory_error", "steps", "steady", "disturbed", "loss_error",
-    "gradient_error", "load_before", "load_after",
+    "peak_rank", "predicted_peak_bytes", "measured_peak_bytes", "memory_error", "steps", "steady", "disturbed",
+    "loss_error", "gradient_error", "load_before", "load_after",
 )  # fmt: skip
 
 
@@ -74,6 +74,7 @@ def run_data(c: Comparison) -> dict[str, Any]:
         "predicted_before": c.predicted_before, "error_before": c.error_before,
         "predicted_seconds": c.predicted_seconds, "interval": c.interval, "measured_seconds": c.measured_seconds,
         "measured_p10": c.measured_p10, "measured_p90": c.measured_p90, "error": c.error, "covered": c.ok and c.covered,
+        "peak_rank": c.peak_rank,
         "predicted_peak_bytes": c.predicted_peak_bytes, "measured_peak_bytes": c.measured_peak_bytes or None,
         "predicted_peak_bytes_by_rank": c.predicted_peaks, "measured_peak_bytes_by_rank": c.measured_peaks,
         "memory_error": c.memory_error, "steps": c.steps, "steady": c.steady, "disturbed": c.disturbed,

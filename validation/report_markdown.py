@@ -19,6 +19,7 @@ def markdown(studies: Sequence[Study], about: dict[str, Any], title: str) -> str
         "Errors are predicted / measured - 1. Every prediction was made, and written to `predictions-*.json`, before "
         "its plan ran: the column *before*. *Predicted* is the same prediction at the pace that the machine had while "
         "the plan ran, as a fixed benchmark between its steps showed it. "
+        "Peaks are of the rank where predicted and measured memory differ most. "
         "A plan is timed only if its loss and gradients equal those of the unsplit model.\n",
         _summary_table(studies),
     ]
@@ -70,7 +71,7 @@ def _runs_table(study: Study) -> str:
     for c in sorted(study.comparisons, key=lambda c: (c.plan.world_size, c.predicted_seconds)):
         low, high = c.interval
         measured = f"{c.measured_seconds * 1e3:.1f}{'' if c.steady else ' (unsteady)'}" if c.ok else "failed"
-        memory = f"{c.measured_peak_bytes / 2**20:.1f}" if c.measured_peaks else "–"
+        memory = f"{c.measured_peak_bytes / 2**20:.1f}" if c.measured_peak_bytes else "–"
         before = "–" if c.predicted_before != c.predicted_before else f"{c.predicted_before * 1e3:.1f}"
         lines.append(
             f"| {c.plan.label} | {c.plan.world_size} "

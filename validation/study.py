@@ -153,7 +153,10 @@ def _executed(
         done[i] = compare(model, own, m, predictions[i].step_seconds)
         progress(outcome(done[i]), 0.1 + 0.88 * len(done) / len(predictions))
 
-    run_plans(model, [p.plan for p in predictions], options, measured)
+    def waiting(what: str) -> None:
+        progress(what, 0.1 + 0.88 * len(done) / len(predictions))
+
+    run_plans(model, [p.plan for p in predictions], options, measured, waiting)
     return tuple(done[i] for i in range(len(predictions))), tuple(ratios)
 
 

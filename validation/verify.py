@@ -14,7 +14,7 @@ from torch import nn
 
 from opgraph.scaling import FIRST_SCALE, scaled
 from opgraph.workload import Workload
-from planner.apply import apply
+from planner.apply import Step, apply
 from planner.apply_model import casting
 from planner.plan import ParallelPlan
 from validation.gpu_ops import precision
@@ -54,6 +54,7 @@ def _prove(
     if drawn.draws:
         notes.append("random draws in the model's forward were given one fixed outcome for the proof")
     gradients = step.named_gradients()
+    idle = _idle(step, first[1])
     report = _compare(plan, gradients, own_loss, *first)
     if _may_be_rounding(report, _limit(plan, first[1])) and in_pieces > 1 and not by_pieces:
         second = _reference_file(plan, safe, spec, in_pieces, rank, device, seed, scratch)
@@ -62,7 +63,20 @@ def _prove(
             said = f"the proof's reference runs the plan's own {in_pieces} pieces of the batch"
             notes.append(f"{said}; {report['wrong']}")
             report = again
+    if report["wrong"] and idle:
+        report["wrong"] = (
+            f"no gradient reaches {idle}, and torch's DistributedDataParallel does not average gradients where a "
+            f"parameter has none: freeze it with requires_grad_(False), or use fsdp ({report['wrong']})"
+        )
     return {**report, "notes": notes}
+
+
+def _idle(step: Step, expected: dict[str, torch.Tensor]) -> str:
+    """A parameter of a DistributedDataParallel for which the step on a single device has no gradient."""
+    if not isinstance(step.wrapped, nn.parallel.DistributedDataParallel):
+        return ""
+    trained = (step.names[name] for name, p in step.model.named_parameters() if p.requires_grad)
+    return next((name for name in trained if name not in expected), "")
 
 
 def _may_be_rounding(report: dict[str, Any], limit: float) -> bool:

@@ -1,9 +1,10 @@
 """Workloads from a Python file: `file.py:factory`.
 
 `factory()` returns a Workload, or (module, example_inputs), or (module, example_inputs, loss), or a dict with the keys
-module, inputs and, where wanted, targets, loss, optimizer, batch. Dim 0 of every example is the batch. The loss is
-called as loss(output, *targets) and defaults to the mean square of the outputs; the optimizer, called with the
-parameters, defaults to AdamW; batch defaults to that of the examples.
+module, inputs and, where wanted, targets, loss, optimizer, batch, flops. Dim 0 of every example is the batch. The loss
+is called as loss(output, *targets) and defaults to the mean square of the outputs; the optimizer, called with the
+parameters, defaults to AdamW; batch defaults to that of the examples; flops are formulas of custom ops by name
+(`opgraph.workload.Workload.flops`).
 
 The factory is first called under torch.device("meta"), so that a huge module costs nothing, with integers on the CPU,
 whose range `batch(n)` keeps. A factory that cannot run so is called for real. `build()` calls it again on the current
@@ -21,13 +22,15 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
+from opgraph.flops import Formula
 from opgraph.workload import Batch, Workload, adamw, mean_square
-from opgraph.zoo.pyfile import call, load_function
+from opgraph.zoo.pyfile import call, load_function, quiet
 
-KEYS = ("module", "inputs", "targets", "loss", "optimizer", "batch")
+KEYS = ("module", "inputs", "targets", "loss", "optimizer", "batch", "flops")
 # What makes integers from integers where no dtype says otherwise, and what does so only where one does.
 INTEGER_MAKERS = (torch.randint, torch.randperm, torch.arange, torch.tensor, torch.full)
 OTHER_MAKERS = (torch.zeros, torch.ones, torch.empty)
@@ -50,6 +53,7 @@ class Made:
     loss: Callable[..., torch.Tensor]
     optimizer: Callable[..., torch.optim.Optimizer]
     batch: int
+    flops: Mapping[str, Formula]
 
 
 def factory_workload(path: Path, name: str, overrides: Mapping[str, str]) -> Workload:
@@ -62,9 +66,10 @@ def factory_workload(path: Path, name: str, overrides: Mapping[str, str]) -> Wor
         return made if batch_size is None else replace(made, batch_size=batch_size)
 
     def build() -> nn.Module:
-        again = read_result(call(factory, path), spec)
+        with quiet():
+            again = read_result(call(factory, path), spec)
         assert isinstance(again, Made), "the factory returned a Workload only the second time"
-        return again.module
+        return with_shapes(again.module, again.inputs, spec)
 
     @cache
     def examples() -> tuple[Tensors, Tensors]:
@@ -73,7 +78,8 @@ def factory_workload(path: Path, name: str, overrides: Mapping[str, str]) -> Wor
             return made.inputs, made.targets
         with torch.random.fork_rng(devices=[]), torch.device("cpu"):
             torch.manual_seed(0)  # every process must find the same range
-            real = read_result(call(factory, path), spec)
+            with quiet():
+                real = read_result(call(factory, path), spec)
         assert isinstance(real, Made)
         return real.inputs, real.targets
 
@@ -81,7 +87,8 @@ def factory_workload(path: Path, name: str, overrides: Mapping[str, str]) -> Wor
         inputs, targets = examples()
         return tuple(rows_like(t, n, spec) for t in inputs), tuple(rows_like(t, n, spec) for t in targets)
 
-    return Workload(spec, build, batch, made.loss, made.optimizer, batch_size or made.batch, find_blocks(made.module))
+    blocks = find_blocks(made.module)
+    return Workload(spec, build, batch, made.loss, made.optimizer, batch_size or made.batch, blocks, made.flops)
 
 
 def read_result(result: Any, spec: str) -> Made | Workload:
@@ -114,7 +121,25 @@ def read_result(result: Any, spec: str) -> Made | Workload:
     for what, value in (("loss", loss), ("optimizer", optimizer)):
         if not callable(value):
             raise ValueError(f"{spec} returned a {type(value).__name__} as {what}: return a function")
-    return Made(result["module"], inputs, targets, loss, optimizer, batch)
+    return Made(result["module"], inputs, targets, loss, optimizer, batch, _formulas(result.get("flops"), spec))
+
+
+def with_shapes(module: nn.Module, inputs: Tensors, spec: str) -> nn.Module:
+    """The module; where it has lazy parameters, after they took their shapes from one run on the examples."""
+    lazy = next((name for name, t in (*module.named_parameters(), *module.named_buffers()) if is_lazy(t)), "")
+    if not lazy:
+        return module
+    mode, device = module.training, torch.get_default_device()
+    try:
+        with torch.no_grad():
+            module.eval()(*(t.to(device) for t in inputs))
+    except Exception as error:
+        said = " ".join(str(error).split()) or "no message"
+        raise RuntimeError(
+            f"{spec} returned a module with lazy parameters ({lazy}), and its run on the example inputs, from which "
+            f"they take their shapes, failed: {type(error).__name__}: {said}"
+        ) from error
+    return module.train(mode)
 
 
 def find_blocks(module: nn.Module) -> tuple[str, ...]:
@@ -205,10 +230,15 @@ def _first_call(factory: Callable[[], Any], path: Path, spec: str) -> Made | Wor
                 continue
             made = read_result(result, spec)
             if isinstance(made, Made):
-                return made
+                try:
+                    with torch.device("meta"):
+                        return replace(made, module=with_shapes(made.module, made.inputs, spec))
+                except RuntimeError:  # its run needs values
+                    break
             break  # a Workload may hold tensors of its own, which meta would have emptied
         torch.manual_seed(0)
-        return read_result(call(factory, path), spec)
+        made = read_result(call(factory, path), spec)
+        return replace(made, module=with_shapes(made.module, made.inputs, spec)) if isinstance(made, Made) else made
 
 
 def _tensors(value: Any, what: str, spec: str) -> Tensors:
@@ -216,6 +246,13 @@ def _tensors(value: Any, what: str, spec: str) -> Tensors:
     if not isinstance(values, (tuple, list)) or not all(isinstance(v, torch.Tensor) and v.dim() for v in values):
         raise ValueError(f"{spec} returned {what} that are not tensors with a batch dim: return a tensor or a tuple")
     return tuple(values)
+
+
+def _formulas(value: Any, spec: str) -> Mapping[str, Formula]:
+    made = {} if value is None else value
+    if not isinstance(made, Mapping) or not all(isinstance(k, str) and callable(f) for k, f in made.items()):
+        raise ValueError(f"{spec} returned flops that are no dict of op names and functions: {{'mylib.op.default': f}}")
+    return dict(made)
 
 
 def _batch_override(overrides: Mapping[str, str], spec: str) -> int | None:

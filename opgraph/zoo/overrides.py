@@ -42,7 +42,10 @@ def with_overrides(sizes: Sizes, changes: Mapping[str, str], name: str) -> Sizes
     if "head_dim" in known and "head_dim" not in values and ("heads" in values or "hidden" in values):
         hidden, heads = (values.get(k, _at(sizes, k)) for k in ("hidden", "heads"))
         if hidden % heads:
-            raise ValueError(f"{name}: hidden={hidden} is no multiple of heads={heads}: give heads or head_dim too")
+            raise ValueError(
+                f"{name}: heads={heads} does not divide hidden={hidden}: give a number of heads that does, "
+                "or head_dim too"
+            )
         values["head_dim"] = hidden // heads
     changed = replace(sizes, **values)
     check(changed, name)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
+import os
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -38,6 +41,18 @@ def load_function(path: Path, name: str) -> Callable[[], Any]:
     if not callable(function):
         raise ValueError(f"{path} has no function {name!r}: it has {', '.join(_functions(module)) or 'none'}")
     return function
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keeps a factory that was called before from saying it all again: libraries log pages when a model is made."""
+    before = logging.root.manager.disable
+    logging.disable(max(before, logging.WARNING))
+    try:
+        with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+            yield
+    finally:
+        logging.disable(before)
 
 
 def call(factory: Callable[[], Any], path: Path) -> Any:

@@ -195,7 +195,9 @@ def check(sizes: Sizes, name: str) -> None:
     """Whether the numbers fit together; ValueError says which do not."""
     match sizes:
         case Gpt() | Bert() | Vit() if sizes.hidden % sizes.heads:
-            raise ValueError(f"{name}: hidden={sizes.hidden} is no multiple of heads={sizes.heads}: give heads too")
+            raise ValueError(
+                f"{name}: heads={sizes.heads} does not divide hidden={sizes.hidden}: give a number of heads that does"
+            )
         case Gpt() | Bert() if sizes.seq > sizes.positions:
             raise ValueError(
                 f"{name}: seq={sizes.seq} is longer than its {sizes.positions} positions: give positions={sizes.seq}"
@@ -204,7 +206,7 @@ def check(sizes: Sizes, name: str) -> None:
             raise ValueError(f"{name}: image={sizes.image} is no multiple of patch={sizes.patch}: change one of them")
         case Llama() if sizes.heads % sizes.kv_heads:
             raise ValueError(
-                f"{name}: heads={sizes.heads} is no multiple of kv_heads={sizes.kv_heads}: give kv_heads too"
+                f"{name}: kv_heads={sizes.kv_heads} does not divide heads={sizes.heads}: give kv_heads that do"
             )
         case Llama() if sizes.seq > sizes.window > 0:
             raise ValueError(

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
+import torch._refs
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from opgraph.flops import NoFormulaError, check_formula
 from opgraph.trace import trace
 
 ROWS, IMAGE = (2, 8, 16), (2, 8, 8, 8)
@@ -95,3 +100,46 @@ def test_losses(loss: Callable[..., Tensor]) -> None:
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_functions(name: str) -> None:
     steps(FUNCTIONS[name], ROWS)
+
+
+class Checks(TorchDispatchMode):
+    """Notes the ops that nobody can count."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.unknown: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        try:
+            check_formula(str(func), func.tags, "")
+        except NoFormulaError:
+            self.unknown.add(str(func))
+        return func(*args, **kwargs or {})
+
+
+def elementwise() -> Iterator[tuple[str, Callable[[], Any]]]:
+    """Functions of torch that make one value of each, or of each pair, known by the shape that they give."""
+    x, y = torch.rand(2, 3, 1), torch.rand(5)
+    for whole in (x, x.mul(9).long()):
+        other = y.to(whole.dtype) + 1
+        for name in sorted(n for n in torch._refs.__all__ if hasattr(torch, n)):
+            for count, shape in ((1, whole.shape), (2, (2, 3, 5))):
+                function = getattr(torch, name)
+                try:
+                    made = function(*(whole.clone(), other.clone())[:count])
+                except Exception:  # takes something else
+                    continue
+                if isinstance(made, Tensor) and made.shape == shape and made.data_ptr() != whole.data_ptr():
+                    yield f"{name} of {whole.dtype}", partial(function, *(whole, other)[:count])
+
+
+def test_no_elementwise_function_of_torch_lacks_a_formula() -> None:
+    found, unknown = set(), dict[str, set[str]]()
+    for name, function in elementwise():
+        found.add(name.partition(" ")[0])
+        with Checks() as checks:
+            function()
+        if checks.unknown:
+            unknown[name] = checks.unknown
+    assert len(found) > 100 and {"floor_divide", "rsub", "exp", "add"} <= found
+    assert not unknown

@@ -11,6 +11,8 @@ import pytest
 import torch
 from torch import nn
 
+from opgraph.batch import trace_workload
+from opgraph.flops import NoFormulaError
 from opgraph.models import load_workload, zoo_names
 from opgraph.workload import Workload
 from opgraph.zoo.factory import find_blocks
@@ -234,13 +236,13 @@ def test_blocks_are_the_lists_of_one_class() -> None:
         ("gpt2:layers", "'layers' in gpt2:layers is no override: write name=value"),
         ("gpt2:layers=2,layers=3", "gives layers twice"),
         ("gpt2:tied=maybe", "tied=maybe is neither true nor false"),
-        ("gpt2:hidden=256", "hidden=256 is no multiple of heads=12: give heads too"),
+        ("gpt2:hidden=256", "heads=12 does not divide hidden=256: give a number of heads that does"),
         ("gpt2:seq=2048", "longer than its 1024 positions: give positions=2048"),
         ("bert-base:seq=513", "give positions=513"),
         ("gpt2:dropout=1.5", "dropout=1.5 is not a probability"),
         ("gpt2:eps=nan", "eps=nan is not positive"),
-        ("llama3-8b:heads=12,hidden=128", "hidden=128 is no multiple of heads=12"),
-        ("llama3-8b:heads=12,head_dim=8,kv_heads=8", "heads=12 is no multiple of kv_heads=8"),
+        ("llama3-8b:heads=12,hidden=128", "heads=12 does not divide hidden=128: give a number of heads that does, or"),
+        ("llama3-8b:heads=12,head_dim=8,kv_heads=8", "kv_heads=8 does not divide heads=12"),
         ("llama3-8b:hidden=96", "head_dim=3 is odd"),
         ("mixtral-8x7b:top_k=9", "top_k=9 exceeds experts=8"),
         ("vit-b16:image=100", "image=100 is no multiple of patch=16"),
@@ -318,3 +320,77 @@ def test_a_file_that_does_not_parse_or_import_is_told_the_line(tmp_path: Path) -
     path.write_text("import torch\nimport no_such_package\n")
     with pytest.raises(ValueError, match="line 2: ModuleNotFoundError"):
         load_workload(f"{path}:factory")
+
+
+CUSTOM = """
+import logging
+import torch
+from torch import nn
+
+@torch.library.custom_op("parplan_test::twice", mutates_args=())
+def twice(x: torch.Tensor) -> torch.Tensor:
+    return x * 2
+
+twice.register_fake(lambda x: torch.empty_like(x))
+twice.register_autograd(lambda ctx, grad: grad * 2)
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Linear(8, 4)
+    def forward(self, x):
+        return twice(self.a(x))
+
+def without(): return Net(), torch.randn(4, 8)
+def given(): return {"module": Net(), "inputs": torch.randn(4, 8),
+                     "flops": {"parplan_test.twice.default": lambda ins, outs, args: 10 * ins[0][0] * ins[0][1]}}
+class Lazy(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.LazyLinear(4), nn.LazyLinear(3)
+    def forward(self, x):
+        return self.b(self.a(x))
+
+def lazy(): return Lazy(), torch.randn(4, 8)
+def misfit(): return nn.Sequential(nn.Linear(5, 5), nn.LazyLinear(4)), torch.randn(4, 8)
+
+def loud():
+    print("a page")
+    logging.getLogger("library").warning("another page")
+    return nn.Linear(8, 4), torch.randn(4, 8)
+
+def wrong(): return {"module": Net(), "inputs": torch.randn(4, 8), "flops": {"parplan_test.twice.default": 3}}
+"""
+
+
+def test_a_file_may_count_its_own_ops(tmp_path: Path) -> None:
+    path = tmp_path / "custom.py"
+    path.write_text(CUSTOM)
+    with pytest.raises(NoFormulaError, match=r"or return that from file\.py:factory under the key flops"):
+        trace_workload(load_workload(f"{path}:without"))
+    graph = trace_workload(load_workload(f"{path}:given"))
+    assert graph.flops("forward") == 2 * 4 * 8 * 4 + 10 * 4 * 4
+    assert graph.at_batch(8).flops("forward") == 2 * graph.flops("forward")
+    with pytest.raises(ValueError, match="returned flops that are no dict of op names and functions"):
+        load_workload(f"{path}:wrong")
+
+
+def test_lazy_modules_take_their_shapes_from_the_examples(tmp_path: Path) -> None:
+    path = tmp_path / "lazy.py"
+    path.write_text(CUSTOM)
+    workload = load_workload(f"{path}:lazy")
+    assert shapes(workload) == {"a.weight": (4, 8), "a.bias": (4,), "b.weight": (3, 4), "b.bias": (3,)}
+    assert trace_workload(workload).flops("forward") == 2 * 4 * (8 * 4 + 4 * 3) and step(workload) > 0
+    with pytest.raises(RuntimeError, match=r"lazy\.py:misfit returned a module with lazy parameters \(1.weight\)"):
+        load_workload(f"{path}:misfit")
+
+
+def test_a_factory_speaks_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "loud.py"
+    path.write_text(CUSTOM)
+    workload = load_workload(f"{path}:loud")
+    assert capsys.readouterr().out == "a page\n" and len(caplog.records) == 1
+    workload.build()
+    assert capsys.readouterr().out == "" and len(caplog.records) == 1

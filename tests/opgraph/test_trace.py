@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -153,8 +153,40 @@ def test_parameters_without_gradient_are_told() -> None:
         "no gradient reaches spare.weight and others: torch's DistributedDataParallel stops at such parameters; "
         "freeze them with requires_grad_(False)",
     )
+    assert trace_net(model).idle == ("spare.weight", "spare.bias")
     model.spare.requires_grad_(False)
-    assert trace_net(model).notes == ()
+    assert trace_net(model).notes == () == trace_net(model).idle
+
+
+def test_sparse_gradients_are_told_in_one_sentence() -> None:
+    bag = nn.Sequential(nn.EmbeddingBag(10, 8, mode="sum", sparse=True), nn.Linear(8, 1))
+    with pytest.raises(ValueError, match=r"^the gradient in module '0' is sparse .*sparse=False$"):
+        trace(bag, (torch.randint(10, (4, 3)),))
+
+
+def test_lazy_parameters_are_told_in_one_sentence() -> None:
+    model = nn.Sequential(nn.LazyLinear(4))
+    with pytest.raises(TraceError, match=r"^0\.weight is a parameter of a lazy module.*run the model once on a batch"):
+        trace(model, (torch.randn(2, 8),))
+
+
+def test_complex_parameters_take_the_optimizer_without_its_fused_form() -> None:
+    class Mixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 4, dtype=torch.cfloat)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.a(x)
+            return self.b(torch.complex(x, x)).abs()
+
+    graph = trace(Mixed(), (torch.randn(2, 8),))
+    fused = [op for op in graph.ops if "_fused_adamw" in op.name]
+    assert len(fused) == 1
+    stepped = {graph.tensors[t].name for t in fused[0].mutates} & set(graph.parameters)
+    assert stepped == {"a.weight", "a.bias"}
+    optimizer = adamw(Mixed().parameters())
+    assert [(g["fused"], len(g["params"])) for g in optimizer.param_groups] == [(True, 2), (False, 2)]
 
 
 class Branching(nn.Module):
@@ -178,7 +210,10 @@ def test_data_dependent_control_flow_is_traced_on_real_tensors() -> None:
     with pytest.raises(TraceError, match=r"depend on data .*test_trace.py:\d+ .*real weights"):
         trace(on_meta, (torch.ones(2, 8),))
     workload = Workload("w", Branching, lambda n: ((torch.ones(n, 8),), ()), mean_square, adamw, 2)
-    assert trace_workload(workload).traced_on == "real"
+    graph = trace_workload(workload)
+    assert graph.traced_on == "real" and not graph.varies  # all its batches are ones
+    forked = replace(workload, batch=lambda n: ((torch.randn(1, 8).repeat(n, 1),), ()))
+    assert trace_workload(forked).varies
 
 
 OPTIMIZERS: dict[str, tuple[Any, int]] = {  # name -> optimizer, tensors of state per parameter

@@ -293,6 +293,14 @@ def test_a_typed_plan_that_the_search_does_not_know(parplan):
         assert found["step_seconds"] > 0
 
 
+def test_a_pipeline_has_as_many_micro_batches_as_stages_where_none_are_typed(parplan):
+    for typed, label in (("pp2", "pp2 1f1b mb2"), ("pp2 gpipe", "pp2 gpipe"), ("pp2 mb4", "pp2 1f1b mb4")):
+        found = parplan("simulate", MLP, "--plan", typed, "--cluster", "dgx-h100", "-b", 8, "--json").data
+        assert found["label"] == label
+    refused = parplan("simulate", MLP, "--plan", "pp2", "--cluster", "dgx-h100", "-b", 7)
+    assert refused.code == 2 and "plan 'pp2' (1 x 2); use a multiple of 2" in refused.err
+
+
 def test_what_the_planner_refuses_is_one_sentence(parplan, tmp_path):
     ParallelPlan(global_batch=8, pp=2, cuts=("nowhere",), micro_batches=2).save(tmp_path / "cut.json")
     (tmp_path / "tiny.toml").write_text(

@@ -17,7 +17,7 @@ from planner.apply_model import check_paths
 from planner.curves import curves
 from planner.lower import lower
 from planner.plan import ParallelPlan
-from planner.space import balanced_cuts, check_devices, cut_candidates, divisors, enumerate_plans, partition
+from planner.space import balanced_cuts, check_devices, counted, cut_candidates, divisors, enumerate_plans, partition
 from planner.split import split
 from planner.step_costs import step_costs
 from tests.planner.models import BLOCKS, gpt, mean_of_squares, mlp, norm_net
@@ -73,6 +73,7 @@ def test_rejections_say_why(gpt_graph):
     assert "pp4 1f1b: 1f1b needs as many micro-batches as stages, 4, or more: mb4, or gpipe" in reasons
     assert not any("dp1" in r.label for r in rejected)  # what shards nothing is no plan that was left out
     assert all(r.count > 0 and "\n" not in r.reason for r in rejected)
+    assert [counted(n, "cut") for n in (0, 1, 2)] == ["0 cuts", "1 cut", "2 cuts"]
     assert any(r.label == "pp8" and "places to cut" in r.reason for r in space_of(norm_net(), 8).rejected)
 
 

@@ -1,8 +1,11 @@
 """What can be sharded is found from dataflow, and what cannot is said."""
 
 import pytest
+import torch
+from torch import nn
 
 from opgraph.batch import trace_workload
+from opgraph.trace import trace
 from opgraph.workload import Workload, adamw, mean_square
 from planner.layout import propagate
 from planner.plan import ParallelPlan
@@ -60,6 +63,12 @@ def test_models_without_pairs_say_why():
     _, graph = model("resnet50:width=8,image=32,classes=10,batch=8")
     assert tp_shardings(graph, 2) == ()
     assert "needs two" in explain_no_shardings(graph, 2)
+
+
+@pytest.mark.parametrize("root, count", [(nn.Linear(8, 8), "none"), (nn.Sequential(nn.Linear(8, 8)), "one")])
+def test_models_of_few_linears_are_told_how_many_count(root: nn.Module, count: str) -> None:
+    said = explain_no_shardings(trace(root, (torch.randn(2, 8),)), 2)
+    assert said.endswith(f"each called once and with a weight of its own, and the model has {count}")
 
 
 def test_in_place_work_on_a_sharded_output_is_refused():

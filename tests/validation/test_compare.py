@@ -23,8 +23,15 @@ def run(predicted: float, measured: float, model: str = "m", interval=(0.0, 9.0)
 def test_errors_of_one_run():
     c = run(1.1, 1.0, interval=(0.9, 1.2), peaks=((110, 80), (100, 100)))
     assert c.error == pytest.approx(0.1) and c.covered
-    assert (c.predicted_peak_bytes, c.measured_peak_bytes) == (110, 100)
+    assert (c.peak_rank, c.predicted_peak_bytes, c.measured_peak_bytes) == (1, 80, 100)
     assert c.memory_errors == pytest.approx((0.1, -0.2)) and c.memory_error == pytest.approx(-0.2)
+
+
+def test_the_peaks_shown_are_those_of_the_error_shown():
+    for peaks in (((100, 95), (100, 90)), ((100, 95), (110, 95)), ((7, 9), (8, 9))):
+        c = run(1.0, 1.0, peaks=peaks)
+        assert c.memory_error == pytest.approx(c.predicted_peak_bytes / c.measured_peak_bytes - 1)
+        assert abs(c.memory_error) == max(map(abs, c.memory_errors)) > 0
 
 
 def test_plans_are_ranked_at_one_pace():
@@ -38,7 +45,8 @@ def test_plans_are_ranked_at_one_pace():
 
 
 def test_memory_that_was_not_measured_has_no_error():
-    c = run(1.0, 1.0, peaks=((10, 10), ()))
+    c = run(1.0, 1.0, peaks=((10, 11), ()))
+    assert (c.peak_rank, c.predicted_peak_bytes) == (1, 11)
     assert c.measured_peak_bytes == 0 and c.memory_errors == () and math.isnan(c.memory_error)
 
 

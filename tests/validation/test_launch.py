@@ -39,6 +39,24 @@ def test_failing_ranks_are_reported_and_the_rest_goes_on():
     assert workers() == []
 
 
+def test_ranks_that_wait_for_each_other_are_seen_and_given_up(monkeypatch):
+    monkeypatch.setattr("validation.launch.LOOK", 0.5)
+    monkeypatch.setattr("validation.launch.STUCK", 4.0)
+    said = []
+    plans = [ParallelPlan(global_batch=HANGS, dp=2)]
+    options = replace(QUICK, timeout_seconds=300)
+    (m,) = run_plans("tests.validation.workloads:moody", plans, options, waiting=said.append)
+    assert m.status == "failed" and "computed nothing for" in m.reason and "wait for each other" in m.reason
+    assert said and said[0].startswith("waiting for rank(s) 0, 1 of dp2 ddp on 2 for ")
+
+
+def test_only_ranks_that_fail_are_heard(capfd):
+    plans = [ParallelPlan(global_batch=n, dp=2) for n in (8, RAISES)]
+    run_plans("tests.validation.workloads:chatty", plans, QUICK)
+    heard = capfd.readouterr().err
+    assert "Traceback" in heard and heard.count("a page") == 1  # that of the failed rank, of its second plan
+
+
 def test_unknown_model_is_a_failed_plan():
     (result,) = run_plans("no-such-model", [ParallelPlan(global_batch=8)], QUICK)
     assert result.status == "failed" and "no-such-model" in result.reason

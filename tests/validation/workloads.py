@@ -31,6 +31,12 @@ def moody() -> Workload:
     return replace(good, batch=batch)
 
 
+def chatty() -> Workload:
+    """What libraries log whenever a model is made, here once for each plan."""
+    print("a page")
+    return moody()
+
+
 def disagreeing() -> Workload:
     """Rank 1 has other weights."""
 
