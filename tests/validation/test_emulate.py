@@ -205,10 +205,10 @@ def test_interrupted_runs_leave_nothing(tmp_path: Path, stop: signal.Signals, co
     command = [sys.executable, "-m", "validation.emulate", "--out", str(tmp_path), "--networks", "pair", "--rates", "1"]
     process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
     try:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 120
         while not namespaces(process.pid) and time.monotonic() < deadline:
             time.sleep(0.1)
-        assert namespaces(process.pid)
+        assert namespaces(process.pid), f"no namespace yet; exit code {process.poll()}"
         time.sleep(1.0)
         process.send_signal(stop)
         assert process.wait(30) == code
