@@ -116,7 +116,7 @@ def _squeeze(base: str, ins: list[Placed], outs: list[Shape], args: tuple[Any, .
 
 def _along(base: str, ins: list[Placed], outs: list[Shape], args: tuple[Any, ...], parts: int) -> list[int]:
     """slice, split, select, cat, cumsum, softmax ...: legal along every dim but the one that they work on."""
-    placement = _same(base, ins)
+    placement = _same(base, ins if base != "cat" else _cut(ins))
     if placement == PARTIAL and base in ("_softmax", "_log_softmax", "sort", "topk"):
         raise _fail(base, ins, "it is not linear")
     if placement < 0:
@@ -130,6 +130,13 @@ def _along(base: str, ins: list[Placed], outs: list[Shape], args: tuple[Any, ...
     if dim % rank == placement:
         raise _fail(base, ins, f"it needs all of dim {placement}")
     return [placement - 1 if base == "select" and dim % rank < placement else placement] * len(outs)
+
+
+def _cut(ins: list[Placed]) -> list[Placed]:
+    """The parts that are joined: beside parts along a dim, a whole tensor is one that was expanded along it, to as many
+    as a rank has (a search tries the model's own code, `planner.tp_trial`)."""
+    dims = {p for _, p in ins if p >= 0}
+    return [(s, p) for s, p in ins if p != REPLICATE] if len(dims) == 1 else ins
 
 
 _DIM_ARGUMENT = {"split": 2, "split_with_sizes": 2, "chunk": 2, "_softmax_backward_data": 2,

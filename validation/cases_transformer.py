@@ -299,8 +299,8 @@ def _shardings(case: Case, software: Software) -> tuple[tuple[str, Sharding], ..
     joined = software.fusion == "module"
     gated = is_gated(case)
     columns = ["attn.qkv"] if joined else ["attn.q", "attn.k", "attn.v"]
-    if family_of(case) == "moe_mla":  # the rotated key that all heads share would need a reduction of its own
-        raise CaseError("latent attention together with tensor parallelism is not predicted yet")
+    if family_of(case) == "moe_mla":  # what makes the latents stays whole, as in Megatron-Core
+        columns = ["attn.q_up", "attn.kv_up"]
     dense = ["mlp.up"] if joined or not gated else ["mlp.up", "mlp.gate"]
     found: list[tuple[str, Sharding]] = []
     for i in range(TRACED_BLOCKS):

@@ -164,7 +164,8 @@ class LatentAttention(nn.Module):
         self.q_up = nn.Linear(w.q, s.heads * (w.nope + w.rope), bias=False)
         self.kv_down = nn.Linear(s.hidden, w.kv + w.rope, bias=False)
         self.kv_norm = nn.RMSNorm(w.kv, eps=1e-6)
-        self.kv_up = nn.Linear(w.kv, s.heads * (w.nope + w.value), bias=False)
+        self.rope_k = KeyRope()
+        self.kv_up = LatentUp(w.kv, s.heads * (w.nope + w.value), bias=False, width=w.nope + w.value)
         self.join = LatentJoin(w)
         self.core = Core(s, w.nope + w.rope)
         self.o = nn.Linear(s.heads * w.value, s.hidden, bias=False)
@@ -173,9 +174,30 @@ class LatentAttention(nn.Module):
         w = self.w
         q = self.q_up(self.q_norm(self.q_down(x))).unflatten(-1, (self.heads, -1)).transpose(1, 2)
         latent, turned = self.kv_down(x).split((w.kv, w.rope), dim=-1)
-        kv = self.kv_up(self.kv_norm(latent)).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-        q, k, v = self.join(q, kv, turned, rotation)
+        kv, shared = self.kv_up(self.kv_norm(latent), self.rope_k(turned, rotation))
+        q, k, v = self.join(q, kv, shared, rotation)
         return self.o(self.core(q, k, v, mask)[..., : w.value].transpose(1, 2).flatten(2))
+
+
+class KeyRope(nn.Module):
+    """Turns the part of the keys that all heads share."""
+
+    def forward(self, turned: torch.Tensor, rotation: Rotation | None) -> torch.Tensor:
+        assert rotation is not None
+        return rotate(turned.unsqueeze(1), rotation)
+
+
+class LatentUp(nn.Linear):
+    """Keys and values of the heads, and the shared part of the keys for each of them: where ranks have some of the
+    heads each, its gradient is a sum over ranks, as that of the latent is."""
+
+    def __init__(self, inputs: int, outputs: int, bias: bool, width: int):
+        super().__init__(inputs, outputs, bias=bias)
+        self.width = width
+
+    def forward(self, latent: torch.Tensor, turned: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # type: ignore[override]
+        kv = super().forward(latent).unflatten(-1, (-1, self.width)).transpose(1, 2)
+        return kv, turned.expand(-1, kv.shape[1], -1, -1)
 
 
 class LatentJoin(nn.Module):
@@ -186,12 +208,11 @@ class LatentJoin(nn.Module):
         self.w = w
 
     def forward(
-        self, q: torch.Tensor, kv: torch.Tensor, turned: torch.Tensor, rotation: Rotation | None
+        self, q: torch.Tensor, kv: torch.Tensor, shared: torch.Tensor, rotation: Rotation | None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         w = self.w
         assert rotation is not None
         q = torch.cat((q[..., : w.nope], rotate(q[..., w.nope :], rotation)), dim=-1)
-        shared = rotate(turned.unsqueeze(1), rotation).expand(-1, kv.shape[1], -1, -1)
         k = torch.cat((kv[..., : w.nope], shared), dim=-1)
         return q, k, F.pad(kv[..., w.nope :], (0, w.nope + w.rope - w.value))
 

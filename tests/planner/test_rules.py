@@ -192,3 +192,16 @@ def test_rows_of_a_table_are_summed_and_its_columns_stay_apart():
     assert place("aten.embedding.default", [(table, 1), (ids, REPLICATE)], [out], (), 2) == [2]
     with pytest.raises(ShardingError, match="only the table"):
         place("aten.embedding.default", [(table, 0), (ids, 0)], [out], (), 2)
+
+
+def test_parts_joined_with_an_expanded_whole_are_parts() -> None:
+    """Every head's own keys beside a key that all heads share: a rank expands it to its own heads."""
+    own, shared = torch.randn(2, 4, 3, 5), torch.randn(2, 1, 3, 2).expand(-1, 4, -1, -1)
+    shapes = [(tuple(own.shape), 1), (tuple(shared.shape), R)]
+    out = torch.cat((own, shared), -1)
+    assert place("aten.cat.default", shapes, [tuple(out.shape)], ([0, 1], -1), 2) == [1]
+    for rank in range(2):
+        local = torch.cat((own[:, 2 * rank : 2 * rank + 2], shared[:, :2]), -1)
+        assert torch.equal(local, out[:, 2 * rank : 2 * rank + 2])
+    with pytest.raises(ShardingError):
+        place("aten.cat.default", [((4, 4), 0), ((4, 4), 1)], [(8, 4)], ([0, 1], 0), 2)

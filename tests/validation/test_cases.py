@@ -521,8 +521,22 @@ def test_experts_beside_tensor_parallelism_work_on_a_part_of_the_sequence() -> N
     assert memory[0] > memory[1] > memory[2] > 0
     gemm = [o.parts["gemm"] for o in outcomes]  # of all micro-batches: the same work on as many GPUs
     assert all(g == pytest.approx(gemm[0], rel=0.35) for g in gemm)
-    (latent,) = run_cases([row(**{**changes, "family": "moe_mla", "tp": "2", "dp": "4"})], lambda what, share: None)
-    assert "latent attention" in latent.reason
+
+
+def test_latent_attention_splits_heads_and_keeps_latents_whole() -> None:
+    """Products of the heads are divided, those that make latents run on parts of the sequence: as many FLOP a GPU as
+    without tensor parallelism, less memory, and what tp gathers are narrow latents."""
+    changes = {"family": "moe_mla", "moe_experts": "8", "moe_topk": "2", "moe_ffn": "1024", "gated_mlp": "1", "ep": "8",
+               "pp": "1", "hidden": "2048", "heads": "16", "seq_len": "512", "zero_fsdp": "zero1", "recompute": "none",
+               "precision": "bf16", "attention": "flash"}  # fmt: skip
+    rows = [row(tp=tp, dp=str(8 // int(tp)), **changes) for tp in ("1", "2", "4")]
+    assert "blocks.0.attn.kv_up" in plan_of(rows[1], software_of(rows[1])).style
+    one, two, four = run_cases(rows, lambda what, share: None)
+    assert (one.allocated_bytes or 0) > (two.allocated_bytes or 0) > (four.allocated_bytes or 0) > 0
+    assert all(o.parts["gemm"] == pytest.approx(one.parts["gemm"], rel=0.35) for o in (two, four))
+    assert "tp all_gather" in two.parts and "tp reduce_scatter" in two.parts and "tp all_gather" not in one.parts
+    (uneven,) = run_cases([row(**{**changes, "heads": "12", "hidden": "1536", "tp": "8", "dp": "1"})], lambda *a: None)
+    assert uneven.reason
 
 
 MIXTRAL = {
