@@ -30,8 +30,17 @@ Firsts = range | tuple[int, ...]
 
 def alike(ranks: Sequence[int], firsts: Firsts) -> np.ndarray:
     """Rows of ranks: the group moved so that it begins at each of `firsts`."""
-    own = np.asarray(ranks, np.int64)
-    return own[None, :] - own[0] + np.asarray(firsts, np.int64)[:, None]
+    own = _numbers(ranks)
+    return own[None, :] - own[0] + _numbers(firsts)[:, None]
+
+
+def _numbers(ranks: Sequence[int]) -> np.ndarray:
+    """The ranks as an array; ranges of thousands are not walked through."""
+    return np.arange(ranks.start, ranks.stop, ranks.step) if isinstance(ranks, range) else np.asarray(ranks, np.int64)
+
+
+def _last(ranks: Sequence[int]) -> int:
+    return max(ranks[0], ranks[-1]) if isinstance(ranks, range) else max(ranks)
 
 
 def known(cluster: Cluster) -> bool:
@@ -53,8 +62,8 @@ def shared_group(cluster: Cluster, group: Group, kind: str, ranks: Sequence[int]
             return group
         # A ring moves RING_SHARE of a wire's rate, or less where devices stage through the host.
         return replace(group, port=min(group.port, left * RING_SHARE * group.port / ring_rate(group)))
-    if alone and any(t.rails for t in cluster.tiers):
-        firsts = (ranks[0],)
+    if alone and any(t.rails for t in cluster.tiers) and group.per_host < cluster.devices_per_node:
+        firsts = (ranks[0],)  # it lies on some of the rails, perhaps
     elif alone:
         return group
     if group.domains != group.hosts or not _counted(cluster, ranks, firsts):
@@ -120,7 +129,7 @@ def _node(cluster: Cluster) -> Topology:
 def _counted(cluster: Cluster, ranks: Sequence[int], firsts: Firsts) -> bool:
     """Whether the loads of these groups can be counted: all lie on devices of their own (ranks beyond the last device
     share its node)."""
-    return known(cluster) and max(firsts) + max(ranks) - ranks[0] < cluster.size
+    return known(cluster) and _last(firsts) + _last(ranks) - ranks[0] < cluster.size
 
 
 def _layers(cluster: Cluster, everywhere: bool, ranks: Sequence[int], firsts: Firsts) -> dict[str, float]:

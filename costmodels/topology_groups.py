@@ -40,6 +40,8 @@ def group_bound(cluster: Cluster, kind: str, nbytes: float, groups: Sequence[Seq
     if kind not in KINDS:
         raise ValueError(f"'{kind}' has no group bound; use one of {', '.join(KINDS)}")
     ranks = np.atleast_2d(np.asarray(groups, np.int64))
+    if cluster.size < 2**24:  # products of nodes and rails stay below 2^31: half of the time of long integers
+        ranks = ranks.astype(np.int32)
     if cluster.groups or cluster.fabric == "torus":
         raise ValueError(f"{cluster.name}: group bounds need equal nodes under switches; simulate flows on its graph")
     if ranks.size and not 0 <= int(ranks.min()) <= int(ranks.max()) < cluster.size:
@@ -107,11 +109,11 @@ def _network(
     for (name, width), (top, by_rail) in zip(widths, capacities(cluster)):
         worst = 0.0
         for node, after, load in flows:
-            out, into = node // width, after // width
-            crossing = np.where(out != into, load, 0.0)
+            out, into = (node, after) if width == 1 else (node // width, after // width)
+            crossing = np.where(out != into, load, 0.0).ravel()
             for block in (out, into):
                 key = block * rails + rail if by_rail else block
-                worst = max(worst, float(np.bincount(key.ravel(), crossing.ravel()).max()))
+                worst = max(worst, float(np.bincount(key.ravel(), crossing).max()))
         result[name] = worst / top
     return result
 
