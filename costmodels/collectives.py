@@ -144,8 +144,8 @@ def _price(
 
 
 def _inside(cluster: Cluster) -> Link:
-    """What gloo moves messages of one node over: between GPUs it knows no NVLink and goes over the host."""
-    return LOOPBACK if cluster.device.kind == "gpu" else cluster.intra
+    """What gloo moves messages of one node over: it knows no links of accelerators and goes over the host."""
+    return cluster.intra if cluster.device.kind == "cpu" else LOOPBACK
 
 
 def _textbook(cluster: Cluster, algorithm: str, kind: str, nbytes: float, ranks: Sequence[int], link: Link) -> float:

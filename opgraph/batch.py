@@ -244,11 +244,10 @@ def _traced(
 
     def fitted(module: nn.Module) -> OpGraph:
         first = at(low, module)
-        second = 2 * low if first.traced_on == "real" else low + 1  # twice as many: what depends on data evens out
-        graph = fit_batch(first, at(second, module)).at_batch(workload.batch_size)
-        if first.traced_on != "real":
-            return graph
-        return replace(graph, varies=takes_other_paths(module, lambda: workload.batch(low)[0]))
+        real = first.traced_on == "real"
+        second = at(2 * low if real else low + 1, module)  # twice as many: what depends on data evens out
+        graph = fit_batch(first, second).at_batch(workload.batch_size)
+        return replace(graph, varies=takes_other_paths(module, lambda: workload.batch(low)[0])) if real else graph
 
     def folded(module: nn.Module, repeat: Fold) -> OpGraph | None:
         try:
