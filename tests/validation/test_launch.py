@@ -20,7 +20,8 @@ from validation.measure import Options
 
 pytestmark = pytest.mark.executed
 ROOT = Path(__file__).parents[2]
-QUICK = Options(memory=False, measure=False, timeout_seconds=12)
+QUICK = Options(memory=False, measure=False, timeout_seconds=120)  # seconds that no plan needs on busy cores
+HANGING = ParallelPlan(global_batch=HANGS, dp=2)
 
 
 def workers() -> list[psutil.Process]:
@@ -28,14 +29,19 @@ def workers() -> list[psutil.Process]:
 
 
 def test_failing_ranks_are_reported_and_the_rest_goes_on():
-    plans = [ParallelPlan(global_batch=n, dp=2) for n in (RAISES, 8, DIES, HANGS, 4)]
+    plans = [ParallelPlan(global_batch=n, dp=2) for n in (RAISES, 8, DIES, 4)]
     seen = []
     results = run_plans("tests.validation.workloads:moody", plans, QUICK, seen.append)
-    assert [m.status for m in results] == ["failed", "ok", "failed", "failed", "ok"]
+    assert [m.status for m in results] == ["failed", "ok", "failed", "ok"]
     assert results[0].reason == "rank 1 raised RuntimeError: no data for rank 1"
     assert results[2].reason == "rank 1 died (exit code 7)"
-    assert results[3].reason.endswith("did not finish within 12 s") and "1" in results[3].reason
-    assert [m.plan for m in results] == plans and len(seen) == 5
+    assert [m.plan for m in results] == plans and len(seen) == 4
+    assert workers() == []
+
+
+def test_ranks_that_take_too_long_are_killed():
+    (m,) = run_plans("tests.validation.workloads:moody", [HANGING], replace(QUICK, timeout_seconds=8))
+    assert m.status == "failed" and m.reason.endswith("did not finish within 8 s") and "1" in m.reason
     assert workers() == []
 
 
@@ -43,11 +49,11 @@ def test_ranks_that_wait_for_each_other_are_seen_and_given_up(monkeypatch):
     monkeypatch.setattr("validation.launch.LOOK", 0.5)
     monkeypatch.setattr("validation.launch.STUCK", 4.0)
     said = []
-    plans = [ParallelPlan(global_batch=HANGS, dp=2)]
-    options = replace(QUICK, timeout_seconds=300)
-    (m,) = run_plans("tests.validation.workloads:moody", plans, options, waiting=said.append)
+    plans = [HANGING, ParallelPlan(global_batch=8, dp=2)]
+    m, after = run_plans("tests.validation.workloads:moody", plans, QUICK, waiting=said.append)
     assert m.status == "failed" and "computed nothing for" in m.reason and "wait for each other" in m.reason
     assert said and said[0].startswith("waiting for rank(s) 0, 1 of dp2 ddp on 2 for ")
+    assert after.status == "ok"
 
 
 def test_only_ranks_that_fail_are_heard(capfd):
@@ -79,7 +85,7 @@ def test_measurement_of_a_plan():
 
 @pytest.mark.skipif(sys.platform != "linux", reason="threads are counted in /proc")
 def test_a_plan_leaves_no_thread_behind(tmp_path):
-    options = replace(QUICK, prove=True, timeout_seconds=60)
+    options = replace(QUICK, prove=True)
     world = World(2, "tests.planner.models:mlp", options, str(tmp_path))
     try:
         counts = []
