@@ -20,6 +20,7 @@ from costmodels.signature import Signature, is_written, parsed, written
 Kind = Literal["cpu", "gpu", "tpu", "npu"]
 CATALOGUE = Path(__file__).parent / "catalogue"
 MACHINES = CATALOGUE / "kernels" / "machines"  # constants measured on one machine: its device type's differ
+BRIEF_STEP = 0.01  # seconds: a call more or less is a tenth of such a step, so its error says nothing of longer ones
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +58,7 @@ class Device:
     kernels: constants of kernel laws that were fitted to tables of measured ops, one section per law and dtype
         ("gemm": {"bfloat16": {...}}), from `catalogue/kernels`; empty where there is none.
     step_error: root mean square relative error of whole training steps predicted by laws that saw none of their ops,
-        0 where none were measured.
+        0 where none were measured. brief_error: the same of steps below `BRIEF_STEP`.
     in_tf32: op families whose float32 ops run in tf32 (`costmodels.rounding`); a device file has none.
     slowest: how many times as long its products, convolutions and attention take as on the device that was measured
         (`costmodels.variability`).
@@ -89,6 +90,7 @@ class Device:
     host: dict[str, float] = field(default_factory=dict)
     anchor_seconds: float = 0.0
     step_error: float = 0.0
+    brief_error: float = 0.0
     in_tf32: tuple[str, ...] = ()
     slowest: float = 1.0
     l2_bytes: int = 0
@@ -250,6 +252,7 @@ def device_from(data: dict[str, Any], where: str) -> Device:
         host=toml.numbers(data, "host", where),
         anchor_seconds=toml.number(data, "anchor_seconds", where, 0.0),
         step_error=toml.number(data, "step_error", where, 0.0),
+        brief_error=toml.number(data, "brief_error", where, 0.0),
         l2_bytes=toml.whole(data, "l2_bytes", where, 0),
         boost_clock=toml.number(data, "boost_clock", where, 0.0),
         link=toml.text(data, "link", where, ""),

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field
 from math import hypot
 
 from costmodels.cluster import Cluster
-from costmodels.device import Device, basis_of
+from costmodels.device import BRIEF_STEP, Device, basis_of
 from costmodels.families import family
 from costmodels.ops import peak_of
 from costmodels.rounding import in_precision
@@ -36,7 +36,7 @@ class Prediction:
     """What one plan will do. Times in seconds, sizes in bytes.
 
     interval: nine in ten step times should lie between these: the errors of the laws and tables on held-out samples,
-    that of whole calibration steps (`Device.step_error`, `STEP_ERROR` where there are none), and that of the host's
+    that of whole calibration steps (`Device.step_error`, `brief_error`, `STEP_ERROR` without), and that of the host's
     assumed speed, added in squares, 1.645 standard deviations wide. peak_bytes: tensor bytes at the worst moment, by
     rank; memory_bytes: what a rank has. breakdown: compute, exposed_communication, bubble (nothing of the rank runs: it
     waits for others) and host (waiting for the host thread), averaged over ranks; they sum to the step. mfu: model FLOP
@@ -186,6 +186,8 @@ def interval_of(seconds: float, waited: float, lowered: Lowered, cluster: Cluste
     whole = cluster.device.step_error
     if cluster.device.kind != "cpu" or not whole:  # that of GPUs is their spread alone
         whole = max(whole, STEP_ERROR)
+    if seconds < BRIEF_STEP:
+        whole = max(whole, cluster.device.brief_error)
     spread = NINE_IN_TEN * hypot(lowered.deviation / total, whole, waited * HOST_ERROR)
     return seconds * max(0.0, 1 - spread), seconds * (1 + spread)
 

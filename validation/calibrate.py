@@ -15,7 +15,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,7 +24,7 @@ import numpy as np
 
 from costmodels import tomlfile
 from costmodels.cluster import CollectiveTable, tables_data
-from costmodels.device import Device, device_data, local_path
+from costmodels.device import BRIEF_STEP, Device, device_data, local_path
 from costmodels.families import family
 from costmodels.features import FORMS, form_of, touched
 from costmodels.ops import OpShape, signature
@@ -49,7 +49,6 @@ DRAWN_SMALL = 40  # models of a few milliseconds a step beside them
 USUAL_BUDGET = OWN_SECONDS + 2 * DRAWN_SECONDS
 SAMPLE_SECONDS = 2e-5  # shorter ops are not stored one by one: their law is as good and the file stays small
 OUT_OF_CONTEXT = 2e-4  # seconds: below, a law that knows what runs before an op is nearer than the op's own time was
-LEAST_STEP = 0.01  # seconds of a step from which its error counts among those of whole steps
 
 
 @dataclass(frozen=True, slots=True)
@@ -240,8 +239,8 @@ def _device(
     main = results[ranks]
     merged = _merged([s for r in main for s in r["samples"]] + [s for group in further for s in group])
     laws, neighbours, errors = fit_ops(merged)
-    whole = _steps(main)
-    steps = step_errors(merged, whole)
+    whole, brief = _steps(main)
+    steps, brief_steps = step_errors(merged, whole), step_errors(merged, brief)
     host = host_of(main, results, cores)
     rates = [s.flops / t for s, t in merged if family(s.name) in ("gemm", "conv") and s.dtype == "float32"]
     half = [s.flops / t for s, t in merged if family(s.name) == "gemm" and s.dtype == "bfloat16"]
@@ -263,25 +262,34 @@ def _device(
         neighbours=neighbours,
         host=host,
         anchor_seconds=main[0]["anchor"],
-        step_error=float(np.sqrt(np.mean(np.square(list(steps.values()))))) if steps else 0.0,
+        step_error=_rms(steps.values()),
+        brief_error=_rms(brief_steps.values()),
         sources=(f"parplan calibrate on {platform.node()}, {time.strftime('%Y-%m-%d %H:%M')}",),
         notes=(note,),
     )
-    if steps:
-        absolute, weights = np.abs(list(steps.values())), [whole[name][1] for name in steps]
-        errors["whole steps"] = float(absolute.mean()), float(np.average(absolute, weights=weights)), len(steps)
+    for name, found, of in (("whole steps", steps, whole), ("brief steps", brief_steps, brief)):
+        if found:
+            absolute, weights = np.abs(list(found.values())), [of[step][1] for step in found]
+            errors[name] = float(absolute.mean()), float(np.average(absolute, weights=weights)), len(found)
     return device, errors
 
 
-def _steps(main: list[dict[str, Any]]) -> dict[str, tuple[Sequence[OpShape], float]]:
-    """Every calibration step's ops and what they took together, mean over the ranks. Small steps, of which a call more
-    or less is a tenth, say nothing of others."""
-    found: dict[str, tuple[Sequence[OpShape], list[float]]] = {}
-    overheads = [o for result in main for o in result["overheads"]]
-    long = [o for o in overheads if sum(seconds for seconds, _, _ in o.parts.values()) >= LEAST_STEP]
-    for o in long or overheads:
-        found.setdefault(o.name, (o.shapes, []))[1].append(sum(ops for _, ops, _ in o.parts.values()))
-    return {name: (shapes, statistics.fmean(seconds)) for name, (shapes, seconds) in found.items()}
+def _rms(errors: Collection[float]) -> float:
+    return float(np.sqrt(np.mean(np.square(list(errors))))) if errors else 0.0
+
+
+Steps = dict[str, tuple[Sequence[OpShape], float]]
+
+
+def _steps(main: list[dict[str, Any]]) -> tuple[Steps, Steps]:
+    """Every calibration step's ops and what they took together, mean over the ranks; those below `BRIEF_STEP` apart, as
+    their errors are not those of longer ones."""
+    found: tuple[dict[str, tuple[Sequence[OpShape], list[float]]], ...] = ({}, {})
+    for o in (o for result in main for o in result["overheads"]):
+        brief = sum(seconds for seconds, _, _ in o.parts.values()) < BRIEF_STEP
+        found[brief].setdefault(o.name, (o.shapes, []))[1].append(sum(ops for _, ops, _ in o.parts.values()))
+    whole, short = ({name: (shapes, statistics.fmean(s)) for name, (shapes, s) in of.items()} for of in found)
+    return whole or short, short
 
 
 def _merged(samples: Sequence[Sample]) -> list[tuple[OpShape, float]]:

@@ -1,6 +1,7 @@
 """Predictions: sums that must hold, and refusals that must be clear."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
@@ -13,7 +14,7 @@ from opgraph.summary import model_flops
 from planner.apply import apply
 from planner.estimate import bound_seconds
 from planner.plan import ParallelPlan
-from planner.predict import mfu_peak, predict, simulate_plan
+from planner.predict import NINE_IN_TEN, interval_of, mfu_peak, predict, simulate_plan
 from planner.search import search
 from tests.planner.conftest import ALEXNET, GPT, VIT, model
 from tests.planner.test_lowering import KINDS, plan_of
@@ -27,6 +28,20 @@ def test_breakdown_sums_to_the_step_and_shares_to_one(kind, uncalibrated):
     assert sum(found.shares.values()) == pytest.approx(1)
     assert found.interval[0] <= found.step_seconds <= found.interval[1]
     assert found.fits and len(found.peak_bytes) == found.plan.world_size
+
+
+def test_brief_steps_have_an_error_of_their_own(uncalibrated):
+    """Only steps below 10 ms, and never a narrower interval than others have."""
+    none = SimpleNamespace(seconds_by_source={"interpolated": 1.0}, deviation=0.0)
+    device = replace(uncalibrated.device, kind="cpu", step_error=0.05, brief_error=0.2)
+
+    def half(seconds, device):
+        low, high = interval_of(seconds, 0.0, none, replace(uncalibrated, device=device))
+        return (high - low) / 2 / seconds
+
+    assert half(0.009, device) == pytest.approx(NINE_IN_TEN * 0.2)
+    assert half(0.011, device) == pytest.approx(NINE_IN_TEN * 0.05)
+    assert half(0.009, replace(device, brief_error=0.01)) == pytest.approx(NINE_IN_TEN * 0.05)
 
 
 def test_a_single_device_step_is_the_sum_of_its_ops(uncalibrated):

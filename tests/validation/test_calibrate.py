@@ -101,8 +101,9 @@ def test_small_steps_say_nothing_of_the_error_of_others() -> None:
         return Overhead(name, parts, 0, ())
 
     both = [of("small", 0.004), of("large", 0.02)]
-    assert _steps([{"overheads": both}, {"overheads": both}]) == {"large": ((), 0.01)}
-    assert _steps([{"overheads": both[:1]}]) == {"small": ((), 0.002)}, "where there is no other"
+    large, small = {"large": ((), 0.01)}, {"small": ((), 0.002)}
+    assert _steps([{"overheads": both}, {"overheads": both}]) == (large, small)
+    assert _steps([{"overheads": both[:1]}]) == (small, small), "where there is no other"
 
 
 def test_python_beside_ops_is_told_apart_by_what_the_op_before_moved() -> None:
