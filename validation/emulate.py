@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 
 from validation.emulate_net import NETWORKS, Network, emulated, shape, why_not
-from validation.emulate_predict import hops, seconds
+from validation.emulate_predict import MIXED, hops, seconds, typical
 from validation.environment import RANK_ENV
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -37,7 +37,7 @@ RATES = (12.5e6, 25e6, 62.5e6)  # bytes/s of a host's wire: 100, 200, 500 Mbit/s
 SIZES = (2**16, 2**18, 3 * 2**17, 2**20, 3 * 2**20, 2**22)
 LATE_SIZES = (2**18, 2**20)  # of the rows with late messages
 SCORED = 2**18  # errors count from here up
-LONG, FEW = 3 * 2**20 / 12.5e6, 7  # a row whose bytes take the wire `LONG` seconds or more is repeated `FEW` times
+LONG, FEW = 3 * 2**20 / 12.5e6, 7  # a row whose bytes take the wire `LONG` seconds is repeated a third, or `FEW` times
 ROUNDS, PER_ROUND = 5, 50  # of 4-byte messages, before and after the rows of each rate
 LATENCY = "latency"
 LATE = 5e-3  # seconds by which the transport shim makes messages late
@@ -46,9 +46,10 @@ TIMEOUT = 180.0  # seconds without an answer of a rank
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One collective. rate: bytes/s of a host's wire. measured: median over `repetitions` of the slowest rank's
-    seconds; spread: half of their interquartile range over it. latency: seconds of a 4-byte message. added: seconds
-    that the transport shim makes every message late. load: of the machine, per core, afterwards."""
+    """One collective. rate: bytes/s of a host's wire. measured: seconds of the slowest rank, the median over
+    `repetitions` (or a mean: `emulate_predict.typical`); spread: half of their interquartile range over it. latency:
+    seconds of a 4-byte message. added: seconds that the transport shim makes every message late. load: of the machine,
+    per core, afterwards."""
 
     network: str
     ranks: int
@@ -129,8 +130,14 @@ def _timing(network: Network, rate: float, kind: str, nbytes: int, repetitions: 
     if kind == LATENCY:
         times = ask("send", nbytes, PER_ROUND)
     else:
-        times = ask(kind, nbytes, min(repetitions, FEW) if nbytes / rate >= LONG else repetitions)
+        times = ask(kind, nbytes, _repeated(kind, nbytes / rate, repetitions))
     return Timing(network, rate, kind, nbytes, tuple(times), added, os.getloadavg()[0] / (os.cpu_count() or 1))
+
+
+def _repeated(kind: str, seconds: float, repetitions: int) -> int:
+    """How often a row is repeated: a mean over several modes asks for more than a median, long ones get fewer."""
+    wanted = 3 * repetitions if kind in MIXED else repetitions
+    return max(wanted // 3, min(wanted, FEW)) if seconds >= LONG else wanted
 
 
 def latency_of(timings: Sequence[Timing], network: Network) -> float:
@@ -147,7 +154,8 @@ def rows_of(timings: Sequence[Timing]) -> list[Row]:
 
 
 def _row(t: Timing, latency: float) -> Row:
-    low, middle, high = statistics.quantiles(t.times, n=4)
+    low, _, high = statistics.quantiles(t.times, n=4)
+    middle = typical(t.kind, t.times)
     late = hops(t.kind, t.network.ranks) * t.added
     predicted = seconds(t.network, t.kind, t.bytes, t.rate, latency) + late
     closed = _closed_form(t.network, t.kind, t.bytes, t.rate, latency) + late
@@ -158,7 +166,7 @@ def _row(t: Timing, latency: float) -> Row:
 def _line(t: Timing) -> str:
     late = f", {1e3 * t.added:g} ms late" if t.added else ""
     return f"{t.network.name} {t.rate * 8e-6:g} Mbit/s{late} {t.kind} {t.bytes} bytes: " + (
-        f"{1e3 * statistics.median(t.times):.3f} ms"
+        f"{1e3 * typical(t.kind, t.times):.3f} ms"
     )
 
 

@@ -167,38 +167,53 @@ def _write(run: _Run, now: float, post: Post, message: _Message) -> None:
 
 
 def _fill(run: _Run, now: float, connection: _Connection) -> None:
-    """Sends what the window and the port of the own host take (none between ranks of one host)."""
+    """Sends what the window and the port of the own host take (none between ranks of one host). A packet takes on
+    bytes of all messages that were written, so that one may hold the end of a message and the beginning of the next."""
     transport, queue = run.transport, connection.queue
     while queue:
-        message = queue[0]
-        size = min(transport.packet, message.left) if connection.way else message.left
         if connection.way:
+            size = 0.0
+            for message in queue:
+                size = min(size + message.left, transport.packet)
+                if size == transport.packet:
+                    break
             if connection.flying and connection.flying + size > transport.window:
                 return
             if connection.waiting > transport.share:
                 return
             connection.flying += size
             connection.waiting += size
-        message.left -= size
-        last = message if message.left <= 0 else None
-        if last:
-            queue.popleft()
-        _pass(run, now, connection, 0, size, last)
-        if not (message.word or message.written) and message.left <= (SENT_BUFFERS - 1) * transport.window:
+        else:
+            size = queue[0].left
+        _pass(run, now, connection, 0, size, _taken(run, now, queue, size))
+
+
+def _taken(run: _Run, now: float, queue: deque[_Message], size: float) -> list[_Message]:
+    """Takes the next `size` bytes; returns the messages that end with them."""
+    ended = []
+    while size > 0:
+        message = queue[0]
+        part = min(size, message.left)
+        size -= part
+        message.left -= part
+        if message.left <= 0:
+            ended.append(queue.popleft())
+        if not (message.word or message.written) and message.left <= (SENT_BUFFERS - 1) * run.transport.window:
             message.written = True
             _done(run, now, message.post)
+    return ended
 
 
-def _pass(run: _Run, now: float, connection: _Connection, port: int, size: float, last: _Message | None) -> None:
-    """A packet comes to a port of its way, or to the other rank."""
+def _pass(run: _Run, now: float, connection: _Connection, port: int, size: float, ended: Sequence[_Message]) -> None:
+    """A packet comes to a port of its way, or to the other rank, which has all of the messages `ended` then."""
     if port == 1:
         connection.waiting -= size
     if port < len(connection.way):
         leaves = connection.way[port].passes(now, size + HEADERS * ceil(size / SEGMENT))
-        run.at(leaves, _pass, connection, port + 1, size, last)
+        run.at(leaves, _pass, connection, port + 1, size, ended)
     else:
-        if last:
-            run.at(now + run.wake(), _arrive, last)
+        for message in ended:
+            run.at(now + run.wake(), _arrive, message)
         if connection.way:
             _acknowledge(run, now, connection, 0, size)
     if port == 1:

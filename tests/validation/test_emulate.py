@@ -16,7 +16,7 @@ from validation import emulate_predict
 from validation.emulate import LATENCY, ROOT, Row, Timing, latency_of, main, ranks_on, rows_of, run
 from validation.emulate_net import BURST, GSO_BYTES, NETWORKS, PAYLOAD, PREFIX, Network, emulated, shape, why_not
 from validation.emulate_ports import HEADERS, SEGMENT
-from validation.emulate_predict import PACKET, hops, seconds
+from validation.emulate_predict import PACKET, hops, seconds, simulated, typical
 from validation.emulate_report import write
 
 PAIR, STAR, LEVELS, SHARED = NETWORKS
@@ -45,8 +45,6 @@ def few(monkeypatch: pytest.MonkeyPatch) -> None:
         (PAIR, "send", 1.0, 1),  # the bucket fills on the way back
         (PAIR, "all_reduce", 1.0, 0),  # 2 (P - 1) / P, and no port is ever idle
         (PAIR, "reduce_scatter", 1.0, 0),  # as a whole all-reduce
-        (PAIR, "all_gather", 0.75, 2),  # three halves of half the buffer: the late rank's come first
-        (PAIR, "all_to_all", 1.0, 2),  # one direction after the other, each idle while the other is not
         (PAIR, "broadcast", 1.0, 0),
         (STAR, "send", 1.0, 1),
         (STAR, "all_reduce", 1.5, 0),
@@ -59,6 +57,16 @@ def test_predictions_are_those_of_wires(network: Network, kind: str, wires: floa
     """Within 1.5 %: acknowledgements take 0.4 % of a wire, the barrier empties buckets a little, flows that share a
     port do not end at once."""
     assert seconds(network, kind, S, RATE, 2e-5) == pytest.approx(wires * WIRE - bursts * FREE, rel=0.015)
+
+
+@pytest.mark.parametrize(("kind", "wires"), [("all_gather", 0.75), ("all_to_all", 1.0)])
+def test_two_ranks_exchange_at_once_or_one_after_the_other(kind: str, wires: float) -> None:
+    """Half of the buffer each way. An all_gather sends it in two halves, of which only the first two wait."""
+    times = simulated(PAIR, kind, S, RATE, 2e-5)
+    assert min(times) == pytest.approx(0.5 * WIRE - FREE, rel=0.025)  # acknowledgements and words go the same way
+    assert max(times) == pytest.approx(wires * WIRE - 2 * FREE, rel=0.015)
+    apart = sum(t > 0.6 * WIRE for t in times) / len(times)
+    assert 0.3 < apart < 0.9, "it is up to which rank leaves the barrier first"
 
 
 @pytest.mark.usefixtures("few")
@@ -105,6 +113,12 @@ def test_predictions_grow_with_bytes_latency_and_slowness(network: Network, kind
     if least and network.ranks_per_host == 1:
         share = least * (network.ranks - 1) / network.ranks
         assert base >= share * WIRE - FREE, "no rank sends faster than its wire"
+
+
+def test_collectives_of_several_modes_count_by_their_mean() -> None:
+    times = [1.0] * 5 + [2.0] * 14 + [50.0]  # a tenth of 20 is left out at each end
+    assert typical("send", times) == 2.0
+    assert typical("all_to_all", times) == pytest.approx((3 * 1.0 + 13 * 2.0) / 16)
 
 
 def test_hops() -> None:

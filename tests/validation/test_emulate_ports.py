@@ -87,6 +87,18 @@ def test_same_host_takes_the_latency_only() -> None:
     assert sum(halves) / 400 == pytest.approx(1.5, rel=0.05)  # half for the word, a whole latency for the data
 
 
+def test_a_packet_takes_the_end_of_a_message_and_the_beginning_of_the_next() -> None:
+    """Two messages of a packet and a half each: three packets, the second with both, so that the first message is
+    there when the second packet is, not half a packet earlier."""
+    nbytes = 1.5 * PACKET - PREAMBLE
+    posts = [Post(1, RECEIVE, 0, nbytes, ()), Post(1, RECEIVE, 0, nbytes, ()), Post(0, RECEIVE, 1, 0.0, ())]
+    posts += [Post(1, SEND, 0, 0.0, ())] + [Post(0, SEND, 1, nbytes, [2]) for _ in range(2)]
+    eager = Transport(1e12, 0.0, PACKET)  # a packet waits for the one before to leave the port
+    done = run(posts, star(2), eager, 0.0, Random(0))
+    packet = PACKET + 10 * HEADERS
+    assert [(t - done[2]) * RATE for t in done[:2]] == pytest.approx([3 * packet, 4 * packet], rel=0.01)
+
+
 def two_at_once(share: float) -> list[float]:
     """Two messages of 100 packets from rank 0, to ranks 1 and 2: when they are there, as part of the later."""
     ways = star(3)
