@@ -9,6 +9,7 @@ simulated too, repetition after repetition.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from math import ceil, inf, log2
 from random import Random
@@ -26,21 +27,31 @@ TRANSPORT = Transport(inf, 2 * PACKET, PACKET)
 # that their times have two modes and more, and a median jumps between them. What counts is their mean.
 MIXED = ("all_to_all", "all_gather")
 TRIMMED = 0.1  # left out at each end of a mean: repetitions that something else on the machine disturbed
+SLEEPS = (1e-4, 2e-3, 2e-2, 1e-1)  # seconds that a thread has slept, for which its latency is measured
 REPETITIONS = 65  # simulated, after one that finds full buckets and is left out; of `MIXED` four times as many
 
 
-def seconds(network: Network, kind: str, nbytes: float, rate: float, latency: float) -> float:
+def seconds(network: Network, kind: str, nbytes: float, rate: float, latency: Sequence[float]) -> float:
     """Seconds of the slowest rank, as `typical` of all repetitions. rate: bytes/s of a host's wire. latency: seconds of
-    a message of a few bytes, one way, between threads that wait for it, measured once a network."""
-    return max(typical(kind, simulated(network, kind, nbytes, rate, latency)), latency)
+    a message of a few bytes, one way, to threads that have slept for `SLEEPS`, measured once a network."""
+    return max(typical(kind, simulated(network, kind, nbytes, rate, latency)), latency[0])
 
 
-def simulated(network: Network, kind: str, nbytes: float, rate: float, latency: float) -> list[float]:
+def simulated(network: Network, kind: str, nbytes: float, rate: float, latency: Sequence[float]) -> list[float]:
     """Seconds of the slowest rank in every repetition; a send is half of its way there and back."""
     steps = program(kind, nbytes, network.ranks, 1 + REPETITIONS * (4 if kind in MIXED else 1))
-    done = run(steps.posts, wires(network, rate), TRANSPORT, latency, Random(0))
+    done = run(steps.posts, wires(network, rate), TRANSPORT, lambda slept: after(slept, latency), Random(0))
     ways = 2 if kind == "send" else 1
     return [max(done[j] - done[i] for i, j in zip(*notes)) / ways for notes in zip(steps.begin[1:], steps.end[1:])]
+
+
+def after(slept: float, latency: Sequence[float]) -> float:
+    """Latency of a thread that slept for so long: straight lines over the logarithm of `SLEEPS`."""
+    i = bisect_left(SLEEPS, slept)
+    if i == 0 or i == len(SLEEPS):
+        return latency[min(i, len(SLEEPS) - 1)]
+    part = log2(slept / SLEEPS[i - 1]) / log2(SLEEPS[i] / SLEEPS[i - 1])
+    return latency[i - 1] + part * (latency[i] - latency[i - 1])
 
 
 def typical(kind: str, times: Sequence[float]) -> float:

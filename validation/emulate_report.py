@@ -101,19 +101,23 @@ def _row(r: Row) -> str:
 
 def _latencies(rounds: Sequence[Timing], rows: Sequence[Row]) -> list[str]:
     """Latency by network and rate: what the rounds of 4-byte messages gave, and what the predictions took."""
-    found: dict[tuple[str, float], list[float]] = {}
+    found: dict[tuple[str, float, float], list[float]] = {}
     for t in rounds:
-        found.setdefault((t.network.name, t.rate), []).append(1e6 * median(t.times))
+        found.setdefault((t.network.name, t.rate, t.pause), []).append(1e6 * median(t.times))
     if not found:
         return []
-    taken = {r.network: f"{1e6 * r.latency:.0f}" for r in rows}
-    lines = ["| network | Mbit/s | rounds | lowest us | median us | highest us | taken us |"]
+    taken = {r.network: (f"{1e6 * r.latency:.0f}", f"{1e6 * r.cold:.0f}") for r in rows}
+    lines = ["| network | Mbit/s | after a pause of ms | rounds | lowest us | median us | highest us |"]
     lines += ["|---|--:|--:|--:|--:|--:|--:|"]
-    for (name, rate), us in found.items():
+    for (name, rate, pause), us in found.items():
         spread = f"{min(us):.0f} | {median(us):.0f} | {max(us):.0f}"
-        lines.append(f"| {name} | {rate * 8e-6:g} | {len(us)} | {spread} | {taken.get(name, '')} |")
-    head = "Messages of 4 bytes, one way, medians of rounds; taken: the lower quartile of a network's."
-    return [head, "", *lines, ""]
+        lines.append(f"| {name} | {rate * 8e-6:g} | {1e3 * pause:g} | {len(us)} | {spread} |")
+    said = ", ".join(f"{name} {warm} and {cold} us" for name, (warm, cold) in taken.items())
+    head = (
+        "Messages of 4 bytes, one way (half of the way there and back), medians of rounds. Of a network the lowest are"
+    )
+    tail = f"taken, of ranks that are awake and, for the way there alone, of ranks that have slept for 0.1 s: {said}."
+    return [f"{head} {tail}", "", *lines, ""]
 
 
 def _causes() -> list[str]:
@@ -129,15 +133,17 @@ def _causes() -> list[str]:
         "  and acknowledgements wait in the same queues; acknowledgements take 0.4 % of a wire.",
         "* A connection is one stream: the end of a message, a word and the beginning of the next message leave in one",
         "  packet, and come in when all of it does.",
+        "* A thread that has slept for 20 ms takes several times as long to wake as one that has just run. Ranks that",
+        "  wait for the bytes of others sleep, so waking decides which of two leaves the next barrier first.",
         "* Buckets save tokens while a port is idle: in the barrier, between phases, on the way back of a round trip.",
         "",
         "Hosts grow their windows while nothing is lost and buffer whole messages (`emulate_net.TCP`). With the BBR",
         "that connections of this machine get otherwise, windows differ (36 to 150 segments at 100 Mbit/s), and one of",
         "two flows may get twice the share of the other: 3.3 % in the mean, 89 % of the same 360 rows within 8 %.",
         "",
-        "What stays off: at 500 Mbit/s and small messages ranks wait for a core longer than for the wire, which only",
-        "the latency covers. Times of an all_gather or all_to_all have several modes, whose shares follow the order in",
-        "which ranks leave a barrier; of these a mean counts, without a tenth at each end, of the others the median.",
+        "What stays off: an all_gather or all_to_all of two ranks takes one of two times, whose shares follow the",
+        "order in which ranks leave a barrier; of these collectives a mean counts, without a tenth at each end, of the",
+        "others the median. At 500 Mbit/s and small messages ranks wait for a core longer than for the wire.",
     ]
 
 
