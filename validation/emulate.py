@@ -25,10 +25,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from validation.emulate_net import NETWORKS, Network, emulated, shape, why_not
-from validation.emulate_predict import hops, seconds
+from validation.emulate_predict import MIXED, SLEEPS, hops, seconds, typical
 from validation.environment import RANK_ENV
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -37,8 +35,9 @@ RATES = (12.5e6, 25e6, 62.5e6)  # bytes/s of a host's wire: 100, 200, 500 Mbit/s
 SIZES = (2**16, 2**18, 3 * 2**17, 2**20, 3 * 2**20, 2**22)
 LATE_SIZES = (2**18, 2**20)  # of the rows with late messages
 SCORED = 2**18  # errors count from here up
-LONG, FEW = 3 * 2**20 / 12.5e6, 7  # a row whose bytes take the wire `LONG` seconds or more is repeated `FEW` times
+LONG, FEW = 3 * 2**20 / 12.5e6, 7  # a row whose bytes take the wire `LONG` seconds is repeated a third, or `FEW` times
 ROUNDS, PER_ROUND = 5, 50  # of 4-byte messages, before and after the rows of each rate
+PER_PAUSE = 15  # 4-byte messages after each pause, before and after the rows of each rate
 LATENCY = "latency"
 LATE = 5e-3  # seconds by which the transport shim makes messages late
 TIMEOUT = 180.0  # seconds without an answer of a rank
@@ -46,9 +45,10 @@ TIMEOUT = 180.0  # seconds without an answer of a rank
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One collective. rate: bytes/s of a host's wire. measured: median over `repetitions` of the slowest rank's
-    seconds; spread: half of their interquartile range over it. latency: seconds of a 4-byte message. added: seconds
-    that the transport shim makes every message late. load: of the machine, per core, afterwards."""
+    """One collective. rate: bytes/s of a host's wire. measured: seconds of the slowest rank, the median over
+    `repetitions` (or a mean: `emulate_predict.typical`); spread: half of their interquartile range over it. latency:
+    seconds of a 4-byte message, cold: to a thread that has slept long. added: seconds that the transport shim makes
+    every message late. load: of the machine, per core, afterwards."""
 
     network: str
     ranks: int
@@ -61,6 +61,7 @@ class Row:
     predicted: float
     closed_form: float
     latency: float
+    cold: float
     added: float
     load: float
 
@@ -72,7 +73,8 @@ class Row:
 @dataclass(frozen=True, slots=True)
 class Timing:
     """What was measured at once. kind: a collective, or LATENCY for a round of messages of 4 bytes. rate, added, load:
-    as in `Row`. times: seconds of every repetition, of its slowest rank."""
+    as in `Row`. times: seconds of every repetition, of its slowest rank. pause: seconds for which ranks waited for a
+    message of 4 bytes, else 0."""
 
     network: Network
     rate: float
@@ -81,9 +83,10 @@ class Timing:
     times: tuple[float, ...]
     added: float
     load: float
+    pause: float = 0.0
 
 
-Ask = Callable[[str, int, int], list[float]]
+Ask = Callable[[str, int, int, float], list[float]]
 
 
 def run(
@@ -109,12 +112,13 @@ def measure(
         raise ValueError(reason)
     for network in networks:
         with emulated(network) as hosts, ranks_on(network, hosts) as ask:
-            ask("send", 4, PER_ROUND)  # what starts up while ranks connect is over then
+            ask("send", 4, PER_ROUND, 0.0)  # what starts up while ranks connect is over then
             for rate in rates:
                 shape(network, hosts, rate)
-                of_rate = [(LATENCY, 4)] * ROUNDS + [(k, n) for k in kinds for n in sizes] + [(LATENCY, 4)] * ROUNDS
-                for kind, nbytes in of_rate:
+                yield from _latencies(network, rate, ask)
+                for kind, nbytes in ((k, n) for k in kinds for n in sizes):
                     yield _timing(network, rate, kind, nbytes, repetitions, 0.0, ask)
+                yield from _latencies(network, rate, ask)
 
 
 def measure_late(network: Network, rate: float, added: float, repetitions: int) -> Iterator[Timing]:
@@ -125,19 +129,41 @@ def measure_late(network: Network, rate: float, added: float, repetitions: int) 
             yield _timing(network, rate, kind, nbytes, repetitions, added, ask)
 
 
+def _latencies(network: Network, rate: float, ask: Ask) -> Iterator[Timing]:
+    for pause in (0.0,) * ROUNDS + SLEEPS[1:]:
+        times = ask("send", 4, PER_PAUSE if pause else PER_ROUND, pause)
+        yield Timing(network, rate, LATENCY, 4, tuple(times), 0.0, _load(), pause)
+
+
 def _timing(network: Network, rate: float, kind: str, nbytes: int, repetitions: int, added: float, ask: Ask) -> Timing:
-    if kind == LATENCY:
-        times = ask("send", nbytes, PER_ROUND)
-    else:
-        times = ask(kind, nbytes, min(repetitions, FEW) if nbytes / rate >= LONG else repetitions)
-    return Timing(network, rate, kind, nbytes, tuple(times), added, os.getloadavg()[0] / (os.cpu_count() or 1))
+    times = ask(kind, nbytes, _repeated(kind, nbytes / rate, repetitions), 0.0)
+    return Timing(network, rate, kind, nbytes, tuple(times), added, _load())
 
 
-def latency_of(timings: Sequence[Timing], network: Network) -> float:
-    """Seconds of a message of 4 bytes between ranks that wait for it, while the others send theirs: the lower quartile
-    of the medians of all rounds on this network. Disturbances only ever lengthen a round."""
-    rounds = [statistics.median(t.times) for t in timings if t.network == network and t.kind == LATENCY]
-    return float(np.quantile(rounds, 0.25))
+def _load() -> float:
+    return os.getloadavg()[0] / (os.cpu_count() or 1)
+
+
+def _repeated(kind: str, seconds: float, repetitions: int) -> int:
+    """How often a row is repeated: a mean over several modes asks for more than a median, long ones get fewer."""
+    wanted = 3 * repetitions if kind in MIXED else repetitions
+    return max(wanted // 3, min(wanted, FEW)) if seconds >= LONG else wanted
+
+
+def latency_of(timings: Sequence[Timing], network: Network) -> tuple[float, ...]:
+    """Seconds of a message of 4 bytes to a rank that has waited for `SLEEPS`, while the others send theirs: the least
+    of the medians of all rounds on this network, as disturbances only ever lengthen a round. Only the way there wakes
+    a rank after a pause, the one back is as quick as without."""
+    rounds = {
+        pause: [
+            statistics.median(t.times) for t in timings if (t.network, t.kind, t.pause) == (network, LATENCY, pause)
+        ]
+        for pause in (0.0, *SLEEPS[1:])
+    }
+    found = [min(rounds[0.0])]
+    for pause in SLEEPS[1:]:
+        found.append(max(2 * min(rounds[pause]) - found[0], found[-1]) if rounds[pause] else found[-1])
+    return tuple(found)
 
 
 def rows_of(timings: Sequence[Timing]) -> list[Row]:
@@ -146,19 +172,20 @@ def rows_of(timings: Sequence[Timing]) -> list[Row]:
     return [_row(t, latency[t.network]) for t in timings if t.kind != LATENCY]
 
 
-def _row(t: Timing, latency: float) -> Row:
-    low, middle, high = statistics.quantiles(t.times, n=4)
+def _row(t: Timing, latency: Sequence[float]) -> Row:
+    low, _, high = statistics.quantiles(t.times, n=4)
+    middle = typical(t.kind, t.times)
     late = hops(t.kind, t.network.ranks) * t.added
     predicted = seconds(t.network, t.kind, t.bytes, t.rate, latency) + late
-    closed = _closed_form(t.network, t.kind, t.bytes, t.rate, latency) + late
+    closed = _closed_form(t.network, t.kind, t.bytes, t.rate, latency[0]) + late
     of_row = (t.network.name, t.network.ranks, t.rate, t.kind, t.bytes, len(t.times), middle, (high - low) / 2 / middle)
-    return Row(*of_row, predicted, closed, latency, t.added, t.load)
+    return Row(*of_row, predicted, closed, latency[0], latency[-1], t.added, t.load)
 
 
 def _line(t: Timing) -> str:
-    late = f", {1e3 * t.added:g} ms late" if t.added else ""
+    late = f", {1e3 * t.added:g} ms late" if t.added else f", after {1e3 * t.pause:g} ms" if t.pause else ""
     return f"{t.network.name} {t.rate * 8e-6:g} Mbit/s{late} {t.kind} {t.bytes} bytes: " + (
-        f"{1e3 * statistics.median(t.times):.3f} ms"
+        f"{1e3 * typical(t.kind, t.times):.3f} ms"
     )
 
 
@@ -185,8 +212,8 @@ def ranks_on(network: Network, hosts: Sequence[str], latency: float = 0.0) -> It
                 threading.Thread(target=_listen, args=(rank, ranks[-1], replies), daemon=True).start()
             _answers(replies, network.ranks, "ready")
 
-            def ask(kind: str, nbytes: int, repetitions: int) -> list[float]:
-                task = json.dumps({"kind": kind, "nbytes": nbytes, "repetitions": repetitions})
+            def ask(kind: str, nbytes: int, repetitions: int, pause: float = 0.0) -> list[float]:
+                task = json.dumps({"kind": kind, "nbytes": nbytes, "repetitions": repetitions, "pause": pause})
                 for process in ranks:
                     assert process.stdin is not None
                     process.stdin.write(task + "\n")

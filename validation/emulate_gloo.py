@@ -11,13 +11,14 @@ from dataclasses import dataclass
 from math import ceil
 
 MIB = 2**20
-SEND, RECEIVE, HAND_OVER, NOTE = "send", "receive", "hand over", "note"
+SEND, RECEIVE, HAND_OVER, HAND_BACK, NOTE = "send", "receive", "hand over", "hand back", "note"
 
 
 @dataclass(frozen=True, slots=True)
 class Post:
     """One thing that `rank` does when all of `after` (ids of its own earlier posts) are done. SEND to or RECEIVE from
-    `peer` (done: written to the socket, or come in whole), HAND_OVER to another thread, or NOTE the time."""
+    `peer` (done: written to the socket, or come in whole), HAND_OVER to the thread that posts, HAND_BACK to the one
+    that asked for it, or NOTE the time."""
 
     rank: int
     what: str
@@ -68,7 +69,7 @@ class _Rank:
         return len(self.posts) - 1
 
     def handed_over(self, form: Form, nbytes: float, after: Sequence[int]) -> Sequence[int]:
-        return [self.step(HAND_OVER, form(self, nbytes, [self.step(HAND_OVER, after)]))]
+        return [self.step(HAND_BACK, form(self, nbytes, [self.step(HAND_OVER, after)]))]
 
 
 Form = Callable[[_Rank, float, Sequence[int]], Sequence[int]]

@@ -14,9 +14,19 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 PREFIX = "parplan-"
+# What a host's TCP is told, so that neither congestion control nor buffers decide how flows share a port: windows grow
+# as long as nothing is lost (reno is in every kernel), sockets take whole messages, and what one of them puts into the
+# queue of its own host is bounded by bytes (two packets) rather than by the rate that TCP believes in.
+TCP = {
+    "tcp_congestion_control": "reno",
+    "tcp_slow_start_after_idle": "0",
+    "tcp_wmem": f"4096 {2**25} {2**25}",
+    "tcp_rmem": f"4096 {2**25} {2**25}",
+    "tcp_limit_output_bytes": "32768",
+}
 BURST = 16384  # bytes that a bucket lets through at once; above the largest packet (GSO_BYTES), so none is cut up
 GSO_BYTES = 15000
-QUEUE = 8_000_000  # bytes that wait at a port before any is dropped: more than all TCP windows of a test together
+QUEUE = 64_000_000  # bytes that wait at a port before any is dropped: more than all messages of a test together
 # TCP payload of a full Ethernet frame as the bucket counts it: 1500 bytes of IP of which 52 are headers (timestamps
 # on), and 14 of Ethernet. Arithmetic, not fitted.
 PAYLOAD = 1448 / 1514
@@ -95,6 +105,8 @@ def _plug(switch: str, host: str, i: int, bridge: int) -> None:
     _run("ip", "-n", host, "addr", "add", f"10.231.7.{i + 1}/24", "dev", "eth0")
     _run("ip", "-n", host, "link", "set", "eth0", "gso_max_size", str(GSO_BYTES), "up")
     _run("ip", "-n", host, "link", "set", "lo", "up")
+    settings = "; ".join(f"echo {value} > /proc/sys/net/ipv4/{name}" for name, value in TCP.items())
+    _run("ip", "netns", "exec", host, "sh", "-ec", settings)
 
 
 def shape(network: Network, hosts: list[str], rate: float) -> None:

@@ -16,11 +16,12 @@ from math import ceil, inf
 from random import Random
 from typing import Any
 
-from validation.emulate_gloo import HAND_OVER, NOTE, RECEIVE, SEND, Post
+from validation.emulate_gloo import HAND_BACK, HAND_OVER, NOTE, RECEIVE, SEND, Post
 
 SEGMENT, HEADERS = 1448, 66  # bytes of a full frame: payload; Ethernet, IP and TCP with timestamps (1514 in all)
 PREAMBLE = 48  # bytes before every message of gloo, six words (pair.h); a word of readiness is nothing else
 SENT_BUFFERS = 3  # windows that a socket buffers, sent or not (`sndbuf_expand` of tcp_bbr.c; 2 with other controls)
+LOOP, WORKER, MAIN = "loop", "worker", "main"  # gloo's thread that serves sockets; those that post and that ask for it
 
 
 @dataclass(slots=True)
@@ -60,6 +61,7 @@ class _Message:
 class _Connection:
     """One direction. flying: bytes not acknowledged; waiting: those of them in the first port."""
 
+    receiver: int
     way: Sequence[Port]
     back: Sequence[Port]
     queue: deque[_Message] = field(default_factory=deque)
@@ -71,7 +73,8 @@ class _Connection:
 class _Run:
     posts: Sequence[Post]
     transport: Transport
-    wake: Callable[[], float]
+    latency: Callable[[float], float]
+    random: Random
     partner: list[int]
     later: list[list[int]]
     open: list[int]
@@ -79,8 +82,16 @@ class _Run:
     posted: list[bool]
     done: list[float]
     connections: dict[tuple[int, int], _Connection]
+    awake: dict[tuple[int, str], float] = field(default_factory=dict)  # until when a thread of a rank last ran
     events: list[tuple[float, int, Callable[..., None], tuple[Any, ...]]] = field(default_factory=list)
     count: int = 0
+
+    def wake(self, now: float, rank: int, thread: str) -> float:
+        """When a thread that sleeps has been woken: half of the latency after such a sleep, in the mean."""
+        slept = now - self.awake.get((rank, thread), -inf)
+        woken = now + self.latency(slept) * self.random.random()
+        self.awake[rank, thread] = woken
+        return woken
 
     def at(self, when: float, what: Callable[..., None], *arguments: Any) -> None:
         self.count += 1
@@ -91,24 +102,24 @@ def run(
     posts: Sequence[Post],
     ways: Mapping[tuple[int, int], Sequence[Port]],
     transport: Transport,
-    latency: float,
+    latency: Callable[[float], float],
     random: Random,
 ) -> list[float]:
     """When each post is done, seconds. ways: the ports from a rank to another, in order; none: they share a host.
-    latency: seconds of a message of a few bytes between threads that wait for it, without the time of its bytes: one
-    half until gloo's own thread has it, which answers words of readiness with data at once, one half until the rank's.
-    Every half takes from nothing to twice its mean, evenly (ASSUMPTION: two threads to wake, alike). With 0.38 ms the
-    ranks of the networks of four leave a barrier 0.15, 0.32 and 0.51 ms after the first; measured beside other
-    operations (medians of three networks): 0.1, 0.3 to 0.6, and 0.5 to 1.1 ms.
+    latency: seconds of a message of a few bytes between threads that have slept for so long, without the time of its
+    bytes: one half until gloo's own thread has it, which answers words of readiness with data at once, one half until
+    the rank's. Every half takes from nothing to twice its mean, evenly (ASSUMPTION: two threads to wake, alike). With
+    0.38 ms the ranks of the networks of four leave a barrier 0.15, 0.32 and 0.51 ms after the first; measured beside
+    other operations (medians of three networks): 0.1, 0.3 to 0.6, and 0.5 to 1.1 ms.
     """
     n = len(posts)
     later: list[list[int]] = [[] for _ in posts]
     for i, post in enumerate(posts):
         for j in post.after:
             later[j].append(i)
-    connections = {pair: _Connection(way, ways[pair[::-1]]) for pair, way in ways.items()}
+    connections = {pair: _Connection(pair[1], way, ways[pair[::-1]]) for pair, way in ways.items()}
     state = _Run(
-        posts, transport, lambda: latency * random.random(), _partners(posts), later, [len(p.after) for p in posts],
+        posts, transport, latency, random, _partners(posts), later, [len(p.after) for p in posts],
         [False] * n, [False] * n, [inf] * n, connections,
     )  # fmt: skip
     for i, post in enumerate(posts):
@@ -144,8 +155,8 @@ def _post(run: _Run, now: float, i: int) -> None:
     run.posted[i] = True
     if post.what == NOTE:
         _done(run, now, i)
-    elif post.what == HAND_OVER:
-        run.at(now + run.wake(), _done, i)
+    elif post.what in (HAND_OVER, HAND_BACK):
+        run.at(run.wake(now, post.rank, WORKER if post.what == HAND_OVER else MAIN), _done, i)
     elif post.what == RECEIVE:
         _write(run, now, post, _Message(PREAMBLE, run.partner[i], True))
     elif run.expected[i]:
@@ -167,38 +178,57 @@ def _write(run: _Run, now: float, post: Post, message: _Message) -> None:
 
 
 def _fill(run: _Run, now: float, connection: _Connection) -> None:
-    """Sends what the window and the port of the own host take (none between ranks of one host)."""
+    """Sends what the window and the port of the own host take (none between ranks of one host). A packet takes on
+    bytes of all messages that were written, so that one may hold the end of a message and the beginning of the next."""
     transport, queue = run.transport, connection.queue
     while queue:
-        message = queue[0]
-        size = min(transport.packet, message.left) if connection.way else message.left
         if connection.way:
+            size = 0.0
+            for message in queue:
+                size = min(size + message.left, transport.packet)
+                if size == transport.packet:
+                    break
             if connection.flying and connection.flying + size > transport.window:
                 return
             if connection.waiting > transport.share:
                 return
             connection.flying += size
             connection.waiting += size
-        message.left -= size
-        last = message if message.left <= 0 else None
-        if last:
-            queue.popleft()
-        _pass(run, now, connection, 0, size, last)
-        if not (message.word or message.written) and message.left <= (SENT_BUFFERS - 1) * transport.window:
+        else:
+            size = queue[0].left
+        _pass(run, now, connection, 0, size, _taken(run, now, queue, size))
+
+
+def _taken(run: _Run, now: float, queue: deque[_Message], size: float) -> list[_Message]:
+    """Takes the next `size` bytes; returns the messages that end with them."""
+    ended = []
+    while size > 0:
+        message = queue[0]
+        part = min(size, message.left)
+        size -= part
+        message.left -= part
+        if message.left <= 0:
+            ended.append(queue.popleft())
+        if not (message.word or message.written) and message.left <= (SENT_BUFFERS - 1) * run.transport.window:
             message.written = True
             _done(run, now, message.post)
+    return ended
 
 
-def _pass(run: _Run, now: float, connection: _Connection, port: int, size: float, last: _Message | None) -> None:
-    """A packet comes to a port of its way, or to the other rank."""
+def _pass(run: _Run, now: float, connection: _Connection, port: int, size: float, ended: Sequence[_Message]) -> None:
+    """A packet comes to a port of its way, or to the other rank, which has all of the messages `ended` then."""
     if port == 1:
         connection.waiting -= size
     if port < len(connection.way):
         leaves = connection.way[port].passes(now, size + HEADERS * ceil(size / SEGMENT))
-        run.at(leaves, _pass, connection, port + 1, size, last)
+        run.at(leaves, _pass, connection, port + 1, size, ended)
     else:
-        if last:
-            run.at(now + run.wake(), _arrive, last)
+        receiver = connection.receiver
+        if ended:
+            woken = run.wake(now, receiver, LOOP)
+            for message in ended:
+                run.at(woken, _arrive, message)
+        run.awake[receiver, LOOP] = max(now, run.awake.get((receiver, LOOP), now))
         if connection.way:
             _acknowledge(run, now, connection, 0, size)
     if port == 1:
@@ -216,7 +246,8 @@ def _acknowledge(run: _Run, now: float, connection: _Connection, port: int, size
 def _arrive(run: _Run, now: float, message: _Message) -> None:
     """gloo's thread has the whole message: a word lets data go that were waiting for it, data wake the rank."""
     if not message.word:
-        run.at(now + run.wake(), _done, run.partner[message.post])
+        receive = run.partner[message.post]
+        run.at(run.wake(now, run.posts[receive].rank, WORKER), _done, receive)
         return
     run.expected[message.post] = True
     if run.posted[message.post]:

@@ -9,35 +9,57 @@ simulated too, repetition after repetition.
 
 from __future__ import annotations
 
-from math import ceil, log2
+from bisect import bisect_left
+from collections.abc import Sequence
+from math import ceil, inf, log2
 from random import Random
-from statistics import median
+from statistics import fmean, median
 
 from validation.emulate_gloo import program
 from validation.emulate_net import BURST, GSO_BYTES, Network
 from validation.emulate_ports import HEADERS, SEGMENT, Port, Transport, run
 
-# Bytes of a connection on their way, at most: BBR keeps three bursts of 45 segments and 2 to 3 more for a rate that it
-# takes for 0.5 Gbit/s or above (`bbr_quantization_budget`, `bbr_tso_segs_goal` of Linux), and the bursts of the buckets
-# look like such rates. `ss -ti` showed 136 to 150 at 500 Mbit/s, and 36 to 150 at 100, on this machine; cubic's windows
-# are as large as buffers let them be. The state of the kernel, not a time.
-WINDOW = 138 * SEGMENT
 PACKET = (GSO_BYTES - HEADERS) // SEGMENT * SEGMENT  # payload of the largest packet before it is cut into frames
-# What a socket puts into the queue of its own host before it waits: two packets, or 1/1024 s of its pacing rate
-# (`tcp_small_queue_check` of Linux), for which up to 1.25 times the wire's rate is taken (BBR; cubic: 1.2). ASSUMPTION:
-# connections whose BBR believes in more hold more.
-PACING, PACED = 1.25, 1 / 1024
-REPETITIONS = 65  # simulated, after one that finds full buckets and is left out
+# No window holds a connection back (`emulate_net.TCP`), and a socket puts two packets into the queue of its own host
+# before it waits for one to leave (`tcp_small_queue_check` of Linux).
+TRANSPORT = Transport(inf, 2 * PACKET, PACKET)
+# Collectives whose ranks post sends before receives: by chance, both directions go at once or one after the other, so
+# that their times have two modes and more, and a median jumps between them. What counts is their mean.
+MIXED = ("all_to_all", "all_gather")
+TRIMMED = 0.1  # left out at each end of a mean: repetitions that something else on the machine disturbed
+SLEEPS = (1e-4, 2e-3, 2e-2, 1e-1)  # seconds that a thread has slept, for which its latency is measured
+REPETITIONS = 65  # simulated, after one that finds full buckets and is left out; of `MIXED` four times as many
 
 
-def seconds(network: Network, kind: str, nbytes: float, rate: float, latency: float) -> float:
-    """Seconds of the slowest rank, median over repetitions. rate: bytes/s of a host's wire. latency: seconds of a
-    message of a few bytes, one way, between threads that wait for it, measured once a network."""
-    steps = program(kind, nbytes, network.ranks, 1 + REPETITIONS)
-    transport = Transport(WINDOW, max(2 * PACKET, PACING * rate * PACED), PACKET)
-    done = run(steps.posts, wires(network, rate), transport, latency, Random(0))
-    times = [max(done[j] - done[i] for i, j in zip(*notes)) for notes in zip(steps.begin[1:], steps.end[1:])]
-    return max(median(times) / (2 if kind == "send" else 1), latency)
+def seconds(network: Network, kind: str, nbytes: float, rate: float, latency: Sequence[float]) -> float:
+    """Seconds of the slowest rank, as `typical` of all repetitions. rate: bytes/s of a host's wire. latency: seconds of
+    a message of a few bytes, one way, to threads that have slept for `SLEEPS`, measured once a network."""
+    return max(typical(kind, simulated(network, kind, nbytes, rate, latency)), latency[0])
+
+
+def simulated(network: Network, kind: str, nbytes: float, rate: float, latency: Sequence[float]) -> list[float]:
+    """Seconds of the slowest rank in every repetition; a send is half of its way there and back."""
+    steps = program(kind, nbytes, network.ranks, 1 + REPETITIONS * (4 if kind in MIXED else 1))
+    done = run(steps.posts, wires(network, rate), TRANSPORT, lambda slept: after(slept, latency), Random(0))
+    ways = 2 if kind == "send" else 1
+    return [max(done[j] - done[i] for i, j in zip(*notes)) / ways for notes in zip(steps.begin[1:], steps.end[1:])]
+
+
+def after(slept: float, latency: Sequence[float]) -> float:
+    """Latency of a thread that slept for so long: straight lines over the logarithm of `SLEEPS`."""
+    i = bisect_left(SLEEPS, slept)
+    if i == 0 or i == len(SLEEPS):
+        return latency[min(i, len(SLEEPS) - 1)]
+    part = log2(slept / SLEEPS[i - 1]) / log2(SLEEPS[i] / SLEEPS[i - 1])
+    return latency[i - 1] + part * (latency[i] - latency[i - 1])
+
+
+def typical(kind: str, times: Sequence[float]) -> float:
+    """The median, or of `MIXED` collectives the mean without `TRIMMED` of them at each end."""
+    if kind not in MIXED:
+        return median(times)
+    cut = int(TRIMMED * len(times))
+    return fmean(sorted(times)[cut : len(times) - cut])
 
 
 def hops(kind: str, ranks: int) -> int:

@@ -30,18 +30,22 @@ def main() -> None:
     dist.destroy_process_group()
 
 
-def measure(rank: int, size: int, kind: str, nbytes: int, repetitions: int) -> list[float]:
-    """Seconds of each repetition on this rank, each after a barrier; a send is half a round trip."""
+def measure(rank: int, size: int, kind: str, nbytes: int, repetitions: int, pause: float = 0.0) -> list[float]:
+    """Seconds of each repetition on this rank, each after a barrier; a send is half a round trip. pause: seconds for
+    which those that send first keep the others waiting, whose own times are 0 then."""
     import torch.distributed as dist
 
     call = operation(kind, nbytes, rank, size)
     times = []
     for i in range(repetitions + 2):
         dist.barrier()
+        if pause and rank < size // 2:
+            time.sleep(pause)
         begun = time.perf_counter()
         call()
+        spent = (time.perf_counter() - begun) / (2 if kind == "send" else 1)
         if i >= 2:
-            times.append((time.perf_counter() - begun) / (2 if kind == "send" else 1))
+            times.append(0.0 if pause and rank >= size // 2 else spent)
     return times
 
 

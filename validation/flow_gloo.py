@@ -10,9 +10,13 @@ from math import ceil
 
 from simulator.flow_collectives import Roads
 from simulator.flows import FlowBuilder
-from validation.emulate_predict import WINDOW
+from validation.emulate_ports import SEGMENT
 
 MIB = 2**20
+# Bytes of a connection on their way, at most: BBR keeps three bursts of 45 segments and 2 to 3 more for a rate that it
+# takes for 0.5 Gbit/s or above (`bbr_quantization_budget`, `bbr_tso_segs_goal` of Linux). The state of a kernel, not a
+# time; other controls hold more.
+WINDOW = 138 * SEGMENT
 
 
 def gloo_all_reduce(

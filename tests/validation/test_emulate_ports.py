@@ -9,12 +9,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from validation.emulate_gloo import FORMS, HAND_OVER, NOTE, RECEIVE, SEND, Post, program
+from validation.emulate_gloo import FORMS, HAND_BACK, HAND_OVER, NOTE, RECEIVE, SEND, Post, program
 from validation.emulate_ports import HEADERS, PREAMBLE, SEGMENT, Port, Transport, run
 
 PACKET = 10 * SEGMENT
 WIDE = Transport(window=1e12, share=1e12, packet=PACKET)
 RATE = 1e6
+
+
+def awake(slept: float) -> float:
+    """No thread needs any time to wake up."""
+    return 0.0
 
 
 def framed(nbytes: float) -> float:
@@ -35,7 +40,7 @@ def sent(nbytes: float, transport: Transport = WIDE, full: float = 0.0) -> float
         Post(1, SEND, 0, 0.0, ()),
         Post(0, SEND, 1, nbytes, [1]),
     ]
-    done = run(posts, star(2, full), transport, 0.0, Random(0))
+    done = run(posts, star(2, full), transport, awake, Random(0))
     return done[0] - done[1]
 
 
@@ -82,9 +87,36 @@ def test_a_window_of_one_packet_waits_for_each_acknowledgement() -> None:
 def test_same_host_takes_the_latency_only() -> None:
     ways: dict[tuple[int, int], tuple[Port, ...]] = {(0, 1): (), (1, 0): ()}
     posts = [Post(1, RECEIVE, 0, 1e9, ()), Post(0, SEND, 1, 1e9, ())]
-    halves = [run(posts, ways, WIDE, 1.0, Random(seed))[0] for seed in range(400)]
+    halves = [run(posts, ways, WIDE, lambda slept: 1.0, Random(seed))[0] for seed in range(400)]
     assert max(halves) < 3.0 and min(halves) > 0.0
     assert sum(halves) / 400 == pytest.approx(1.5, rel=0.05)  # half for the word, a whole latency for the data
+
+
+def test_a_packet_takes_the_end_of_a_message_and_the_beginning_of_the_next() -> None:
+    """Two messages of a packet and a half each: three packets, the second with both, so that the first message is
+    there when the second packet is, not half a packet earlier."""
+    nbytes = 1.5 * PACKET - PREAMBLE
+    posts = [Post(1, RECEIVE, 0, nbytes, ()), Post(1, RECEIVE, 0, nbytes, ()), Post(0, RECEIVE, 1, 0.0, ())]
+    posts += [Post(1, SEND, 0, 0.0, ())] + [Post(0, SEND, 1, nbytes, [2]) for _ in range(2)]
+    eager = Transport(1e12, 0.0, PACKET)  # a packet waits for the one before to leave the port
+    done = run(posts, star(2), eager, awake, Random(0))
+    packet = PACKET + 10 * HEADERS
+    assert [(t - done[2]) * RATE for t in done[:2]] == pytest.approx([3 * packet, 4 * packet], rel=0.01)
+
+
+def test_a_thread_that_slept_long_takes_longer_to_wake() -> None:
+    """One message a second between ranks of one host; a thread that sleeps a second needs four times as long."""
+    slept = []
+
+    def latency(seconds: float) -> float:
+        slept.append(seconds)
+        return 4e-3 if seconds > 0.5 else 1e-3
+
+    ways = star(2) | {(2, 1): (Port(RATE, 0.0),), (1, 2): (Port(RATE, 0.0),)}
+    posts = [Post(1, RECEIVE, 2, 1e6, ()), Post(2, SEND, 1, 1e6, ()), Post(1, HAND_OVER, 0, 0.0, [0])]
+    run(posts, ways, WIDE, latency, Random(0))
+    # rank 2 gets the word, rank 1's loop has just had packets, its worker slept all the while, then no more
+    assert slept[0] == float("inf") and slept[-2] == float("inf") and slept[-3] < 0.1 and slept[-1] == 0.0
 
 
 def two_at_once(share: float) -> list[float]:
@@ -92,7 +124,7 @@ def two_at_once(share: float) -> list[float]:
     ways = star(3)
     nbytes = 100 * PACKET - PREAMBLE
     posts = [Post(r, RECEIVE, 0, nbytes, ()) for r in (1, 2)] + [Post(0, SEND, r, nbytes, ()) for r in (1, 2)]
-    done = run(posts, ways, Transport(1e12, share, PACKET), 0.0, Random(0))
+    done = run(posts, ways, Transport(1e12, share, PACKET), awake, Random(0))
     return [done[0] / done[1], done[1] * RATE / (200 * (PACKET + 10 * HEADERS))]
 
 
@@ -113,7 +145,7 @@ def exchange(gap: float) -> float:
     posts += [Post(1, SEND, 0, nbytes, [0]), Post(1, RECEIVE, 0, nbytes, [0])]
     if not gap:
         posts = [Post(p.rank, p.what, p.peer, p.bytes, ()) for p in posts[2:]]
-    done = run(posts, ways, WIDE, 0.0, Random(0))
+    done = run(posts, ways, WIDE, awake, Random(0))
     return (max(done) - (done[0] if gap else 0.0)) * RATE / framed(nbytes)
 
 
@@ -125,7 +157,7 @@ def test_the_later_of_two_ranks_sends_first_and_its_word_waits_behind_its_data()
 @given(st.sampled_from([*FORMS, "send"]), st.sampled_from([2, 4, 6]), st.floats(0.0, 3e6))
 def test_programs_end_and_every_send_has_its_receive(kind: str, ranks: int, nbytes: float) -> None:
     found = program(kind, nbytes, ranks, 2)
-    done = run(found.posts, star(ranks), WIDE, 1e-4, Random(0))
+    done = run(found.posts, star(ranks), WIDE, lambda slept: 1e-4, Random(0))
     for begin, end in zip(found.begin, found.end):
         assert all(done[a] <= done[b] for a, b in zip(begin, end))
     assert all(done[a] <= done[b] for a, b in zip(found.end[0], found.begin[1]))
@@ -143,9 +175,9 @@ def test_programs_move_what_the_collective_needs(kind: str, buffers: float | Non
     sends = [sum(p.bytes for p in posts if p.what == SEND and p.rank == r) / 4e6 for r in range(4)]
     assert sends == pytest.approx([buffers] * 4 if buffers else [2.0, 1.0, 0.0, 0.0])
     assert sum(p.bytes for p in posts if p.what == RECEIVE) == pytest.approx(4e6 * sum(sends))
-    assert {p.what for p in posts} == {SEND, RECEIVE, HAND_OVER, NOTE}
+    assert {p.what for p in posts} == {SEND, RECEIVE, HAND_OVER, HAND_BACK, NOTE}
 
 
 def test_a_send_without_its_receive_is_our_mistake() -> None:
     with pytest.raises(AssertionError, match="receive"):
-        run([Post(0, SEND, 1, 1.0, ())], star(2), WIDE, 0.0, Random(0))
+        run([Post(0, SEND, 1, 1.0, ())], star(2), WIDE, awake, Random(0))
