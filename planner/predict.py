@@ -124,7 +124,7 @@ def _judge(
     return Prediction(
         plan=plan,
         step_seconds=step,
-        interval=interval_of(step, waited, lowered, cluster),
+        interval=interval_of(step, waited, lowered, cluster, plan.micro_batches),
         peak_bytes=peaks,
         memory_bytes=capacity,
         fits=max(peaks) <= capacity,
@@ -180,13 +180,16 @@ def device_peaks(held: tuple[RankMemory, ...], cluster: Cluster) -> tuple[int, .
     return tuple(m.peak + (0 if is_apart(cluster) else sum(m.host.values())) for m in held)
 
 
-def interval_of(seconds: float, waited: float, lowered: Lowered, cluster: Cluster) -> tuple[float, float]:
-    """Between which nine in ten such times should lie, where a share `waited` of them is waiting for the host."""
+def interval_of(
+    seconds: float, waited: float, lowered: Lowered, cluster: Cluster, passes: int = 1
+) -> tuple[float, float]:
+    """Between which nine in ten such times should lie, where a share `waited` of them is waiting for the host. passes:
+    over the model, one after another; short ones err as brief steps do."""
     total = sum(lowered.seconds_by_source.values()) or 1.0
     whole = cluster.device.step_error
     if cluster.device.kind != "cpu" or not whole:  # that of GPUs is their spread alone
         whole = max(whole, STEP_ERROR)
-    if seconds < BRIEF_STEP:
+    if seconds / passes < BRIEF_STEP:
         whole = max(whole, cluster.device.brief_error)
     spread = NINE_IN_TEN * hypot(lowered.deviation / total, whole, waited * HOST_ERROR)
     return seconds * max(0.0, 1 - spread), seconds * (1 + spread)

@@ -31,16 +31,17 @@ def test_breakdown_sums_to_the_step_and_shares_to_one(kind, uncalibrated):
 
 
 def test_brief_steps_have_an_error_of_their_own(uncalibrated):
-    """Only steps below 10 ms, and never a narrower interval than others have."""
+    """Only passes below 10 ms, and never a narrower interval than others have."""
     none = SimpleNamespace(seconds_by_source={"interpolated": 1.0}, deviation=0.0)
     device = replace(uncalibrated.device, kind="cpu", step_error=0.05, brief_error=0.2)
 
-    def half(seconds, device):
-        low, high = interval_of(seconds, 0.0, none, replace(uncalibrated, device=device))
+    def half(seconds, device, passes=1):
+        low, high = interval_of(seconds, 0.0, none, replace(uncalibrated, device=device), passes)
         return (high - low) / 2 / seconds
 
     assert half(0.009, device) == pytest.approx(NINE_IN_TEN * 0.2)
     assert half(0.011, device) == pytest.approx(NINE_IN_TEN * 0.05)
+    assert half(0.036, device, 4) == half(0.009, device)
     assert half(0.009, replace(device, brief_error=0.01)) == pytest.approx(NINE_IN_TEN * 0.05)
 
 
