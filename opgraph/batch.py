@@ -267,12 +267,16 @@ def _traced(
         graph = folded(module, repeat) if repeat else None
         return graph if graph is not None else fitted(module)
     except TraceError as error:
-        weights = _weight_bytes(module)
-        if weights > _free_bytes() / 4:
-            size = f"{weights / 1e9:.1f} GB of weights"
-            raise TraceError(f"{error} (its {size} are too many to try real ones)") from error
+        if too_many := _too_many(module):
+            raise TraceError(f"{error} ({too_many})") from error
         del module
     return fitted(build("cpu"))
+
+
+def _too_many(module: nn.Module) -> str:
+    """Why this module's weights are not made real; empty where they may be."""
+    weights = _weight_bytes(module)
+    return f"its {weights / 1e9:.1f} GB of weights are too many to try real ones" if weights > _free_bytes() / 4 else ""
 
 
 @contextmanager

@@ -240,7 +240,8 @@ def _device(
     merged = _merged([s for r in main for s in r["samples"]] + [s for group in further for s in group])
     laws, neighbours, errors = fit_ops(merged)
     whole, brief = _steps(main)
-    steps, brief_steps = step_errors(merged, whole), step_errors(merged, brief)
+    of_steps = step_errors(merged, whole | brief)
+    steps, brief_steps = ({name: e for name, e in of_steps.items() if name in of} for of in (whole, brief))
     host = host_of(main, results, cores)
     rates = [s.flops / t for s, t in merged if family(s.name) in ("gemm", "conv") and s.dtype == "float32"]
     half = [s.flops / t for s, t in merged if family(s.name) == "gemm" and s.dtype == "bfloat16"]
@@ -282,14 +283,16 @@ Steps = dict[str, tuple[Sequence[OpShape], float]]
 
 
 def _steps(main: list[dict[str, Any]]) -> tuple[Steps, Steps]:
-    """Every calibration step's ops and what they took together, mean over the ranks; those below `BRIEF_STEP` apart, as
-    their errors are not those of longer ones."""
-    found: tuple[dict[str, tuple[Sequence[OpShape], list[float]]], ...] = ({}, {})
+    """Every calibration step's ops and what they took together, mean over the ranks; steps below `BRIEF_STEP` apart, as
+    their errors are not those of longer ones (both are these where there are no others)."""
+    found: dict[str, tuple[Sequence[OpShape], list[float], list[float]]] = {}
     for o in (o for result in main for o in result["overheads"]):
-        brief = sum(seconds for seconds, _, _ in o.parts.values()) < BRIEF_STEP
-        found[brief].setdefault(o.name, (o.shapes, []))[1].append(sum(ops for _, ops, _ in o.parts.values()))
-    whole, short = ({name: (shapes, statistics.fmean(s)) for name, (shapes, s) in of.items()} for of in found)
-    return whole or short, short
+        _, ops, all_of_it = found.setdefault(o.name, (o.shapes, [], []))
+        ops.append(sum(seconds for _, seconds, _ in o.parts.values()))
+        all_of_it.append(sum(seconds for seconds, _, _ in o.parts.values()))
+    steps = {name: (shapes, statistics.fmean(ops)) for name, (shapes, ops, _) in found.items()}
+    brief = {name: steps[name] for name, (_, _, whole) in found.items() if statistics.fmean(whole) < BRIEF_STEP}
+    return {name: step for name, step in steps.items() if name not in brief} or brief, brief
 
 
 def _merged(samples: Sequence[Sample]) -> list[tuple[OpShape, float]]:
