@@ -26,12 +26,12 @@ from pathlib import Path
 from typing import Any
 
 from validation.emulate_net import NETWORKS, Network, emulated, shape, why_not
-from validation.emulate_predict import MIXED, SLEEPS, hops, seconds, typical
+from validation.emulate_predict import APART, MIXED, SLEEPS, hops, modes, races, seconds, simulated, typical
 from validation.environment import RANK_ENV
 
 ROOT = Path(__file__).resolve().parent.parent
 KINDS = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "send", "broadcast")
-RATES = (12.5e6, 25e6, 62.5e6)  # bytes/s of a host's wire: 100, 200, 500 Mbit/s
+RATES = (6.25e6, 12.5e6, 25e6, 62.5e6)  # bytes/s of a host's wire: 50, 100, 200, 500 Mbit/s
 SIZES = (2**16, 2**18, 3 * 2**17, 2**20, 3 * 2**20, 2**22)
 LATE_SIZES = (2**18, 2**20)  # of the rows with late messages
 SCORED = 2**18  # errors count from here up
@@ -48,7 +48,9 @@ class Row:
     """One collective. rate: bytes/s of a host's wire. measured: seconds of the slowest rank, the median over
     `repetitions` (or a mean: `emulate_predict.typical`); spread: half of their interquartile range over it. latency:
     seconds of a 4-byte message, cold: to a thread that has slept long. added: seconds that the transport shim makes
-    every message late. load: of the machine, per core, afterwards."""
+    every message late. apart: seconds by which one rank comes later than the others, in turn. busy: share of the
+    time for which the machine's cores were busy meanwhile. modes: of a race, fast and slow time and the share of slow
+    ones, as measured and as predicted."""
 
     network: str
     ranks: int
@@ -63,7 +65,9 @@ class Row:
     latency: float
     cold: float
     added: float
-    load: float
+    busy: float
+    apart: float = 0.0
+    modes: tuple[tuple[float, float, float], ...] = ()
 
     @property
     def error(self) -> float:
@@ -72,9 +76,9 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """What was measured at once. kind: a collective, or LATENCY for a round of messages of 4 bytes. rate, added, load:
-    as in `Row`. times: seconds of every repetition, of its slowest rank. pause: seconds for which ranks waited for a
-    message of 4 bytes, else 0."""
+    """What was measured at once. kind: a collective, or LATENCY for a round of messages of 4 bytes. rate, added, busy,
+    apart: as in `Row`. times: seconds of every repetition, of its slowest rank. pause: seconds for which ranks waited
+    for a message of 4 bytes, else 0."""
 
     network: Network
     rate: float
@@ -82,11 +86,12 @@ class Timing:
     bytes: int
     times: tuple[float, ...]
     added: float
-    load: float
+    busy: float
     pause: float = 0.0
+    apart: float = 0.0
 
 
-Ask = Callable[[str, int, int, float], list[float]]
+Ask = Callable[..., list[float]]  # kind, bytes, repetitions, and perhaps `pause` or `apart` of `emulate_rank.measure`
 
 
 def run(
@@ -112,12 +117,14 @@ def measure(
         raise ValueError(reason)
     for network in networks:
         with emulated(network) as hosts, ranks_on(network, hosts) as ask:
-            ask("send", 4, PER_ROUND, 0.0)  # what starts up while ranks connect is over then
+            ask("send", 4, PER_ROUND)  # what starts up while ranks connect is over then
             for rate in rates:
                 shape(network, hosts, rate)
                 yield from _latencies(network, rate, ask)
                 for kind, nbytes in ((k, n) for k in kinds for n in sizes):
-                    yield _timing(network, rate, kind, nbytes, repetitions, 0.0, ask)
+                    yield _timing(network, rate, kind, nbytes, repetitions, ask)
+                    if races(kind, network.ranks, 0.0):
+                        yield _timing(network, rate, kind, nbytes, repetitions, ask, apart=APART)
                 yield from _latencies(network, rate, ask)
 
 
@@ -126,22 +133,32 @@ def measure_late(network: Network, rate: float, added: float, repetitions: int) 
     with emulated(network) as hosts, ranks_on(network, hosts, added) as ask:
         shape(network, hosts, rate)
         for kind, nbytes in ((k, n) for k in KINDS for n in LATE_SIZES):
-            yield _timing(network, rate, kind, nbytes, repetitions, added, ask)
+            yield _timing(network, rate, kind, nbytes, repetitions, ask, added)
 
 
 def _latencies(network: Network, rate: float, ask: Ask) -> Iterator[Timing]:
     for pause in (0.0,) * ROUNDS + SLEEPS[1:]:
-        times = ask("send", 4, PER_PAUSE if pause else PER_ROUND, pause)
-        yield Timing(network, rate, LATENCY, 4, tuple(times), 0.0, _load(), pause)
+        times = ask("send", 4, PER_PAUSE if pause else PER_ROUND, pause=pause)
+        yield Timing(network, rate, LATENCY, 4, tuple(times), 0.0, 0.0, pause)
 
 
-def _timing(network: Network, rate: float, kind: str, nbytes: int, repetitions: int, added: float, ask: Ask) -> Timing:
-    times = ask(kind, nbytes, _repeated(kind, nbytes / rate, repetitions), 0.0)
-    return Timing(network, rate, kind, nbytes, tuple(times), added, _load())
+def _timing(
+    network: Network, rate: float, kind: str, nbytes: int, repetitions: int, ask: Ask, added: float = 0.0,
+    apart: float = 0.0,
+) -> Timing:  # fmt: skip
+    before = _cores()
+    times = ask(kind, nbytes, _repeated(kind, nbytes / rate, repetitions), apart=apart)
+    idle, passed = (now - then for now, then in zip(_cores(), before))
+    busy = 1 - idle / passed if passed else 0.0
+    return Timing(network, rate, kind, nbytes, tuple(times), added, busy, apart=apart)
 
 
-def _load() -> float:
-    return os.getloadavg()[0] / (os.cpu_count() or 1)
+def _cores() -> tuple[float, float]:
+    """Seconds for which all cores of the machine together have been idle, and in all."""
+    import psutil
+
+    spent = psutil.cpu_times()
+    return spent.idle + getattr(spent, "iowait", 0.0), sum(spent)
 
 
 def _repeated(kind: str, seconds: float, repetitions: int) -> int:
@@ -176,15 +193,19 @@ def _row(t: Timing, latency: Sequence[float]) -> Row:
     low, _, high = statistics.quantiles(t.times, n=4)
     middle = typical(t.kind, t.times)
     late = hops(t.kind, t.network.ranks) * t.added
-    predicted = seconds(t.network, t.kind, t.bytes, t.rate, latency) + late
+    what = t.network, t.kind, t.bytes, t.rate, latency, t.apart
+    predicted = seconds(*what) + late
+    race = races(t.kind, t.network.ranks, t.apart) and not t.added
     closed = _closed_form(t.network, t.kind, t.bytes, t.rate, latency[0]) + late
     of_row = (t.network.name, t.network.ranks, t.rate, t.kind, t.bytes, len(t.times), middle, (high - low) / 2 / middle)
-    return Row(*of_row, predicted, closed, latency[0], latency[-1], t.added, t.load)
+    both = tuple(modes(times) for times in (t.times, simulated(*what))) if race else ()
+    return Row(*of_row, predicted, closed, latency[0], latency[-1], t.added, t.busy, t.apart, both)
 
 
 def _line(t: Timing) -> str:
-    late = f", {1e3 * t.added:g} ms late" if t.added else f", after {1e3 * t.pause:g} ms" if t.pause else ""
-    return f"{t.network.name} {t.rate * 8e-6:g} Mbit/s{late} {t.kind} {t.bytes} bytes: " + (
+    said = ((t.added, "{:g} ms late"), (t.pause, "after {:g} ms"), (t.apart, "{:g} ms apart"))
+    how = "".join(", " + text.format(1e3 * seconds) for seconds, text in said if seconds)
+    return f"{t.network.name} {t.rate * 8e-6:g} Mbit/s{how} {t.kind} {t.bytes} bytes: " + (
         f"{1e3 * typical(t.kind, t.times):.3f} ms"
     )
 
@@ -212,8 +233,8 @@ def ranks_on(network: Network, hosts: Sequence[str], latency: float = 0.0) -> It
                 threading.Thread(target=_listen, args=(rank, ranks[-1], replies), daemon=True).start()
             _answers(replies, network.ranks, "ready")
 
-            def ask(kind: str, nbytes: int, repetitions: int, pause: float = 0.0) -> list[float]:
-                task = json.dumps({"kind": kind, "nbytes": nbytes, "repetitions": repetitions, "pause": pause})
+            def ask(kind: str, nbytes: int, repetitions: int, **how: float) -> list[float]:
+                task = json.dumps({"kind": kind, "nbytes": nbytes, "repetitions": repetitions, **how})
                 for process in ranks:
                     assert process.stdin is not None
                     process.stdin.write(task + "\n")

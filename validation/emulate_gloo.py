@@ -18,13 +18,14 @@ SEND, RECEIVE, HAND_OVER, HAND_BACK, NOTE = "send", "receive", "hand over", "han
 class Post:
     """One thing that `rank` does when all of `after` (ids of its own earlier posts) are done. SEND to or RECEIVE from
     `peer` (done: written to the socket, or come in whole), HAND_OVER to the thread that posts, HAND_BACK to the one
-    that asked for it, or NOTE the time."""
+    that asked for it, or NOTE the time. delay: seconds after these that it waits for."""
 
     rank: int
     what: str
     peer: int
     bytes: float
     after: Sequence[int]
+    delay: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,16 +38,17 @@ class Program:
     end: list[list[int]]
 
 
-def program(kind: str, nbytes: float, ranks: int, repetitions: int) -> Program:
+def program(kind: str, nbytes: float, ranks: int, repetitions: int, apart: float = 0.0) -> Program:
     """As `emulate_rank.measure` runs it: a barrier, then the collective, again and again. nbytes as nccl-tests counts;
-    send: rank r to r + P/2 and back."""
+    send: rank r to r + P/2 and back. apart: seconds by which one rank comes later than the others, in turn."""
     found = Program([], [], [])
     last: list[Sequence[int]] = [()] * ranks
-    for _ in range(repetitions):
+    for i in range(repetitions):
         begin, end = [], []
         for rank in range(ranks):
             add = _Rank(found.posts, rank, ranks)
-            begin.append(add.step(NOTE, add.handed_over(_barrier, 0.0, last[rank])))
+            late = apart if (i + rank) % ranks == 0 else 0.0
+            begin.append(add.step(NOTE, add.handed_over(_barrier, 0.0, last[rank]), delay=late))
             after = [begin[-1]]
             done = _send(add, nbytes, after) if kind == "send" else add.handed_over(FORMS[kind], nbytes, after)
             end.append(add.step(NOTE, done))
@@ -64,8 +66,8 @@ class _Rank:
     rank: int
     size: int
 
-    def step(self, what: str, after: Sequence[int], peer: int = 0, nbytes: float = 0.0) -> int:
-        self.posts.append(Post(self.rank, what, (self.rank + peer) % self.size, nbytes, after))
+    def step(self, what: str, after: Sequence[int], peer: int = 0, nbytes: float = 0.0, delay: float = 0.0) -> int:
+        self.posts.append(Post(self.rank, what, (self.rank + peer) % self.size, nbytes, after, delay))
         return len(self.posts) - 1
 
     def handed_over(self, form: Form, nbytes: float, after: Sequence[int]) -> Sequence[int]:

@@ -124,7 +124,7 @@ def run(
     )  # fmt: skip
     for i, post in enumerate(posts):
         if not post.after:
-            state.at(0.0, _post, i)
+            state.at(post.delay, _post, i)
     while state.events:
         now, _, what, arguments = heapq.heappop(state.events)
         what(state, now, *arguments)
@@ -168,7 +168,7 @@ def _done(run: _Run, now: float, i: int) -> None:
     for j in run.later[i]:
         run.open[j] -= 1
         if not run.open[j]:
-            run.at(now, _post, j)
+            run.at(now + run.posts[j].delay, _post, j)
 
 
 def _write(run: _Run, now: float, post: Post, message: _Message) -> None:

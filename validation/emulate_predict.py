@@ -13,7 +13,7 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from math import ceil, inf, log2
 from random import Random
-from statistics import fmean, median
+from statistics import fmean, median, quantiles
 
 from validation.emulate_gloo import program
 from validation.emulate_net import BURST, GSO_BYTES, Network
@@ -24,22 +24,35 @@ PACKET = (GSO_BYTES - HEADERS) // SEGMENT * SEGMENT  # payload of the largest pa
 # before it waits for one to leave (`tcp_small_queue_check` of Linux).
 TRANSPORT = Transport(inf, 2 * PACKET, PACKET)
 # Collectives whose ranks post sends before receives: by chance, both directions go at once or one after the other, so
-# that their times have two modes and more, and a median jumps between them. What counts is their mean.
+# that their times have two modes and more, and a median jumps between them. What counts is their mean. Of two ranks
+# that come at once it is a race (`races`), whose odds change from run to run; where one comes `APART` after the other
+# it is none. Waking two threads that slept takes 1 ms: with 1 ms apart a fifth of some rows still went the other way.
 MIXED = ("all_to_all", "all_gather")
+APART = 3e-3
 TRIMMED = 0.1  # left out at each end of a mean: repetitions that something else on the machine disturbed
 SLEEPS = (1e-4, 2e-3, 2e-2, 1e-1)  # seconds that a thread has slept, for which its latency is measured
 REPETITIONS = 65  # simulated, after one that finds full buckets and is left out; of `MIXED` four times as many
 
 
-def seconds(network: Network, kind: str, nbytes: float, rate: float, latency: Sequence[float]) -> float:
+def races(kind: str, ranks: int, apart: float) -> bool:
+    """Whether a rank's place in a queue of two decides between two times."""
+    return kind in MIXED and ranks == 2 and not apart
+
+
+def seconds(
+    network: Network, kind: str, nbytes: float, rate: float, latency: Sequence[float], apart: float = 0.0
+) -> float:
     """Seconds of the slowest rank, as `typical` of all repetitions. rate: bytes/s of a host's wire. latency: seconds of
-    a message of a few bytes, one way, to threads that have slept for `SLEEPS`, measured once a network."""
-    return max(typical(kind, simulated(network, kind, nbytes, rate, latency)), latency[0])
+    a message of a few bytes, one way, to threads that have slept for `SLEEPS`, measured once a network. apart: seconds
+    by which one rank comes later than the others, in turn."""
+    return max(typical(kind, simulated(network, kind, nbytes, rate, latency, apart)), latency[0])
 
 
-def simulated(network: Network, kind: str, nbytes: float, rate: float, latency: Sequence[float]) -> list[float]:
+def simulated(
+    network: Network, kind: str, nbytes: float, rate: float, latency: Sequence[float], apart: float = 0.0
+) -> list[float]:
     """Seconds of the slowest rank in every repetition; a send is half of its way there and back."""
-    steps = program(kind, nbytes, network.ranks, 1 + REPETITIONS * (4 if kind in MIXED else 1))
+    steps = program(kind, nbytes, network.ranks, 1 + REPETITIONS * (4 if kind in MIXED else 1), apart)
     done = run(steps.posts, wires(network, rate), TRANSPORT, lambda slept: after(slept, latency), Random(0))
     ways = 2 if kind == "send" else 1
     return [max(done[j] - done[i] for i, j in zip(*notes)) / ways for notes in zip(steps.begin[1:], steps.end[1:])]
@@ -60,6 +73,15 @@ def typical(kind: str, times: Sequence[float]) -> float:
         return median(times)
     cut = int(TRIMMED * len(times))
     return fmean(sorted(times)[cut : len(times) - cut])
+
+
+def modes(times: Sequence[float]) -> tuple[float, float, float]:
+    """Of times around two values: the median of the lower ones, that of the higher ones, and the share of these, parted
+    in the middle between the 5th and the 95th percentile."""
+    cuts = quantiles(times, n=20, method="inclusive")
+    middle = (cuts[0] + cuts[-1]) / 2
+    fast, slow = [t for t in times if t <= middle], [t for t in times if t > middle]
+    return median(fast), median(slow or fast), len(slow) / len(times)
 
 
 def hops(kind: str, ranks: int) -> int:

@@ -30,9 +30,12 @@ def main() -> None:
     dist.destroy_process_group()
 
 
-def measure(rank: int, size: int, kind: str, nbytes: int, repetitions: int, pause: float = 0.0) -> list[float]:
+def measure(
+    rank: int, size: int, kind: str, nbytes: int, repetitions: int, pause: float = 0.0, apart: float = 0.0
+) -> list[float]:
     """Seconds of each repetition on this rank, each after a barrier; a send is half a round trip. pause: seconds for
-    which those that send first keep the others waiting, whose own times are 0 then."""
+    which those that send first keep the others waiting, whose own times are 0 then. apart: seconds by which one rank
+    comes later than the others, in turn; it computes meanwhile, as a rank does that comes late."""
     import torch.distributed as dist
 
     call = operation(kind, nbytes, rank, size)
@@ -41,6 +44,9 @@ def measure(rank: int, size: int, kind: str, nbytes: int, repetitions: int, paus
         dist.barrier()
         if pause and rank < size // 2:
             time.sleep(pause)
+        begun = time.perf_counter()
+        while apart and (i + rank) % size == 0 and time.perf_counter() < begun + apart:
+            pass
         begun = time.perf_counter()
         call()
         spent = (time.perf_counter() - begun) / (2 if kind == "send" else 1)

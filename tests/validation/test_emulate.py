@@ -17,8 +17,8 @@ from validation import emulate_predict
 from validation.emulate import LATENCY, ROOT, Row, Timing, latency_of, main, ranks_on, rows_of, run
 from validation.emulate_net import BURST, GSO_BYTES, NETWORKS, PAYLOAD, PREFIX, Network, emulated, shape, why_not
 from validation.emulate_ports import HEADERS, SEGMENT
-from validation.emulate_predict import PACKET, after, hops, seconds, simulated, typical
-from validation.emulate_report import write
+from validation.emulate_predict import APART, PACKET, after, hops, modes, races, seconds, simulated, typical
+from validation.emulate_report import BUSY, write
 
 PAIR, STAR, LEVELS, SHARED = NETWORKS
 RATE, S = 12.5e6, 2.0**21
@@ -70,6 +70,21 @@ def test_two_ranks_exchange_at_once_or_one_after_the_other(kind: str, wires: flo
     assert 0.3 < apart < 0.9, "it is up to which rank leaves the barrier first"
 
 
+@pytest.mark.parametrize(("kind", "wires"), [("all_gather", 0.75), ("all_to_all", 1.0)])
+def test_of_two_ranks_that_come_apart_every_repetition_goes_one_after_the_other(kind: str, wires: float) -> None:
+    """The second one finds the word of the first: its data go before its own word, and it gets the other's at last.
+    Buckets fill up to three times."""
+    times = simulated(PAIR, kind, S, RATE, (2e-5,) * 4, APART)
+    assert max(times) / min(times) < 1.01
+    assert wires * WIRE - 3 * FREE < seconds(PAIR, kind, S, RATE, (2e-5,) * 4, APART) < wires * WIRE
+    assert races(kind, 2, 0.0) and not races(kind, 2, APART) and not races(kind, 4, 0.0)
+
+
+def test_modes_are_parted_in_the_middle() -> None:
+    assert modes([1.0, 1.1, 1.2, 2.0, 2.1, 2.2, 2.2, 1.1]) == (pytest.approx(1.1), pytest.approx(2.15), 0.5)
+    assert modes([1.0] * 4) == (1.0, 1.0, 0.0), "all alike"
+
+
 @pytest.mark.usefixtures("few")
 @pytest.mark.parametrize("network", NETWORKS)
 def test_an_all_to_all_lies_between_full_and_half_duplex(network: Network) -> None:
@@ -114,6 +129,16 @@ def test_rows_of_a_run_that_was_cut_short() -> None:
     assert rows_of(parts[:1]) == []
 
 
+def test_a_race_has_two_times_and_a_rank_that_comes_later_none() -> None:
+    times = (0.006, 0.006, 0.012, 0.012)
+    parts = [timing(LATENCY, (1e-4,) * 3, 4), timing("all_to_all", times)]
+    race, calm, four = rows_of(
+        [*parts, replace(parts[1], apart=APART), replace(parts[1], network=STAR), replace(parts[0], network=STAR)]
+    )
+    assert race.modes[0] == (0.006, 0.012, 0.5) and 1.6 < race.modes[1][1] / race.modes[1][0] < 2.1
+    assert not calm.modes and not four.modes and calm.apart == APART
+
+
 @pytest.mark.usefixtures("few")
 @pytest.mark.parametrize("network", NETWORKS)
 @pytest.mark.parametrize("kind", ["all_reduce", "all_gather", "reduce_scatter", "all_to_all", "send", "broadcast"])
@@ -139,14 +164,18 @@ def test_hops() -> None:
 
 
 def test_the_report_keeps_bad_rows(tmp_path: Path) -> None:
-    good = Row("pair", 2, RATE, "send", 2**20, 20, 0.1, 0.01, 0.101, 0.2, 1e-4, 2e-4, 0.0, 0.5)
-    bad = Row("pair", 2, RATE, "send", 2**18, 20, 0.1, 0.01, 0.150, 0.2, 1e-4, 2e-4, 0.0, 0.5)
-    late = Row("pair", 2, RATE, "send", 2**18, 20, 0.1, 0.01, 0.105, 0.2, 1e-4, 2e-4, 5e-3, 0.5)
+    good = Row("pair", 2, RATE, "send", 2**20, 20, 0.1, 0.01, 0.101, 0.2, 1e-4, 2e-4, 0.0, 0.2)
+    bad = Row("pair", 2, RATE, "send", 2**18, 20, 0.1, 0.01, 0.150, 0.2, 1e-4, 2e-4, 0.0, 0.2)
+    late = Row("pair", 2, RATE, "send", 2**18, 20, 0.1, 0.01, 0.105, 0.2, 1e-4, 2e-4, 5e-3, 0.2)
+    race = replace(bad, kind="all_to_all", modes=((0.1, 0.2, 0.5), (0.102, 0.198, 0.75)))
+    busy = replace(bad, busy=BUSY + 0.01)
     rounds = [timing(LATENCY, (us * 1e-6,) * 3, 4) for us in (90, 100, 400)]
-    write(tmp_path, [good, bad, late], 2**18, "command", rounds)
+    write(tmp_path, [good, bad, late, race, busy, replace(good, apart=3e-3)], 2**18, "command", rounds)
     text = (tmp_path / "report.md").read_text()
+    assert "1 rows of two ranks that race (below), and 1 rows" in text and "| pair | send, one 3 ms later | 1 |" in text
+    assert "| 100.00 | 102.00 | 200.00 | 198.00 | 50% | 75% | +50.0% |" in text and "are 1.5% off in the mean" in text
     assert "| pair | 100 | 0 | 3 | 90 | 100 | 400 |" in text and "pair 100 and 200 us" in text
-    assert "+50.0%" in text and "2 rows, mean absolute error 25.5%" in text and "| pair | send | 2 |" in text
+    assert "+50.0%" in text and "3 rows, mean absolute error 17.3%" in text and "| pair | send | 2 |" in text
     assert {p.name for p in tmp_path.iterdir()} == {
         "report.md", "results.csv", "results.json", "predicted_vs_measured.png",
     }  # fmt: skip
