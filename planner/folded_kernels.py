@@ -15,7 +15,7 @@ from costmodels.ops import OpShape, price_many
 from opgraph.eight_bits import EIGHT_BIT
 from opgraph.graph import Op, Phase
 from planner.folded_groups import Groups
-from planner.folded_local import Local
+from planner.folded_local import Local, element_bytes
 from planner.folded_overlap import exposed
 from planner.fusion import Fused
 from planner.host_queue import Run, run_of
@@ -45,6 +45,17 @@ class Launch:
     shape: OpShape | None = None
     message: Message | None = None
     share: float = 1.0
+
+
+# What stands in for Megatron's masked softmax where that cannot run: operator, bytes read and written per score. Scores
+# of 16 bits are scaled, masked and summed in float32 (`forward_torch_softmax` in megatron/model/fused_softmax.py).
+MATRICES = 4  # divides the heads times samples that the kernel takes, and the queries (`is_kernel_available` there)
+IN_STEPS = {
+    "forward": (("_to_copy", 2, 4), ("mul", 4, 4), ("masked_fill_", 4, 4), ("_softmax", 4, 4), ("_to_copy", 4, 2)),
+    "backward": (
+        ("_to_copy", 2, 4), ("_softmax_backward_data", 8, 4), ("masked_fill", 4, 4), ("mul", 4, 4), ("_to_copy", 4, 2),
+    ),
+}  # fmt: skip
 
 
 @dataclass(slots=True)
@@ -102,6 +113,7 @@ class Kernels:
         host, kind = self.software.host, family(shape.name)
         if phase == "backward":
             handmade = self.software.fusion == "module" and kind in ("norm_backward", "softmax", "pointwise")
+            handmade = handmade and not self._in_steps(shape, module)
             return max(host.backward, host.custom) if handmade else host.backward
         forked = module.endswith("core.drop")
         return host.op + (host.fork if forked else 0.0)
@@ -116,6 +128,9 @@ class Kernels:
 
     # -- one kernel -----------------------------------------------------------------------------------------
     def _kernel(self, shape: OpShape, module: str, host: float, phase: Phase) -> Iterator[Launch]:
+        if self._in_steps(shape, module):
+            yield from self._steps(shape, host, phase)
+            return
         if family(shape.name).startswith("attention"):
             name = shape.name.replace("_flash_attention", f"_{self.software.attention}_attention")
             yield Launch(host, replace(shape, name=name), share=1 / self.software.attention_speed)
@@ -133,6 +148,26 @@ class Kernels:
             yield Launch(host, pass_)
             host = self.software.host.op
         yield Launch(host, replace(shape, dtype=EIGHT_BIT))
+
+    def _in_steps(self, shape: OpShape, module: str) -> bool:
+        """Whether these scores (matrices of heads and samples, queries, keys) are none for the masked softmax."""
+        most = self.software.softmax_keys
+        if not most or family(shape.name) != "softmax" or not module.startswith("blocks."):
+            return False
+        *matrices, queries, keys = shape.in_shapes[0]
+        uneven = prod(matrices) % MATRICES or queries % MATRICES
+        return element_bytes(shape.dtype) == 2 and bool(uneven or not 16 < keys <= most)
+
+    def _steps(self, shape: OpShape, host: float, phase: Phase) -> Iterator[Launch]:
+        """A masked softmax by torch's operators."""
+        costs, scores = self.software.host, prod(shape.in_shapes[0])
+        for name, read, written in IN_STEPS["backward" if phase == "backward" else "forward"]:
+            step = replace(
+                shape, name=f"aten.{name}.default", dtype="float32", bytes_read=read * scores,
+                bytes_written=written * scores,
+            )  # fmt: skip
+            yield Launch(host, step)
+            host = costs.backward if phase == "backward" else costs.op
 
     def _eight(self, module: str) -> bool:
         """Whether its products run in fp8: those of blocks with weights, but for routers; attention's own do not."""

@@ -16,7 +16,7 @@ from validation.cases import Case
 # host waits for the device around each send. Megatron-DeepSpeed of vTrain's runs: "no gradient bucketing".
 MEGATRON_2021 = Software(
     "Megatron 2021", HOST["torch-2021"], "module", tp_async=False, dp_overlap=False, p2p_overlap=False,
-    fused_accumulation=False, reduce_bytes=2, main_grads=0, loss="softmax",
+    fused_accumulation=False, reduce_bytes=2, main_grads=0, loss="softmax", softmax_keys=2048,
 )  # fmt: skip
 MEGATRON_2022 = replace(
     MEGATRON_2021, name="Megatron 2022", tp_async=True, main_grads=4, fused_accumulation=True, reduce_bytes=4
@@ -49,8 +49,9 @@ HUGGING_FACE = Software(
     vocab_parallel=False, norm_clip=False, optimizer="none", tp_async=False, p2p_overlap=False, reduce_bytes=4,
 )  # fmt: skip
 ONEFLOW = replace(
-    MEGATRON_2021, name="OneFlow", host=HOST["static graph"], dp_overlap=True, p2p_overlap=True, norm_clip=False
-)
+    MEGATRON_2021, name="OneFlow", host=HOST["static graph"], dp_overlap=True, p2p_overlap=True, norm_clip=False,
+    softmax_keys=0,
+)  # fmt: skip
 DDP_2020 = Software(
     "torch DDP 2020", HOST["torch-2021"], "module", main_grads=0, fused_accumulation=False, vocab_parallel=False,
 )  # fmt: skip

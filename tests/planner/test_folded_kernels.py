@@ -1,0 +1,77 @@
+"""What trainers run where their own kernels do not take a shape."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import pytest
+
+from opgraph.batch import trace_workload
+from opgraph.graph import OpGraph
+from opgraph.zoo.transformer import Shape, workload
+from planner.folded_kernels import Kernels, Launch
+from planner.folded_local import local_step
+from planner.folded_pieces import pieces
+from planner.plan import ParallelPlan
+from planner.software import HOST, Software
+
+SEQ, VOCAB, HEADS = 256, 1024, 8
+STYLES = tuple(
+    (f"blocks.{i}.{n}", s)
+    for i in range(3)
+    for n, s in (("attn.qkv", "colwise"), ("mlp.up", "colwise"), ("attn.o", "rowwise"), ("mlp.down", "rowwise"))
+)
+STEPS = 5  # operators in place of one kernel
+
+
+@lru_cache(maxsize=2)
+def traced(dtype: str) -> OpGraph:
+    shape = Shape(3, 512, HEADS, HEADS, 2048, SEQ, VOCAB, dtype=dtype, attention="math")
+    return trace_workload(workload("gpt", shape), fold=False)
+
+
+def block(micro: int, tp: int, keys: int, dtype: str = "bfloat16") -> tuple[list[Launch], list[Launch]]:
+    graph = traced(dtype).at_batch(micro)
+    precision = "bf16" if dtype == "bfloat16" else "fp32"
+    plan = ParallelPlan(global_batch=micro, tp=tp, precision=precision, shardings=STYLES)
+    local = local_step(graph, plan, SEQ, VOCAB, True)
+    kernels = Kernels(local, Software("test", HOST["torch"], softmax_keys=keys))
+    found = pieces(graph)
+    return kernels.forward(found.forward["block"]), kernels.backward(found.backward["block"])
+
+
+def kernels_of(launches: list[Launch]) -> list[str]:
+    return [x.shape.name.split(".")[1] for x in launches if x.shape is not None]
+
+
+@pytest.mark.parametrize(
+    ("micro", "tp", "keys", "apart"),
+    [
+        (4, 8, 2048, False),  # one head, four samples
+        (2, 4, 2048, False),
+        (1, 4, 2048, True),  # two matrices
+        (1, 8, 2048, True),
+        (4, 8, 128, True),  # more keys than it takes
+        (1, 8, 0, False),  # a kernel that takes everything
+    ],
+)
+def test_scores_that_the_masked_softmax_does_not_take_run_in_steps(micro: int, tp: int, keys: int, apart: bool) -> None:
+    """Bytes of the five operators: 36 a score forward and 40 backward; each is launched by the host."""
+    scores = micro * HEADS // tp * SEQ * SEQ
+    for one, steps, moved, issue in zip(block(micro, tp, 0), block(micro, tp, keys), (36, 40), ("op", "backward")):
+        more = [x for x in steps if x not in one]
+        if not apart:
+            assert not more
+            continue
+        assert "masked_fill" in " ".join(kernels_of(steps))
+        assert len(kernels_of(steps)) == len(kernels_of(one)) + STEPS - 1
+        shapes = [x.shape for x in more if x.shape is not None]
+        assert sum(s.bytes_read + s.bytes_written for s in shapes) == moved * scores
+        assert {s.dtype for s in shapes} == {"float32"}
+        host = sum(x.host for x in steps) - sum(x.host for x in one)
+        handmade = max(HOST["torch"].custom, HOST["torch"].backward) - HOST["torch"].backward if issue != "op" else 0.0
+        assert host == pytest.approx((STEPS - 1) * getattr(HOST["torch"], issue) - handmade)
+
+
+def test_scores_of_32_bits_stay_as_they_are() -> None:
+    assert block(1, 8, 2048, "float32") == block(1, 8, 0, "float32")
