@@ -92,7 +92,9 @@ def _distinct(members: list[Measured]) -> int:
     return len({signature(shape) for shape, _ in members})
 
 
-def _coefficients(form: str, design: np.ndarray, seconds: np.ndarray, parent: Law | None, alone: bool) -> np.ndarray:
+def _coefficients(
+    form: str, design: np.ndarray, seconds: np.ndarray, parent: Law | None, alone: bool
+) -> np.ndarray:
     if parent is None or alone:
         return _with_cold_bytes(form, design, seconds)
     scale = _weighted_median(seconds / np.maximum(design @ np.array(parent.coefficients), 1e-9), seconds)

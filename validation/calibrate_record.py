@@ -80,13 +80,8 @@ def tensors_in(tree: Any) -> list[torch.Tensor]:
 
 
 def described(
-    func: Any,
-    ins: list[torch.Tensor],
-    mutated: list[torch.Tensor],
-    outs: list[torch.Tensor],
-    args: Any,
-    kwargs: dict[str, Any],
-    phase: str,
+    func: Any, ins: list[torch.Tensor], mutated: list[torch.Tensor], outs: list[torch.Tensor], args: Any,
+    kwargs: dict[str, Any], phase: str,
 ) -> OpShape:
     """The OpShape of one executed op."""
     name = str(func)

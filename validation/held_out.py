@@ -166,7 +166,7 @@ def write(folder: Path, studies: Sequence[Study], rows: Sequence[OpRow], about: 
 
 
 def read_workloads(texts: Sequence[str]) -> tuple[tuple[str, int], ...]:
-    """ "spec@batch" each; ValueError says what is wrong."""
+    """"spec@batch" each; ValueError says what is wrong."""
     found = []
     for text in texts:
         spec, _, batch = text.rpartition("@")

@@ -52,9 +52,8 @@ def check_writable(target: Path) -> None:
     try:
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
-        raise ValueError(
-            f"nothing can be written into {folder} ({error.strerror}); give another path than {target}"
-        ) from None
+        raise ValueError(f"nothing can be written into {folder} ({error.strerror}); give another path than {target}") \
+            from None
 
 
 def _swap(folder: Path, target: Path) -> None:

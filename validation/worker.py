@@ -103,7 +103,6 @@ def _steps(
         inputs, targets = share(plan, workload, rank, device, options.seed)
         built.append(step)
         data.extend((inputs, targets))
-
         def once() -> None:
             loss = step.run(inputs, targets)
             if options.trace:  # a copy: the mean of some losses lies in a block as large as what it was taken of
