@@ -53,9 +53,9 @@ def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Any:
 
 
 def tables(length: int, size: int) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of every position's angles: [length, size / 2]."""
+    """Cosine and sine of every position's angles: [length, size / 2]. Programs count in either dtype."""
     rates = 1.0 / (10000.0 ** (torch.arange(0, size, 2).float() / size))
-    angles = torch.arange(length).float()[:, None] * rates[None, :]
+    angles = torch.arange(length, dtype=torch.float32)[:, None] * rates[None, :]
     return angles.cos(), angles.sin()
 
 

@@ -23,12 +23,13 @@ from costmodels.families import FREE, base_name, family
 from costmodels.ops import OpShape, price, signature
 from costmodels.price import Price
 from costmodels.signature import Signature, written
-from validation.anchor import Beat, joined
+from validation.anchor import Beat, joined, over
 from validation.calibrate import MOST_RANKS, run_ranks
 from validation.environment import available_cores
 from validation.pace import since_calibration
 
 Progress = Callable[[str, float], None]
+LAUNCHES = 3  # the same op of the same model differs by 3 to 9 % in the mean between two launches (reports/README.md)
 BRIEF_OP = 2e-5  # seconds: shorter ops are scored apart, their time is mostly the call
 SHARE_TIMEOUT = 600.0
 
@@ -76,13 +77,42 @@ class OpScore:
 
 
 def time_workloads(
-    workloads: Sequence[tuple[str, int]], seconds: float, progress: Progress = lambda what, fraction: None
+    workloads: Sequence[tuple[str, int]],
+    seconds: float,
+    progress: Progress = lambda what, fraction: None,
+    launches: int = LAUNCHES,
 ) -> list[dict[str, Any]]:
-    """Times every op of the workloads (spec, batch), one thread per rank with all cores busy, as calibration does.
+    """Times every op of the workloads (spec, batch), one thread per rank with all cores busy, as calibration does, in
+    so many launches of all ranks one after the other.
 
     Returns one result per rank: "reference" and "parts" (seconds of the anchor, and of its parts, to whose pace all
     times were brought), and by workload the op shapes in order with the median seconds of each.
     """
+    found = [
+        _launched(workloads, seconds / launches, lambda what, part, i=i: progress(what, (i + part) / launches))
+        for i in range(launches)
+    ]
+    return [pooled(same) for same in zip(*found)]
+
+
+def pooled(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """One rank's results of several launches: of every op the median over these, at the pace of the first."""
+    from validation.calibrate_record import part_of
+
+    first = results[0]
+    paces = [over(Beat(**first["parts"]), Beat(**r["parts"]))._asdict() for r in results]
+    steps: dict[str, list[tuple[OpShape, float]]] = {}
+    for model in first["steps"]:
+        alike = [(r["steps"][model], pace) for r, pace in zip(results, paces) if model in r["steps"]]
+        steps[model] = [
+            (shape, statistics.median(ops[i][1] * pace[part_of(shape)] for ops, pace in alike))
+            for i, (shape, _) in enumerate(first["steps"][model])
+        ]
+    return {**first, "steps": steps}
+
+
+def _launched(workloads: Sequence[tuple[str, int]], seconds: float, progress: Progress) -> list[dict[str, Any]]:
+    """The results of all ranks of one launch."""
     ranks = max(min(available_cores(), MOST_RANKS), 2)
     with tempfile.TemporaryDirectory(prefix="parplan-held-out-") as folder:
         job = {

@@ -5,13 +5,14 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from costmodels.device import Device, Law
 from costmodels.ops import OpShape, signature
 from validation.held_out import WORKLOADS, markdown, read_workloads, title_of
-from validation.held_out_ops import load, op_rows, save, score, scores, summary, time_workloads
+from validation.held_out_ops import load, op_rows, pooled, save, score, scores, summary, time_workloads
 
 
 def relu(n: int) -> OpShape:
@@ -87,9 +88,21 @@ def test_a_machine_without_calibration_is_told_so(tmp_path: Path) -> None:
     assert not (tmp_path / "report").exists()
 
 
+def test_launches_are_pooled_at_the_pace_of_the_first() -> None:
+    """A product goes by the anchor's products; the second launch was twice as slow in these, the third as disturbed."""
+    product = OpShape("aten.mm.default", "forward", ((8, 8), (8, 8)), ((8, 8),), "float32", 1024, 512, 256)
+
+    def launch(products: float, seconds: float) -> dict[str, Any]:
+        parts = {"products": products, "convolutions": 1.0, "passes": 1.0, "calls": 1.0}
+        return {"reference": products, "parts": parts, "steps": {"model": [(product, seconds)]}}
+
+    found = pooled([launch(1.0, 10.0), launch(2.0, 24.0), launch(1.0, 90.0)])
+    assert found["steps"]["model"] == [(product, 12.0)] and found["reference"] == 1.0
+
+
 @pytest.mark.executed
 def test_ops_of_a_workload_are_timed_on_all_ranks(tmp_path: Path) -> None:
-    results = time_workloads((("mlp:layers=1,hidden=32,ffn=64,features=16", 4),), 0.0)
+    results = time_workloads((("mlp:layers=1,hidden=32,ffn=64,features=16", 4),), 0.0, launches=1)
     (steps,) = {tuple(r["steps"]) for r in results}
     assert len(results) >= 2 and all(seconds >= 0 for r in results for _, seconds in r["steps"][steps[0]])
     save(tmp_path / "ops", results)
