@@ -88,10 +88,11 @@ def time_workloads(
     Returns one result per rank: "reference" and "parts" (seconds of the anchor, and of its parts, to whose pace all
     times were brought), and by workload the op shapes in order with the median seconds of each.
     """
-    found = [
-        _launched(workloads, seconds / launches, lambda what, part, i=i: progress(what, (i + part) / launches))
-        for i in range(launches)
-    ]
+
+    def part(number: int) -> Progress:
+        return lambda what, fraction: progress(what, (number + fraction) / launches)
+
+    found = [_launched(workloads, seconds / launches, part(i)) for i in range(launches)]
     return [pooled(same) for same in zip(*found)]
 
 
