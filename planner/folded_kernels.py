@@ -124,7 +124,7 @@ class Kernels:
         inside = module.startswith("blocks.") and f"{module}.weight" in self.local.graph.parameters
         if not host.fork or not inside or len(self.local.graph.parameters[f"{module}.weight"].shape) != 2:
             return 0.0
-        return host.custom if phase == "backward" else host.op
+        return host.custom if phase == "backward" else host.op + host.linear
 
     # -- one kernel -----------------------------------------------------------------------------------------
     def _kernel(self, shape: OpShape, module: str, host: float, phase: Phase) -> Iterator[Launch]:

@@ -28,7 +28,7 @@ class HostCosts:
     module: call of a module. message: a collective (c10d bookkeeping, NCCL enqueue). step: once an optimizer step
     (loss scale, logging, data). custom: backward of a kernel that is an autograd function written in Python.
     checkpoint: a recomputed block, in forward and backward together. fork: a forward dropout that changes to the
-    random state of its tensor-parallel rank and back."""
+    random state of its tensor-parallel rank and back. linear: forward of a linear layer, beyond all of these."""
 
     op: float
     backward: float
@@ -39,6 +39,7 @@ class HostCosts:
     custom: float = 0.0
     checkpoint: float = 0.0
     fork: float = 0.0
+    linear: float = 0.0
 
 
 # Eager floors of single ops: 28 us for bmm, 45 us for linear, which is one product and three views in a module
@@ -47,10 +48,15 @@ class HostCosts:
 # and its autograd node about the same (range 8-20 us). Megatron's own kernels are autograd functions in Python, whose
 # backward costs what their forward does. Its checkpoint reads three random states in forward; in backward it reads,
 # sets and sets back three: 12 calls, each taken as an op. A fork of the random state is 4 such calls (Megatron-LM v2.x
-# mpu/random.py).
+# mpu/random.py). A forward call of Transformer Engine's column-parallel linear in Megatron takes 115 us (140 before
+# September 2024, its pull request 1191, bf16 on one rank; 90 to 100 on Grace, issue 2053; less since 2026), of which 14
+# are a launch, 14 the function at a border, 5 a module and 7.5 three views. What its backward takes is not known.
 HOST = {
     "torch-2021": HostCosts(28e-6, 14e-6, 4e-6, 5e-6, 40e-6, 5e-3, 28e-6, 12 * 28e-6, 4 * 28e-6),
     "torch": HostCosts(14e-6, 8e-6, 2.5e-6, 5e-6, 25e-6, 2e-3, 14e-6, 12 * 14e-6, 4 * 14e-6),
+    "transformer-engine": HostCosts(
+        14e-6, 8e-6, 2.5e-6, 5e-6, 25e-6, 2e-3, 14e-6, 12 * 14e-6, 4 * 14e-6, 115e-6 - (2 * 14 + 5 + 3 * 2.5) * 1e-6
+    ),
     "static graph": HostCosts(4e-6, 4e-6, 0.0, 0.0, 10e-6, 1e-3),
     "graph": HostCosts(0.0, 0.0, 0.0, 0.0, 0.0, 1e-3),
 }

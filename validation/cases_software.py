@@ -26,7 +26,7 @@ MEGATRON_2022 = replace(
 # `--cross-entropy-fusion-impl te`. Megatron-Bridge's performance recipes have Transformer Engine's, too, and gradients
 # in bf16 (perf_recipes/_common.py: `cross_entropy_fusion_impl`, `grad_reduce_in_fp32 = False`).
 MEGATRON_CORE = Software(
-    "Megatron-Core", HOST["torch"], "module", attention="cudnn", loss="softmax", fp8_inputs=True,
+    "Megatron-Core", HOST["transformer-engine"], "module", attention="cudnn", loss="softmax", fp8_inputs=True,
 )  # fmt: skip
 TORCHTITAN = Software(
     "torchtitan", HOST["torch"], "none", main_grads=0, fused_accumulation=False, vocab_parallel=False,

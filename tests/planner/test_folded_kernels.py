@@ -75,3 +75,14 @@ def test_scores_that_the_masked_softmax_does_not_take_run_in_steps(micro: int, t
 
 def test_scores_of_32_bits_stay_as_they_are() -> None:
     assert block(1, 8, 2048, "float32") == block(1, 8, 0, "float32")
+
+
+def test_linear_layers_cost_the_host_of_transformer_engine_more_in_forward() -> None:
+    """Four of them in a block; the rest of a call is in the launch, the function at a border, the module and views."""
+    graph, found = traced("bfloat16").at_batch(4), pieces(traced("bfloat16").at_batch(4))
+    local = local_step(graph, ParallelPlan(global_batch=4, precision="bf16"), SEQ, VOCAB, True)
+    plain, engine = (Kernels(local, Software("test", HOST[name])) for name in ("torch", "transformer-engine"))
+    hosts = [sum(x.host for x in kernels.forward(found.forward["block"])) for kernels in (plain, engine)]
+    assert hosts[1] - hosts[0] == pytest.approx(4 * (115e-6 - 40.5e-6))
+    backward = [sum(x.host for x in kernels.backward(found.backward["block"])) for kernels in (plain, engine)]
+    assert backward[0] == pytest.approx(backward[1])
