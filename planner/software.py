@@ -5,7 +5,7 @@ Nothing here is fitted to a training run that is predicted. Every number is an A
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 Fusion = Literal["none", "module", "chain"]
@@ -49,14 +49,14 @@ class HostCosts:
 # backward costs what their forward does. Its checkpoint reads three random states in forward; in backward it reads,
 # sets and sets back three: 12 calls, each taken as an op. A fork of the random state is 4 such calls (Megatron-LM v2.x
 # mpu/random.py). A forward call of Transformer Engine's column-parallel linear in Megatron takes 115 us (140 before
-# September 2024, its pull request 1191, bf16 on one rank; 90 to 100 on Grace, issue 2053; less since 2026), of which 14
-# are a launch, 14 the function at a border, 5 a module and 7.5 three views. What its backward takes is not known.
+# September 2024, its pull request 1191, bf16 on one rank; 90 to 100 on Grace, issue 2053; less since 2026): a launch,
+# the function at a border, a module, three views, and the rest. What its backward takes is not known.
+TE_LINEAR = 115e-6
+_TORCH = HostCosts(14e-6, 8e-6, 2.5e-6, 5e-6, 25e-6, 2e-3, 14e-6, 12 * 14e-6, 4 * 14e-6)
 HOST = {
     "torch-2021": HostCosts(28e-6, 14e-6, 4e-6, 5e-6, 40e-6, 5e-3, 28e-6, 12 * 28e-6, 4 * 28e-6),
-    "torch": HostCosts(14e-6, 8e-6, 2.5e-6, 5e-6, 25e-6, 2e-3, 14e-6, 12 * 14e-6, 4 * 14e-6),
-    "transformer-engine": HostCosts(
-        14e-6, 8e-6, 2.5e-6, 5e-6, 25e-6, 2e-3, 14e-6, 12 * 14e-6, 4 * 14e-6, 115e-6 - (2 * 14 + 5 + 3 * 2.5) * 1e-6
-    ),
+    "torch": _TORCH,
+    "transformer-engine": replace(_TORCH, linear=TE_LINEAR - 2 * _TORCH.op - _TORCH.module - 3 * _TORCH.view),
     "static graph": HostCosts(4e-6, 4e-6, 0.0, 0.0, 10e-6, 1e-3),
     "graph": HostCosts(0.0, 0.0, 0.0, 0.0, 0.0, 1e-3),
 }

@@ -13,7 +13,8 @@ from planner.software import HOST, Software
 from validation.cases import Case
 
 # Megatron-LM 2021 and its forks: pointwise work of a module in one kernel, gradients reduced after backward, the
-# host waits for the device around each send. Megatron-DeepSpeed of vTrain's runs: "no gradient bucketing".
+# host waits for the device around each send. Megatron-DeepSpeed of vTrain's runs: "no gradient bucketing". Its masked
+# softmax takes up to 2048 keys (`is_kernel_available` in megatron/model/fused_softmax.py; 4096 in later versions).
 MEGATRON_2021 = Software(
     "Megatron 2021", HOST["torch-2021"], "module", tp_async=False, dp_overlap=False, p2p_overlap=False,
     fused_accumulation=False, reduce_bytes=2, main_grads=0, loss="softmax", softmax_keys=2048,
