@@ -68,7 +68,8 @@ class Device:
         other devices. link_bandwidth: bytes/s in one direction, all links together.
     pcie_bandwidth, c2c_bandwidth: bytes/s in one direction to the host by PCIe and by a coherent chip-to-chip link.
     unified_memory: the host uses the same memory, so that nothing is copied.
-    tdp: watts. price_per_hour: USD per device in a cloud. best_flops: best matmul rate measured by anyone, FLOP/s by
+    tdp: watts. spread: standard deviation of the time of long products among devices of this model, over its median.
+    price_per_hour: USD per device in a cloud. best_flops: best matmul rate measured by anyone, FLOP/s by
         dtype.
     aliases: other names that published tables and drivers use for it (see `costmodels.names`).
     sources: where the values were read. source_of: field, or "field.key" of a table, to the numbers (from 1) of the
@@ -102,6 +103,7 @@ class Device:
     c2c_bandwidth: float = 0.0
     unified_memory: bool = False
     tdp: float = 0.0
+    spread: float = 0.0
     price_per_hour: float = 0.0
     best_flops: dict[str, float] = field(default_factory=dict)
     aliases: tuple[str, ...] = ()
@@ -262,6 +264,7 @@ def device_from(data: dict[str, Any], where: str) -> Device:
         c2c_bandwidth=toml.number(data, "c2c_bandwidth", where, 0.0),
         unified_memory=toml.flag(data, "unified_memory", where),
         tdp=toml.number(data, "tdp", where, 0.0),
+        spread=toml.number(data, "spread", where, 0.0),
         price_per_hour=toml.number(data, "price_per_hour", where, 0.0),
         best_flops=toml.numbers(data, "best_flops", where),
         aliases=toml.strings(data, "aliases", where),

@@ -14,7 +14,8 @@ Backing = Literal["stated", "derived", "memory", "unknown"]
 TABLES = ("peak_flops", "best_flops")
 FIELDS = (
     "memory_bytes", "memory_bandwidth", "unified_memory", "l2_bytes", "units", "boost_clock", "link", "links",
-    "link_bandwidth", "pcie_bandwidth", "c2c_bandwidth", "tdp", "price_per_hour",
+    "link_bandwidth", "pcie_bandwidth", "c2c_bandwidth", "tdp", "spread",
+    "price_per_hour",
 )  # fmt: skip
 
 

@@ -1,20 +1,23 @@
 """The slowest of many equal GPUs: what a synchronous step waits for.
 
-GPUs of one model differ. Sinha et al. (SC 2022, arXiv:2208.11035, abstract) timed the same kernels on over 90 % of the
-GPUs of five clusters (V100, MI60, Quadro RTX 5000) and found a variation of 8 % on average. That this is the distance
-between the whiskers of a box plot, over the median, is from memory: an ASSUMPTION. Such whiskers reach 1.5 times the
-interquartile range beyond the quartiles, 4 interquartile ranges in all, which is 5.4 standard deviations of a normal
-distribution: SPREAD. The cause is the clock that a power limit
-allows a chip, so products, convolutions and attention differ and what waits for memory or links does not. The same
-study's outliers (up to 1.5 times the median) and sick machines are not in it: a job that runs well has dropped them.
+GPUs of one model differ by the clock that a power limit allows a chip, so products, convolutions and attention differ
+and what waits for memory or links does not. How much was measured of single GPUs, as the standard deviation of the time
+of long products over its median, and stands in the device files with its source (`Device.spread`): 1.03 % of 232 B200
+under five minutes of bfloat16 products each, 0.7 to 1.7 % of 8 or 16 A100, H100, V100 and MI100. SPREAD is the root
+mean square of those and of 128 RTX PRO 6000 (0.66 %), and stands for models that nobody measured. Nodes of B200 and
+RTX PRO 6000 differ about as much as the means of independent GPUs would, and the slowest of a node's eight is as slow
+as the law says: 1.47 % beside 1.46, 0.96 beside 0.94 (`python -m validation.fit_spread`, reports/spread). A
+published study of V100, MI60 and Quadro RTX 5000 (Sinha et al., SC 2022, arXiv:2208.11035, abstract) found a variation
+of 8 %: 1.5 % of standard deviation, if those are the whiskers of a box plot (from memory). Its outliers (up to 1.5
+times the median) and sick machines are not in it: a job that runs well has dropped them.
 
 Cores of one machine differ from moment to moment, by what else runs on their physical core or on the host: of ranks
 that meet in every step all wait for the slowest, by a share of their work that does not depend on how often they meet
 (`validation.calibrate_gloo`). `parplan calibrate` measures it ("skew" of `Device.host`: the standard deviation of
 normal draws whose highest is as much above their mean); all that a core does takes so much longer.
 
-ASSUMPTIONS: GPUs of other models spread as these do; op tables were measured on a middling one; the devices of a job
-are independent draws, and every one holds up every other in each step (in a pipeline the slowest stage sets the pace).
+ASSUMPTIONS: GPUs of other models spread as these do; op tables were measured on a middling one; every device of a job
+holds up every other in each step (in a pipeline the slowest stage sets the pace).
 """
 
 from __future__ import annotations
@@ -29,7 +32,7 @@ import numpy as np
 from costmodels.cluster import Cluster
 from costmodels.device import rescale
 
-SPREAD = 0.08 / 5.4
+SPREAD = 0.0105
 NOTE = "products, convolutions and attention take what they take on the"
 
 
@@ -47,9 +50,10 @@ def highest_of(count: int) -> float:
     return float(np.trapezoid(1 - upper - lower, x))
 
 
-def slowest_of(count: int) -> float:
-    """How many times as long the slowest of `count` equal GPUs takes for a product as the median one; 1 for one."""
-    return 1 + SPREAD * highest_of(count)
+def slowest_of(count: int, spread: float = SPREAD) -> float:
+    """How many times as long the slowest of `count` equal GPUs takes for a product as the median one; 1 for one.
+    spread: standard deviation of that time, relative."""
+    return 1 + spread * highest_of(count)
 
 
 def synchronous(cluster: Cluster, count: int) -> Cluster:
@@ -59,12 +63,13 @@ def synchronous(cluster: Cluster, count: int) -> Cluster:
     count = min(count, cluster.size)
     if cluster.cores and cluster.device.host.get("skew"):
         return _unequal_cores(cluster, min(count, cluster.cores))
-    slowest = slowest_of(count)
+    spread = cluster.device.spread or SPREAD
+    slowest = slowest_of(count, spread)
     if cluster.device.kind != "gpu" or cluster.device.slowest == slowest:
         return cluster
     if ("slowest", count) not in cluster.cache:
         before = cluster.device
-        error = before.step_error if before.slowest > 1 else hypot(before.step_error, SPREAD)
+        error = before.step_error if before.slowest > 1 else hypot(before.step_error, spread)
         device = replace(before, slowest=slowest, step_error=error, cache={})
         notes = tuple(n for n in cluster.notes if not n.startswith(NOTE))
         if count > 1:

@@ -167,6 +167,8 @@ def plain(key: str, value: Any) -> str:
         return size(value)
     if field == "floor_seconds":
         return seconds(value)
+    if field == "spread":
+        return f"{value:.2%} of a long product's time"
     if field == "price_per_hour":
         return f"{value:g} USD/h"
     unit = {"peak_flops": "FLOP/s", "best_flops": "FLOP/s", "boost_clock": "Hz", "tdp": "W"}.get(field)

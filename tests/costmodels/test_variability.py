@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from costmodels.cluster import load_cluster, local_cluster
-from costmodels.device import Law
+from costmodels.device import Law, load_device
 from costmodels.ops import OpShape, price, price_many
 from costmodels.variability import SPREAD, highest_of, slowest_of, synchronous
 
@@ -26,7 +26,20 @@ def test_expected_maximum_matches_drawn_samples_of_many():
 def test_one_device_is_the_one_measured_and_more_are_never_faster():
     paces = [slowest_of(n) for n in (1, 2, 8, 64, 1024, 16384)]
     assert paces[0] == 1.0 and paces == sorted(paces)
-    assert 1.05 < paces[-1] < 1 + 5 * SPREAD
+    assert 1.03 < paces[-1] < 1 + 5 * SPREAD
+
+
+def test_a_devices_own_spread_counts_and_others_take_that_of_the_measured():
+    b200, gb200 = load_cluster("dgx-b200"), load_cluster("gb200-nvl72")
+    assert b200.device.spread == 0.0103 and gb200.device.spread == 0.0
+    assert synchronous(b200, 8).device.slowest == slowest_of(8, 0.0103) == pytest.approx(1.0147, abs=1e-4)
+    assert synchronous(gb200, 8).device.slowest == slowest_of(8)
+
+
+def test_the_common_spread_is_the_root_mean_square_of_the_measured_models():
+    names = ("b200", "a100-sxm-40gb", "h100-sxm", "v100-sxm2-32gb", "mi100")
+    measured = [load_device(name).spread for name in names] + [0.0066]  # RTX PRO 6000, which the catalogue lacks
+    assert np.sqrt(np.mean(np.square(measured))) == pytest.approx(SPREAD, abs=1e-4)
 
 
 def _product(name: str = "aten.mm.default") -> OpShape:
@@ -38,7 +51,7 @@ def test_products_slow_down_and_streams_do_not():
     one = load_cluster("dgx-h100")
     eight = synchronous(one, 8)
     relu = OpShape("aten.relu.default", "forward", ((1 << 24,),), ((1 << 24,),), "bfloat16", 0, 1 << 25, 1 << 25)
-    for shape, pace in ((_product(), slowest_of(8)), (relu, 1.0)):
+    for shape, pace in ((_product(), slowest_of(8, one.device.spread)), (relu, 1.0)):
         assert price(eight.device, shape).seconds == pytest.approx(pace * price(one.device, shape).seconds)
         assert price_many(eight.device, [shape])[0] == price(eight.device, shape)
 
@@ -46,10 +59,11 @@ def test_products_slow_down_and_streams_do_not():
 def test_pace_follows_the_count_and_is_applied_once():
     one = load_cluster("2x dgx-h100")
     assert synchronous(one, 1) is one
-    assert synchronous(synchronous(one, 16), 8).device.slowest == slowest_of(8)
-    assert synchronous(one, 64).device.slowest == slowest_of(16), "no more than there are"
+    spread = one.device.spread
+    assert synchronous(synchronous(one, 16), 8).device.slowest == slowest_of(8, spread)
+    assert synchronous(one, 64).device.slowest == slowest_of(16, spread), "no more than there are"
     assert synchronous(synchronous(one, 16), 16) is synchronous(one, 16)
-    assert synchronous(one, 16).device.step_error == pytest.approx(SPREAD)
+    assert synchronous(one, 16).device.step_error == pytest.approx(spread)
 
 
 def test_tpus_and_cores_that_nobody_measured_do_not_differ():
