@@ -1,9 +1,10 @@
-"""Packets of TCP connections through ports with token buckets: first come, first served, as far as windows let them.
+"""Packets of TCP connections through ports with token buckets: first come, first served.
 
-A connection puts packets into the port of its host until what is on its way fills its window, or until its share of
-that port is full; every packet that comes in lets the next one go, once its acknowledgement has passed the ports of the
-way back. A message that fits into that share leaves a port whole before what was written later, and a message of a few
-bytes waits for everything that is there already: ranks that share a port do not share it equally at any instant.
+A connection puts packets into the port of its host until its share of that port is full; every packet that leaves it
+lets the next one go. No window holds a connection back (`emulate_net.TCP`), but acknowledgements take their bytes of
+the ports of the way back. A message that fits into that share leaves a port whole before what was written later, and a
+message of a few bytes waits for everything that is there already: ranks that share a port do not share it equally at
+any instant.
 """
 
 from __future__ import annotations
@@ -20,7 +21,6 @@ from validation.emulate_gloo import HAND_BACK, HAND_OVER, NOTE, RECEIVE, SEND, P
 
 SEGMENT, HEADERS = 1448, 66  # bytes of a full frame: payload; Ethernet, IP and TCP with timestamps (1514 in all)
 PREAMBLE = 48  # bytes before every message of gloo, six words (pair.h); a word of readiness is nothing else
-SENT_BUFFERS = 3  # windows that a socket buffers, sent or not (`sndbuf_expand` of tcp_bbr.c; 2 with other controls)
 LOOP, WORKER, MAIN = "loop", "worker", "main"  # gloo's thread that serves sockets; those that post and that ask for it
 
 
@@ -41,10 +41,9 @@ class Port:
 
 @dataclass(frozen=True, slots=True)
 class Transport:
-    """window: bytes of a connection that are on their way unacknowledged, at most. share: bytes of it that are in the
-    port of its own host when it still puts one more packet there. packet: payload of the largest packet, bytes."""
+    """share: bytes of a connection that are in the port of its own host when it still puts one more packet there.
+    packet: payload of the largest packet, bytes."""
 
-    window: float
     share: float
     packet: float
 
@@ -59,13 +58,12 @@ class _Message:
 
 @dataclass(slots=True)
 class _Connection:
-    """One direction. flying: bytes not acknowledged; waiting: those of them in the first port."""
+    """One direction. waiting: bytes in the first port."""
 
     receiver: int
     way: Sequence[Port]
     back: Sequence[Port]
     queue: deque[_Message] = field(default_factory=deque)
-    flying: float = 0.0
     waiting: float = 0.0
 
 
@@ -178,8 +176,8 @@ def _write(run: _Run, now: float, post: Post, message: _Message) -> None:
 
 
 def _fill(run: _Run, now: float, connection: _Connection) -> None:
-    """Sends what the window and the port of the own host take (none between ranks of one host). A packet takes on
-    bytes of all messages that were written, so that one may hold the end of a message and the beginning of the next."""
+    """Sends what the port of the own host takes (none between ranks of one host). A packet takes on bytes of all
+    messages that were written, so that one may hold the end of a message and the beginning of the next."""
     transport, queue = run.transport, connection.queue
     while queue:
         if connection.way:
@@ -188,11 +186,8 @@ def _fill(run: _Run, now: float, connection: _Connection) -> None:
                 size = min(size + message.left, transport.packet)
                 if size == transport.packet:
                     break
-            if connection.flying and connection.flying + size > transport.window:
-                return
             if connection.waiting > transport.share:
                 return
-            connection.flying += size
             connection.waiting += size
         else:
             size = queue[0].left
@@ -200,7 +195,8 @@ def _fill(run: _Run, now: float, connection: _Connection) -> None:
 
 
 def _taken(run: _Run, now: float, queue: deque[_Message], size: float) -> list[_Message]:
-    """Takes the next `size` bytes; returns the messages that end with them."""
+    """Takes the next `size` bytes; returns the messages that end with them. Sockets buffer messages whole
+    (`emulate_net.TCP`): one whose first bytes are taken is written."""
     ended = []
     while size > 0:
         message = queue[0]
@@ -209,7 +205,7 @@ def _taken(run: _Run, now: float, queue: deque[_Message], size: float) -> list[_
         message.left -= part
         if message.left <= 0:
             ended.append(queue.popleft())
-        if not (message.word or message.written) and message.left <= (SENT_BUFFERS - 1) * run.transport.window:
+        if not (message.word or message.written):
             message.written = True
             _done(run, now, message.post)
     return ended
@@ -230,17 +226,14 @@ def _pass(run: _Run, now: float, connection: _Connection, port: int, size: float
                 run.at(woken, _arrive, message)
         run.awake[receiver, LOOP] = max(now, run.awake.get((receiver, LOOP), now))
         if connection.way:
-            _acknowledge(run, now, connection, 0, size)
+            _acknowledge(run, now, connection, 0)
     if port == 1:
         _fill(run, now, connection)
 
 
-def _acknowledge(run: _Run, now: float, connection: _Connection, port: int, size: float) -> None:
+def _acknowledge(run: _Run, now: float, connection: _Connection, port: int) -> None:
     if port < len(connection.back):
-        run.at(connection.back[port].passes(now, HEADERS), _acknowledge, connection, port + 1, size)
-    else:
-        connection.flying -= size
-        _fill(run, now, connection)
+        run.at(connection.back[port].passes(now, HEADERS), _acknowledge, connection, port + 1)
 
 
 def _arrive(run: _Run, now: float, message: _Message) -> None:

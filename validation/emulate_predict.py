@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Sequence
-from math import ceil, inf, log2
+from math import ceil, log2
 from random import Random
 from statistics import fmean, median, quantiles
 
@@ -20,9 +20,9 @@ from validation.emulate_net import BURST, GSO_BYTES, Network
 from validation.emulate_ports import HEADERS, SEGMENT, Port, Transport, run
 
 PACKET = (GSO_BYTES - HEADERS) // SEGMENT * SEGMENT  # payload of the largest packet before it is cut into frames
-# No window holds a connection back (`emulate_net.TCP`), and a socket puts two packets into the queue of its own host
-# before it waits for one to leave (`tcp_small_queue_check` of Linux).
-TRANSPORT = Transport(inf, 2 * PACKET, PACKET)
+# A socket puts two packets into the queue of its own host before it waits for one to leave (`tcp_small_queue_check` of
+# Linux).
+TRANSPORT = Transport(2 * PACKET, PACKET)
 # Collectives whose ranks post sends before receives: by chance, both directions go at once or one after the other, so
 # that their times have two modes and more, and a median jumps between them. What counts is their mean. Of two ranks
 # that come at once it is a race (`races`), whose odds change from run to run; where one comes `APART` after the other

@@ -13,7 +13,7 @@ from validation.emulate_gloo import FORMS, HAND_BACK, HAND_OVER, NOTE, RECEIVE, 
 from validation.emulate_ports import HEADERS, PREAMBLE, SEGMENT, Port, Transport, run
 
 PACKET = 10 * SEGMENT
-WIDE = Transport(window=1e12, share=1e12, packet=PACKET)
+WIDE = Transport(share=1e12, packet=PACKET)
 RATE = 1e6
 
 
@@ -76,14 +76,6 @@ def test_a_bucket_at_the_bridge_hides_the_second_port() -> None:
     assert sent(1e6, full=burst / RATE) == pytest.approx((framed(1e6) - burst) / RATE, rel=1e-3)
 
 
-def test_a_window_of_one_packet_waits_for_each_acknowledgement() -> None:
-    """A packet passes two ports, its acknowledgement two more; before all, that of the word."""
-    one = Transport(window=PACKET, share=1e12, packet=PACKET)
-    nbytes = 5 * PACKET - PREAMBLE
-    packet = PACKET + 10 * HEADERS
-    assert sent(nbytes, one) == pytest.approx((HEADERS + 5 * 2 * packet + 4 * 2 * HEADERS) / RATE, rel=1e-9)
-
-
 def test_same_host_takes_the_latency_only() -> None:
     ways: dict[tuple[int, int], tuple[Port, ...]] = {(0, 1): (), (1, 0): ()}
     posts = [Post(1, RECEIVE, 0, 1e9, ()), Post(0, SEND, 1, 1e9, ())]
@@ -98,7 +90,7 @@ def test_a_packet_takes_the_end_of_a_message_and_the_beginning_of_the_next() -> 
     nbytes = 1.5 * PACKET - PREAMBLE
     posts = [Post(1, RECEIVE, 0, nbytes, ()), Post(1, RECEIVE, 0, nbytes, ()), Post(0, RECEIVE, 1, 0.0, ())]
     posts += [Post(1, SEND, 0, 0.0, ())] + [Post(0, SEND, 1, nbytes, [2]) for _ in range(2)]
-    eager = Transport(1e12, 0.0, PACKET)  # a packet waits for the one before to leave the port
+    eager = Transport(0.0, PACKET)  # a packet waits for the one before to leave the port
     done = run(posts, star(2), eager, awake, Random(0))
     packet = PACKET + 10 * HEADERS
     assert [(t - done[2]) * RATE for t in done[:2]] == pytest.approx([3 * packet, 4 * packet], rel=0.01)
@@ -124,7 +116,7 @@ def two_at_once(share: float) -> list[float]:
     ways = star(3)
     nbytes = 100 * PACKET - PREAMBLE
     posts = [Post(r, RECEIVE, 0, nbytes, ()) for r in (1, 2)] + [Post(0, SEND, r, nbytes, ()) for r in (1, 2)]
-    done = run(posts, ways, Transport(1e12, share, PACKET), awake, Random(0))
+    done = run(posts, ways, Transport(share, PACKET), awake, Random(0))
     return [done[0] / done[1], done[1] * RATE / (200 * (PACKET + 10 * HEADERS))]
 
 
