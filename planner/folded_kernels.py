@@ -10,16 +10,17 @@ import numpy as np
 
 from costmodels.cluster import Cluster
 from costmodels.collectives import collective_price
-from costmodels.families import family
+from costmodels.families import base_name, family
 from costmodels.ops import OpShape, price_many
 from opgraph.eight_bits import EIGHT_BIT
 from opgraph.graph import Op, Phase
 from planner.folded_groups import Groups
-from planner.folded_local import Local, element_bytes
+from planner.folded_local import Local
 from planner.folded_overlap import exposed
 from planner.fusion import Fused
 from planner.host_queue import Run, run_of
 from planner.software import Software
+from planner.spelled import SUMS, is_spelled, spelled, spelled_scores
 from planner.stages import within
 
 
@@ -45,17 +46,6 @@ class Launch:
     shape: OpShape | None = None
     message: Message | None = None
     share: float = 1.0
-
-
-# What stands in for Megatron's masked softmax where that cannot run: operator, bytes read and written per score. Scores
-# of 16 bits are scaled, masked and summed in float32 (`forward_torch_softmax` in megatron/model/fused_softmax.py).
-MATRICES = 4  # divides the heads times samples that the kernel takes, and the queries (`is_kernel_available` there)
-IN_STEPS = {
-    "forward": (("_to_copy", 2, 4), ("mul", 4, 4), ("masked_fill_", 4, 4), ("_softmax", 4, 4), ("_to_copy", 4, 2)),
-    "backward": (
-        ("_to_copy", 2, 4), ("_softmax_backward_data", 8, 4), ("masked_fill", 4, 4), ("mul", 4, 4), ("_to_copy", 4, 2),
-    ),
-}  # fmt: skip
 
 
 @dataclass(slots=True)
@@ -113,7 +103,7 @@ class Kernels:
         host, kind = self.software.host, family(shape.name)
         if phase == "backward":
             handmade = self.software.fusion == "module" and kind in ("norm_backward", "softmax", "pointwise")
-            handmade = handmade and not self._in_steps(shape, module)
+            handmade = handmade and not spelled_scores(self.software, shape, module)  # torch's own backward
             return max(host.backward, host.custom) if handmade else host.backward
         forked = module.endswith("core.drop")
         return host.op + (host.fork if forked else 0.0)
@@ -128,8 +118,8 @@ class Kernels:
 
     # -- one kernel -----------------------------------------------------------------------------------------
     def _kernel(self, shape: OpShape, module: str, host: float, phase: Phase) -> Iterator[Launch]:
-        if self._in_steps(shape, module):
-            yield from self._steps(shape, host, phase)
+        if is_spelled(self.software, shape, module):
+            yield from (Launch(*launch) for launch in spelled(self.software, shape, module, host, phase))
             return
         if family(shape.name).startswith("attention"):
             name = shape.name.replace("_flash_attention", f"_{self.software.attention}_attention")
@@ -148,26 +138,6 @@ class Kernels:
             yield Launch(host, pass_)
             host = self.software.host.op
         yield Launch(host, replace(shape, dtype=EIGHT_BIT))
-
-    def _in_steps(self, shape: OpShape, module: str) -> bool:
-        """Whether these scores (matrices of heads and samples, queries, keys) are none for the masked softmax."""
-        most = self.software.softmax_keys
-        if not most or family(shape.name) != "softmax" or not module.startswith("blocks."):
-            return False
-        *matrices, queries, keys = shape.in_shapes[0]
-        uneven = prod(matrices) % MATRICES or queries % MATRICES
-        return element_bytes(shape.dtype) == 2 and bool(uneven or not 16 < keys <= most)
-
-    def _steps(self, shape: OpShape, host: float, phase: Phase) -> Iterator[Launch]:
-        """A masked softmax by torch's operators."""
-        costs, scores = self.software.host, prod(shape.in_shapes[0])
-        for name, read, written in IN_STEPS["backward" if phase == "backward" else "forward"]:
-            step = replace(
-                shape, name=f"aten.{name}.default", dtype="float32", bytes_read=read * scores,
-                bytes_written=written * scores,
-            )  # fmt: skip
-            yield Launch(host, step)
-            host = costs.backward if phase == "backward" else costs.op
 
     def _eight(self, module: str) -> bool:
         """Whether its products run in fp8: those of blocks with weights, but for routers; attention's own do not."""
@@ -198,6 +168,8 @@ class Kernels:
             yield self._message(kind, size, -1 if behind else 0, op.module if behind else "")
         if self.local.vocab_parallel and not op.is_view:
             yield from self._vocabulary(op, phase)
+        elif self.software.spelled_loss and base_name(op.name) == "_log_softmax":
+            yield Launch(SUMS * self.software.host.message)
 
     def _vocabulary(self, op: Op, phase: Phase) -> Iterator[Launch]:
         """Split embedding and logits: partial rows are summed; the loss needs the rows' maximum, sum and target."""
@@ -214,7 +186,7 @@ class Kernels:
                 yield self._message(kind, tensors[op.outputs[0]].bytes, 0)
         elif op.name == "aten._log_softmax.default":
             rows = tensors[op.outputs[0]].shape[0]
-            for _ in range(3):
+            for _ in range(SUMS):
                 yield self._message("all_reduce", 4 * rows, 0)
 
     def _hidden_bytes(self, module: str, style: str) -> int:

@@ -26,6 +26,7 @@ from simulator import Program, ProgramBuilder
 SIXTEEN = ("fp16", "bf16", "fp8")
 LIGHT_HOST = 0.8  # a host that needs less than this share of the device's time runs ahead of it and is left out
 BUCKET = 25 * 2**20  # bytes of gradients that are worth a message: torch's default bucket
+POSTED = 2  # messages that a stage whose sends block posts at a time
 GROUPS_OF_BLOCKS = 8  # a pass whose gradients are reduced beside it is cut into so many parts
 
 
@@ -92,7 +93,7 @@ class Context:
 
     def pass_of(self, chunk: Chunk, backward: bool) -> Run:
         """One pass through a chunk."""
-        whole = EMPTY
+        whole = EMPTY if backward else Run(self.software.host.batch, 0.0, float("-inf"))
         for where, count in reversed(chunk.parts) if backward else chunk.parts:
             part = self.parts.by_where[where]
             whole = joined(whole, repeated((part.backward if backward else part.forward).run, count))
@@ -249,7 +250,7 @@ class _StageRunner:
         if last and self.overlapped and plan.pp == 1:
             self._last_backward(waits)
         else:
-            synced = plan.pp > 1 and not software.p2p_overlap
+            synced = software.timed_passes or (plan.pp > 1 and not software.p2p_overlap)
             self.lane.run(name, phase, self.runs[step.backward, step.chunk], waits, synced)
             if last and self.overlapped:
                 self._reduce(self.own[step.chunk], 1.0)
@@ -267,7 +268,7 @@ class _StageRunner:
             if self.c.software.p2p_overlap:
                 result = self.lane.tasks.task(f"send {name}", "send", self.send, -1, [result], 0.0, self.lane.stage)
             else:
-                result = self.lane.busy(f"send {name}", "send", self.send)
+                result = self.lane.busy(f"send {name}", "send", self.send + POSTED * self.c.software.host.message)
         self.done[step.backward, self._index(step), step.micro] = result
 
     def _send_seconds(self) -> float:

@@ -28,7 +28,8 @@ class HostCosts:
     module: call of a module. message: a collective (c10d bookkeeping, NCCL enqueue). step: once an optimizer step
     (loss scale, logging, data). custom: backward of a kernel that is an autograd function written in Python.
     checkpoint: a recomputed block, in forward and backward together. fork: a forward dropout that changes to the
-    random state of its tensor-parallel rank and back. linear: forward of a linear layer, beyond all of these."""
+    random state of its tensor-parallel rank and back. linear: forward of a linear layer, beyond all of these. batch:
+    once a micro-batch on every stage, before its forward: its data fetched, moved and sent to tensor-parallel ranks."""
 
     op: float
     backward: float
@@ -40,6 +41,7 @@ class HostCosts:
     checkpoint: float = 0.0
     fork: float = 0.0
     linear: float = 0.0
+    batch: float = 0.0
 
 
 # Eager floors of single ops: 28 us for bmm, 45 us for linear, which is one product and three views in a module
@@ -50,11 +52,15 @@ class HostCosts:
 # sets and sets back three: 12 calls, each taken as an op. A fork of the random state is 4 such calls (Megatron-LM v2.x
 # mpu/random.py). A forward call of Transformer Engine's column-parallel linear in Megatron takes 115 us (140 before
 # September 2024, its pull request 1191, bf16 on one rank; 90 to 100 on Grace, issue 2053; less since 2026): a launch,
-# the function at a border, a module, three views, and the rest. What its backward takes is not known.
+# the function at a border, a module, three views, and the rest. What its backward takes is not known. For the data of a
+# micro-batch Megatron-LM v2.x launches ten kernels and copies and sends two messages (pretrain_gpt.py `get_batch`,
+# mpu/data.py, utils.py `get_ltor_masks_and_position_ids`); what its loader takes is not counted.
 TE_LINEAR = 115e-6
 _TORCH = HostCosts(14e-6, 8e-6, 2.5e-6, 5e-6, 25e-6, 2e-3, 14e-6, 12 * 14e-6, 4 * 14e-6)
+_TORCH_2021 = HostCosts(28e-6, 14e-6, 4e-6, 5e-6, 40e-6, 5e-3, 28e-6, 12 * 28e-6, 4 * 28e-6)
 HOST = {
-    "torch-2021": HostCosts(28e-6, 14e-6, 4e-6, 5e-6, 40e-6, 5e-3, 28e-6, 12 * 28e-6, 4 * 28e-6),
+    "torch-2021": _TORCH_2021,
+    "megatron-2021": replace(_TORCH_2021, batch=10 * _TORCH_2021.op + 2 * _TORCH_2021.message),
     "torch": _TORCH,
     "transformer-engine": replace(_TORCH, linear=TE_LINEAR - 2 * _TORCH.op - _TORCH.module - 3 * _TORCH.view),
     "static graph": HostCosts(4e-6, 4e-6, 0.0, 0.0, 10e-6, 1e-3),
@@ -69,11 +75,15 @@ class Software:
     fusion: "none" runs every traced op; "module" runs the pointwise work of one module as one kernel (hand-written
     kernels: bias and GELU, masked softmax, norm, dropout and add); "chain" joins pointwise work of neighbouring
     modules (compilers). fused_norms: a norm is one kernel each way, also with "none". fused_loss: so is cross entropy.
-    loss: what cross entropy keeps.
+    loss: what cross entropy keeps. spelled_loss: it runs by torch's operators, in place (`planner.spelled`).
     tp_async: the reduction of an input's gradient runs beside the product for the weight's.
     tp_overlap: products that neighbour a tensor-parallel message run in tp pieces beside it (user buffers).
     dp_overlap: gradients are reduced (and shards gathered) beside backward (and forward).
-    p2p_overlap: a stage computes while it sends; otherwise sending blocks, and the host waits for the device.
+    p2p_overlap: a stage computes while it sends; otherwise sending blocks, the host waits for the device, and posts a
+    send and a receive at a time (`_communicate` in Megatron-LM's megatron/p2p_communication.py).
+    timed_passes: timers wait for the device at both ends of every pass of a micro-batch, so the host never runs ahead
+    of a pass (Megatron-LM before its "Timing levels" of August 2022, and forks: `torch.cuda.synchronize` in `start` and
+    `stop` of megatron/global_vars.py, `forward-compute` and `backward-compute` in megatron/schedules.py).
     p2p_split: each tensor-parallel rank sends its part to the next stage, which gathers it.
     main_grads: bytes per element of the buffer that sums gradients over micro-batches (0: .grad in the
     parameter's dtype). fused_accumulation: the product for the weight adds into that buffer itself.
@@ -100,10 +110,12 @@ class Software:
     fused_loss: bool = False
     fused_norms: bool = False
     loss: Loss = "traced"
+    spelled_loss: bool = False
     tp_async: bool = True
     tp_overlap: bool = False
     dp_overlap: bool = True
     p2p_overlap: bool = True
+    timed_passes: bool = False
     p2p_split: bool = True
     main_grads: int = 4
     fused_accumulation: bool = True

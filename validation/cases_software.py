@@ -12,12 +12,14 @@ from dataclasses import replace
 from planner.software import HOST, Software
 from validation.cases import Case
 
-# Megatron-LM 2021 and its forks: pointwise work of a module in one kernel, gradients reduced after backward, the
-# host waits for the device around each send. Megatron-DeepSpeed of vTrain's runs: "no gradient bucketing". Its masked
-# softmax takes up to 2048 keys (`is_kernel_available` in megatron/model/fused_softmax.py; 4096 in later versions).
+# Megatron-LM 2021 and its forks: pointwise work of a module in one kernel but in the loss, gradients reduced after
+# backward, the host waits for the device around each pass and send. Megatron-DeepSpeed of vTrain's runs: "no gradient
+# bucketing". Its masked softmax takes up to 2048 keys (`is_kernel_available` in megatron/model/fused_softmax.py; 4096
+# in later versions).
 MEGATRON_2021 = Software(
-    "Megatron 2021", HOST["torch-2021"], "module", tp_async=False, dp_overlap=False, p2p_overlap=False,
-    fused_accumulation=False, reduce_bytes=2, main_grads=0, loss="softmax", softmax_keys=2048,
+    "Megatron 2021", HOST["megatron-2021"], "module", tp_async=False, dp_overlap=False, p2p_overlap=False,
+    timed_passes=True, fused_accumulation=False, reduce_bytes=2, main_grads=0, loss="softmax", spelled_loss=True,
+    softmax_keys=2048,
 )  # fmt: skip
 MEGATRON_2022 = replace(
     MEGATRON_2021, name="Megatron 2022", tp_async=True, main_grads=4, fused_accumulation=True, reduce_bytes=4
@@ -51,7 +53,7 @@ HUGGING_FACE = Software(
 )  # fmt: skip
 ONEFLOW = replace(
     MEGATRON_2021, name="OneFlow", host=HOST["static graph"], dp_overlap=True, p2p_overlap=True, norm_clip=False,
-    softmax_keys=0,
+    timed_passes=False, spelled_loss=False, softmax_keys=0,
 )  # fmt: skip
 DDP_2020 = Software(
     "torch DDP 2020", HOST["torch-2021"], "module", main_grads=0, fused_accumulation=False, vocab_parallel=False,
@@ -94,7 +96,7 @@ def software_of(case: Case) -> Software:
     if "mode pure" in notes:
         found = replace(found, reduce_bytes=2)
     if case.number("vocab") == 0:  # a layer alone, not a training step
-        found = replace(found, optimizer="none", host=replace(found.host, step=0.0))
+        found = replace(found, optimizer="none", timed_passes=False, host=replace(found.host, step=0.0))
     return found
 
 

@@ -207,6 +207,26 @@ def test_a_slow_host_bounds_the_step() -> None:
     assert step(slow).step_seconds > issued
 
 
+def test_timed_passes_keep_the_host_from_running_ahead() -> None:
+    """Each pass begins with an idle device: a slow host is late by its first launches, and its data come first."""
+    host = HOST["torch-2021"]
+    free, timed = (replace(FAST_HOST, host=host, timed_passes=on) for on in (False, True))
+    ahead, waits = step(free, global_batch=64).step_seconds, step(timed, global_batch=64).step_seconds
+    assert ahead < waits < 1.2 * ahead
+    fetched = replace(timed, host=replace(host, batch=2e-3))
+    assert step(fetched, global_batch=64).step_seconds == pytest.approx(waits + 16 * 2e-3, rel=1e-6)
+    assert step(replace(FAST_HOST, timed_passes=True)).step_seconds == pytest.approx(step().step_seconds), "graphs"
+
+
+def test_a_stage_whose_sends_block_posts_two_messages_after_each_pass() -> None:
+    blocks = replace(FAST_HOST, p2p_overlap=False)
+    slow = replace(blocks, host=replace(blocks.host, message=1e-3))
+    more = step(slow, pp=2, global_batch=32).step_seconds - step(blocks, pp=2, global_batch=32).step_seconds
+    # Of eight micro-batches the first stage posts after every forward, the second after every backward; 1F1B lets one
+    # stage's posts stand beside the other's pass, so between one chain of them and both
+    assert more * (1 + 1e-9) >= 8 * 2e-3 and more <= 2 * 9 * 2e-3
+
+
 def test_joined_kernels_move_less() -> None:
     joined, apart = step(FAST_HOST), step(replace(FAST_HOST, fusion="none"))
     light = ("pointwise", "norm", "norm_backward", "softmax", "copy", "reduction")

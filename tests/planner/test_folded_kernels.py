@@ -77,6 +77,30 @@ def test_scores_of_32_bits_stay_as_they_are() -> None:
     assert block(1, 8, 2048, "float32") == block(1, 8, 0, "float32")
 
 
+@pytest.mark.parametrize("tp", [1, 2])
+def test_a_loss_that_is_spelled_out_goes_over_the_logits_in_passes(tp: int) -> None:
+    """32 bytes a logit forward and 8 backward, where torch's kernels move 8 and 12; and kernels of a number a row."""
+    graph = traced("bfloat16").at_batch(2)
+    plan = ParallelPlan(global_batch=2, tp=tp, precision="bf16", shardings=STYLES)
+    local = local_step(graph, plan, SEQ, VOCAB, True)
+    one, many = (Kernels(local, Software("test", HOST["torch"], spelled_loss=spelled)) for spelled in (False, True))
+    found, rows, logits = pieces(graph), 2 * SEQ, 2 * SEQ * VOCAB // tp
+    costs = HOST["torch"]
+    for phase, moved, passes, small in (("forward", 32, 5, 16), ("backward", 8, 1, 9)):
+        ops = getattr(found, phase)["last"]
+        short, long = getattr(one, phase)(ops), getattr(many, phase)(ops)
+        gone = [x for x in short if x.shape is not None and "_log_softmax" in x.shape.name]
+        assert len(gone) == 1 and not any("_log_softmax" in name for name in kernels_of(long))
+        assert len(kernels_of(long)) == len(kernels_of(short)) + passes + small - 1
+        new = [x.shape for x in long if x not in short and x.shape is not None]
+        of_logits = [s for s in new if len(s.out_shapes[0]) > 1]
+        assert sum(s.bytes_read + s.bytes_written for s in of_logits) == moved * logits
+        assert {s.in_shapes for s in new if len(s.out_shapes[0]) == 1} == {((rows,),)}
+        calls = 3 * costs.message if phase == "forward" and tp == 1 else 0.0  # split ranks send them: counted there
+        more = sum(x.host for x in long) - sum(x.host for x in short)
+        assert more == pytest.approx((passes + small - 1) * costs.op + calls)
+
+
 def test_linear_layers_cost_the_host_of_transformer_engine_more_in_forward() -> None:
     """Four of them in a block; the rest of a call is in the launch, the function at a border, the module and views."""
     graph, found = traced("bfloat16").at_batch(4), pieces(traced("bfloat16").at_batch(4))
