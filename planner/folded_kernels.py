@@ -20,7 +20,7 @@ from planner.folded_overlap import exposed
 from planner.fusion import Fused
 from planner.host_queue import Run, run_of
 from planner.software import Software
-from planner.spelled import SUMS, is_spelled, spelled, spelled_scores
+from planner.spelled import SUMS, is_spelled, metrics, spelled, spelled_scores
 from planner.stages import within
 
 
@@ -170,6 +170,8 @@ class Kernels:
             yield from self._vocabulary(op, phase)
         elif self.software.spelled_loss and base_name(op.name) == "_log_softmax":
             yield Launch(SUMS * self.software.host.message)
+        if phase == "forward" and base_name(op.name) == "_log_softmax":
+            yield from (Launch(*launch) for launch in metrics(self.software, self.local.shape(op)))
 
     def _vocabulary(self, op: Op, phase: Phase) -> Iterator[Launch]:
         """Split embedding and logits: partial rows are summed; the loss needs the rows' maximum, sum and target."""

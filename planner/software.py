@@ -76,6 +76,7 @@ class Software:
     kernels: bias and GELU, masked softmax, norm, dropout and add); "chain" joins pointwise work of neighbouring
     modules (compilers). fused_norms: a norm is one kernel each way, also with "none". fused_loss: so is cross entropy.
     loss: what cross entropy keeps. spelled_loss: it runs by torch's operators, in place (`planner.spelled`).
+    metrics: how many times it is computed again of the same logits, by torch, for what is logged.
     tp_async: the reduction of an input's gradient runs beside the product for the weight's.
     tp_overlap: products that neighbour a tensor-parallel message run in tp pieces beside it (user buffers).
     dp_overlap: gradients are reduced (and shards gathered) beside backward (and forward).
@@ -111,6 +112,7 @@ class Software:
     fused_norms: bool = False
     loss: Loss = "traced"
     spelled_loss: bool = False
+    metrics: int = 0
     tp_async: bool = True
     tp_overlap: bool = False
     dp_overlap: bool = True

@@ -1,5 +1,5 @@
-"""What a program runs by several of torch's operators where a trace has one op: Megatron's masked softmax, where its
-kernel cannot run, and its cross entropy.
+"""What a program runs by several of torch's operators where a trace has one op, or besides it: Megatron's masked
+softmax, where its kernel cannot run, and its cross entropy; metrics that are cross entropies once more.
 
 Descriptions of sources, no code of theirs; bytes are read and written per element.
 """
@@ -36,6 +36,9 @@ LOGITS = {
 }
 ROWS = {"forward": 12 + 4, "backward": 6 + 3}
 SUMS = 3  # all_reduces of a number a row in forward, which one rank calls, too
+# A metric of the logits: torch's cross entropy, in float32 under autocast (composer/metrics/nlp.py), and two numbers.
+METRIC = (("_to_copy", 2, 4), ("_log_softmax", 4, 4))
+METRIC_ROWS = 3
 
 
 def is_spelled(software: Software, shape: OpShape, module: str) -> bool:
@@ -61,6 +64,16 @@ def spelled(
     rows = elements // shape.in_shapes[0][-1]
     flat = replace(shape, in_shapes=((rows,),), out_shapes=((rows,),))
     yield from ((costs.op, _pass(flat, "sub", 8 * rows, 4 * rows)) for _ in range(ROWS[way]))
+
+
+def metrics(software: Software, shape: OpShape) -> Iterator[tuple[float, OpShape]]:
+    """The operators of `software.metrics` metrics beside the log-softmax of a shape, each with seconds of the host."""
+    elements, rows = prod(shape.in_shapes[0]), prod(shape.in_shapes[0][:-1])
+    flat = replace(shape, in_shapes=((rows,),), out_shapes=((rows,),))
+    for _ in range(software.metrics):
+        for name, read, written in METRIC:
+            yield software.host.op, _pass(shape, name, read * elements, written * elements)
+        yield from ((software.host.op, _pass(flat, "sum", 8 * rows, 8)) for _ in range(METRIC_ROWS))
 
 
 def _pass(shape: OpShape, name: str, read: int, written: int) -> OpShape:

@@ -45,8 +45,12 @@ PER_OP_MATMULS, LAYERS_AGAIN = 0.5, 0.5
 # llm-foundry of 2023: FlashAttention of the first generation (or its Triton version), 25-40 % of the peak where the
 # second, which devices' tables hold, reaches 50-73 % (Dao 2023, shared/facts/compute.md B3): 32.5 / 61.5.
 # Its loss is flash-attn's cross entropy unless the configuration says otherwise, and `inplace_backward` is not passed
-# (llm-foundry models/mpt/modeling_mpt.py: `loss_fn` defaults to "fused_crossentropy").
-COMPOSER = replace(TORCHTITAN, name="Composer", fsdp_copies=False, attention_speed=0.53, fused_loss=True, loss="logits")
+# (llm-foundry models/mpt/modeling_mpt.py: `loss_fn` defaults to "fused_crossentropy"). The same file gives the model
+# two metrics, LanguageCrossEntropy and LanguagePerplexity, of which the benchmarks' scripts know nothing; Composer
+# updates them after every micro-batch (trainer.py, `_train_microbatch`).
+COMPOSER = replace(
+    TORCHTITAN, name="Composer", fsdp_copies=False, attention_speed=0.53, fused_loss=True, loss="logits", metrics=2,
+)  # fmt: skip
 HUGGING_FACE = Software(
     "Hugging Face eager", HOST["torch"], "none", main_grads=0, dp_overlap=True, fused_accumulation=False,
     vocab_parallel=False, norm_clip=False, optimizer="none", tp_async=False, p2p_overlap=False, reduce_bytes=4,

@@ -101,6 +101,20 @@ def test_a_loss_that_is_spelled_out_goes_over_the_logits_in_passes(tp: int) -> N
         assert more == pytest.approx((passes + small - 1) * costs.op + calls)
 
 
+def test_metrics_are_cross_entropies_once_more_after_the_loss() -> None:
+    """14 bytes a logit each: 16 bits read, 32 written, and those once over."""
+    graph = traced("bfloat16").at_batch(2)
+    local = local_step(graph, ParallelPlan(global_batch=2, precision="bf16"), SEQ, VOCAB, True)
+    found = pieces(graph)
+    none, two = (
+        Kernels(local, Software("test", HOST["torch"], fused_loss=True, loss="logits", metrics=n)) for n in (0, 2)
+    )
+    plain, logged = none.forward(found.forward["last"]), two.forward(found.forward["last"])
+    new = [x.shape for x in logged if x not in plain and x.shape is not None]
+    assert sum(s.bytes_read + s.bytes_written for s in new if len(s.out_shapes[0]) > 1) == 2 * 14 * 2 * SEQ * VOCAB
+    assert none.backward(found.backward["last"]) == two.backward(found.backward["last"])
+
+
 def test_linear_layers_cost_the_host_of_transformer_engine_more_in_forward() -> None:
     """Four of them in a block; the rest of a call is in the launch, the function at a border, the module and views."""
     graph, found = traced("bfloat16").at_batch(4), pieces(traced("bfloat16").at_batch(4))
