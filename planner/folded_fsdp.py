@@ -37,20 +37,17 @@ def fsdp_step(c: Context, lane: Lane) -> None:
     out = {w: _copied(c, elements[w] * own, elements[w] * own, n * (2 if w in gather else 1)) for w, n in times.items()}
     into = {w: _copied(c, elements[w] * own, elements[w] * reduced, n) for w, n in times.items()}
     first, last = c.parts.by_where["first"], c.parts.by_where["last"]
-    slowed = {b: _lost(c, gather, own, "all_gather", b) for b in (False, True)}
-    scattering = _lost(c, scatter, reduced, "reduce_scatter", True)
+    forward, backward = (_with_loss(c, gather, own, "all_gather", b) for b in (False, True))
+    scattered = _with_loss(c, scatter, reduced, "reduce_scatter", True)
     reduces: list[int] = []
     for _ in range(plan.micro_batches):
         ready = lane.message("gather root", "all_gather", whole[0], [lane.free])
         lane.busy("copy out root", "copy", out["first"] + out["last"], [ready])
         lane.run("F first", "forward", first.forward.run)
-        ends = _passes(c, lane, blocks, gather, slowed[False], out, {}, False)
+        _passes(c, lane, blocks, forward, out, {}, {})
         lane.run("F last", "forward", last.forward.run)
         lane.run("B last", "backward", last.backward.run)
-        ends = _passes(c, lane, blocks[::-1], gather, slowed[True], out, into, True)
-        for end, where in zip(ends, blocks[::-1]):
-            reduces.append(lane.message("scatter", "reduce_scatter", scatter[where], [end]))
-            lane.busy("slowed", "backward", scattering[where])
+        reduces += _passes(c, lane, blocks[::-1], backward, out, into, scattered)
         lane.run("B first", "backward", first.backward.run)
         lane.busy("copy in root", "copy", into["first"] + into["last"])
         reduces.append(lane.message("scatter root", "reduce_scatter", whole[1], [lane.free]))
@@ -69,13 +66,17 @@ def _message(c: Context, kind: str, where: Where, element: int, times: int) -> f
     return c.message(kind, (part.elements - part.experts) * element, "dp", times=times) + apart
 
 
-def _lost(c: Context, seconds: dict[Where, float], element: int, kind: str, backward: bool) -> dict[Where, float]:
-    """Seconds that a block takes longer beside the message of one like it, by kind of block."""
+def _with_loss(
+    c: Context, seconds: dict[Where, float], element: int, kind: str, backward: bool
+) -> dict[Where, tuple[float, float]]:
+    """Seconds of a block's message and the share of them that a block like it loses beside it, by kind of block; none
+    where messages do not run beside kernels."""
     found = {}
     for where, length in seconds.items():
         part = c.parts.by_where[where]
         other = beside(c.cluster, kind, part.elements * element, Groups(c.plan).ranks("dp"), length)
-        found[where] = length * lost(c.cluster, [(part.backward if backward else part.forward, 1)], other)
+        share = lost(c.cluster, [(part.backward if backward else part.forward, 1)], other)
+        found[where] = length, share if c.software.dp_overlap else 0.0
     return found
 
 
@@ -91,19 +92,26 @@ def _copied(c: Context, read: int, written: int, times: int) -> float:
 
 
 def _passes(
-    c: Context, lane: Lane, blocks: list[Where], gather: dict[Where, float], slowed: dict[Where, float],
-    out: dict[Where, float], into: dict[Where, float], backward: bool,
+    c: Context, lane: Lane, blocks: list[Where], gather: dict[Where, tuple[float, float]], out: dict[Where, float],
+    into: dict[Where, float], scatter: dict[Where, tuple[float, float]],
 ) -> list[int]:  # fmt: skip
-    """One pass; block i + 1 is gathered while block i computes. slowed: seconds that this costs the pass. out, into:
-    seconds of copies before and after a block. Returns the task that ends each block."""
+    """One pass; block i + 1 is gathered while block i computes, and backward (which scatters) hands on the gradients of
+    block i meanwhile. gather, scatter: seconds, and the share of them that kernels beside lose. out, into: seconds of
+    copies before and after a block. Returns the messages of gradients."""
     ends: list[int] = []
+    sent: list[int] = []
+    overlapped = c.software.dp_overlap
     for i, where in enumerate(blocks):
         part = c.parts.by_where[where]
+        seconds, lost = gather[where]
         after = ends[i - AHEAD] if i >= AHEAD else lane.free if not ends else ends[0]
-        ready = lane.message("gather", "all_gather", gather[where], [after if i else lane.free])
-        lane.busy("slowed", "wait", slowed[where])
-        run = (part.backward if backward else part.forward).run
+        ready = lane.message("gather", "all_gather", seconds, [after if i and overlapped else lane.free], lost)
+        run = (part.backward if scatter else part.forward).run
         lane.busy("copy out", "copy", out[where], [ready])
-        end = lane.run("B" if backward else "F", "backward" if backward else "forward", run)
+        end = lane.run("B" if scatter else "F", "backward" if scatter else "forward", run)
         ends.append(lane.busy("copy in", "copy", into[where]) if into.get(where) else end)
-    return ends
+        if scatter:
+            sent.append(lane.message("scatter", "reduce_scatter", scatter[where][0], [ends[-1]], scatter[where][1]))
+            if not overlapped:
+                lane.busy("wait", "wait", 0.0, sent[-1:])
+    return sent

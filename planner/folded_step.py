@@ -75,14 +75,14 @@ class Context:
         return cost.seconds
 
     def lost(self, kind: str, size: float, axis: str, seconds: float, chunk: Chunk, backward: bool) -> float:
-        """Seconds that a pass through a chunk takes longer because this message of `seconds` runs beside it."""
+        """Share of the time of this message of `seconds` that a pass through a chunk loses beside it."""
         other = beside(self.cluster, kind, size, Groups(self.plan).ranks(axis), seconds)
         key = chunk, backward, other
         if key not in self.losses:
             parts = [(self.parts.by_where[where], count) for where, count in chunk.parts]
             chosen = [(part.backward if backward else part.forward, count) for part, count in parts]
             self.losses[key] = lost(self.cluster, chosen, other)
-        return self.losses[key] * seconds
+        return self.losses[key]
 
     def kernel(self, name: str, read: float, written: float, elements: float) -> float:
         flat = ((int(elements),),)
@@ -120,22 +120,41 @@ class Lane:
         self.queue = tasks.resource(f"stage {stage} messages", rank=stage, kind="communication")
         self.free = -1  # task after which the device is free
         self.host = -1  # task after which the host thread is free
+        self.beside: list[list[float]] = []  # of messages under way: share of the time that kernels lose, seconds left
 
     def run(self, label: str, category: str, run: Run, waits: Sequence[int] = (), synced: bool = False) -> int:
-        """A run of kernels; `synced`: the host waits for the device before it issues the first one."""
+        """A run of kernels, longer by what it loses beside messages under way; `synced`: the host waits for the device
+        before it issues the first one."""
+        self.free = self._issued(label, category, run, waits, synced)
+        if self.beside:
+            self.busy("slowed", category, self._lost(run.device))
+        return self.free
+
+    def _issued(self, label: str, category: str, run: Run, waits: Sequence[int], synced: bool) -> int:
         deps = [t for t in (self.free, *waits) if t >= 0]
         if synced:
-            self.free = self.host = self.tasks.task(label, category, max(run.alone, 0.0), self.device, deps)
-            return self.free
+            self.host = self.tasks.task(label, category, max(run.alone, 0.0), self.device, deps)
+            return self.host
         kernels = self.tasks.task(label, category, run.device, self.device, deps)
         if run.host < LIGHT_HOST * run.device:
-            self.free = kernels
             return kernels
         issued = [self.host] if self.host >= 0 else []
         tail = self.tasks.task(f"{label} issued", "host", max(run.tail, 0.0), -1, issued, 0.0)
         self.host = self.tasks.task(f"{label} host", "host", run.host, -1, issued, 0.0)
-        self.free = self.tasks.task(f"{label} done", "host", 0.0, -1, [kernels, tail], 0.0, self.stage)
-        return self.free
+        return self.tasks.task(f"{label} done", "host", 0.0, -1, [kernels, tail], 0.0, self.stage)
+
+    def _lost(self, seconds: float) -> float:
+        """How much longer kernels of so many seconds take beside the messages under way, which pass meanwhile."""
+        more = 0.0
+        while seconds > 0 and self.beside:
+            share, left = self.beside[0]
+            both = min(left, seconds / (1 - share))
+            more += share * both
+            seconds -= (1 - share) * both
+            self.beside[0][1] = left - both
+            if both == left:
+                self.beside.pop(0)
+        return more
 
     def busy(self, label: str, category: str, seconds: float, waits: Sequence[int] = ()) -> int:
         """Device seconds that no host thread limits."""
@@ -143,8 +162,10 @@ class Lane:
         self.free = self.tasks.task(label, category, seconds, self.device, deps)
         return self.free
 
-    def message(self, label: str, kind: str, seconds: float, after: Sequence[int] = ()) -> int:
-        """A message beside the device's work."""
+    def message(self, label: str, kind: str, seconds: float, after: Sequence[int] = (), lost: float = 0.0) -> int:
+        """A message beside the device's work. lost: share of its time that kernels which run meanwhile lose."""
+        if lost > 0:
+            self.beside.append([lost, seconds])
         return self.tasks.task(label, kind, seconds, self.queue, [t for t in after if t >= 0])
 
 
@@ -219,24 +240,24 @@ class _StageRunner:
         plan = self.c.plan
         if self.overlapped and plan.data_parallel in ("zero1", "zero2"):
             for c, chunk in enumerate(self.own):
-                seconds, slowed = self._data("all_gather", chunk, 2, self.own[0], False)
-                self.gathers[c] = self.lane.message("gather parameters", "all_gather", seconds)
-                if c:  # the first chunk cannot begin before it is whole
-                    self.lane.busy("slowed", "forward", slowed)
+                seconds, lost = self._data("all_gather", chunk, 2, self.own[0], False)
+                lost = lost if c else 0.0  # the first chunk cannot begin before it is whole
+                self.gathers[c] = self.lane.message("gather parameters", "all_gather", seconds, lost=lost)
 
     def _data(
         self, kind: str, chunk: Chunk, element: int, beside: Chunk, backward: bool, share: float = 1.0
     ) -> tuple[float, float]:
-        """Seconds of a data-parallel message over a share of a chunk's parameters, and by how much it slows the pass
-        beside it; experts are shared by fewer ranks."""
+        """Seconds of a data-parallel message over a share of a chunk's parameters, and the share of them that a pass
+        beside it loses; experts are shared by fewer ranks."""
         dense, experts = self.c.elements(chunk)
         own = (element if self.c.plan.precision in SIXTEEN else 4) * share
         sizes = {"dp": dense * own}
         if experts and self.c.plan.expert_replicas > 1:
             sizes["edp"] = experts * own
         seconds = {axis: self.c.message(kind, size, axis, self.lane.stage) for axis, size in sizes.items()}
-        slowed = [self.c.lost(kind, sizes[axis], axis, seconds[axis], beside, backward) for axis in sizes]
-        return sum(seconds.values()), sum(slowed)
+        lost = sum(seconds[x] * self.c.lost(kind, sizes[x], x, seconds[x], beside, backward) for x in sizes)
+        total = sum(seconds.values())
+        return total, lost / total if total else 0.0
 
     def step(self, step: Step) -> None:
         plan, software = self.c.plan, self.c.software
@@ -310,10 +331,9 @@ class _StageRunner:
 
     def _reduce(self, chunk: Chunk, share: float) -> None:
         kind = "all_reduce" if self.c.plan.data_parallel == "ddp" else "reduce_scatter"
-        seconds, slowed = self._data(kind, chunk, self.c.software.reduce_bytes, chunk, True, share)
-        self.reduces.append(self.lane.message("reduce gradients", kind, seconds, [self.lane.free]))
-        if self.overlapped:
-            self.lane.busy("slowed", "backward", slowed)
+        seconds, lost = self._data(kind, chunk, self.c.software.reduce_bytes, chunk, True, share)
+        lost = lost if self.overlapped else 0.0
+        self.reduces.append(self.lane.message("reduce gradients", kind, seconds, [self.lane.free], lost))
 
     def end(self) -> None:
         """After the backwards: messages that nothing hides, the tied embedding, the optimizer."""

@@ -185,12 +185,11 @@ def _replicas(w: _Whole, tasks: ProgramBuilder) -> None:
 
 def _hand_over(w: _Whole, lane: Lane, size: int, rest: Sequence[Priced]) -> int:
     """The message of gradients that are finished, and what the rest of backward loses beside it."""
-    seconds = w.message("all_reduce", size)
-    sent = lane.message("gradients", "all_reduce", seconds, [lane.free])
+    seconds, share = w.message("all_reduce", size), 0.0
     if w.sharing.exchange == "all_reduce":
         other = beside(w.cluster, "all_reduce", size, Groups(w.plan).ranks("dp"), seconds)
-        lane.busy("slowed", "backward", seconds * lost(w.cluster, [(part, 1.0) for part in rest], other))
-    return sent
+        share = lost(w.cluster, [(part, 1.0) for part in rest], other)
+    return lane.message("gradients", "all_reduce", seconds, [lane.free], share)
 
 
 def _divided_layer(w: _Whole, path: str) -> list[tuple[str, float]]:

@@ -28,11 +28,12 @@ from planner.folded_model import FoldedModel, chunks_of
 from planner.folded_overlap import exposed, neighbour
 from planner.folded_parts import parts_of
 from planner.folded_pieces import pieces
-from planner.folded_step import Context, program_of
+from planner.folded_step import Context, Lane, program_of
 from planner.lower import lower
 from planner.plan import ParallelPlan, check_executable, plan_from_dict
 from planner.predict import predict
 from planner.software import HOST, Software
+from simulator import ProgramBuilder
 
 SEQ, HIDDEN, VOCAB, LAYERS = 256, 512, 1024, 8
 SHAPE = Shape(3, HIDDEN, 8, 8, 4 * HIDDEN, SEQ, VOCAB, dtype="bfloat16", attention="math")
@@ -375,9 +376,46 @@ def test_messages_beside_compute_slow_it(monkeypatch: pytest.MonkeyPatch) -> Non
             shapes, times = zip(*kernels[w].kernels)
             slowed += counts[w] * sum(t * x for t, x in zip(times, slowdowns(cluster().device, shapes, times, other)))
         expected.append(seconds * (1 - alone / slowed))
-    assert len(found) > 1 and found == pytest.approx(expected, rel=1e-9) and min(found) > 0
+    # The first passes beside the kernels that follow it, all of it; those that are under way at the end lose less.
+    assert len(found) > 1 and min(found) > 0
+    assert expected[0] * (1 - 1e-9) <= sum(found) <= sum(expected) * (1 + 1e-9)
     one = step(global_batch=16, micro_batches=4).step_seconds
-    assert step(global_batch=128, micro_batches=4, dp=8).step_seconds >= one + sum(expected[:-1])
+    assert step(global_batch=128, micro_batches=4, dp=8).step_seconds >= one + sum(found)
+
+
+def test_kernels_lose_only_while_a_message_is_under_way() -> None:
+    lane = Lane(ProgramBuilder(), 0)
+    lane.message("a", "all_reduce", 1.0, lost=0.25)
+    lane.message("b", "all_reduce", 2.0, lost=0.5)
+    lane.message("free", "send", 9.0)
+    assert lane._lost(0.6) == pytest.approx(0.2)  # 0.8 s beside the first, of which 0.2 are lost
+    assert lane._lost(0.4) == pytest.approx(0.05 + 0.25)  # 0.2 s beside the rest of it, 0.5 s beside the second
+    assert lane._lost(10.0) == pytest.approx(0.75) and not lane.beside  # 1.5 s are left, the rest is alone
+    assert lane._lost(10.0) == 0.0
+
+
+@pytest.mark.parametrize("axes", [{"pp": 4}, {"pp": 4, "vpp": 2}, {"pp": 2, "data_parallel": "zero1"}])
+@pytest.mark.parametrize("rate", [1e8, 5e9])
+def test_overlapping_the_gradients_of_a_pipeline_never_costs_more(axes: dict[str, Any], rate: float) -> None:
+    """Nothing runs beside a stage's last gradients in a pipeline, however slow the network is."""
+    slow = replace(cluster(), inter=replace(cluster().inter, bandwidth=rate), devices_per_node=1, nodes=64, cache={})
+    chosen = plan(dp=4, global_batch=4 * 4 * 8, micro_batches=8, **axes)
+    late = replace(FAST_HOST, dp_overlap=False)
+    seconds = [predict_folded(model(), chosen, slow, s).step_seconds for s in (FAST_HOST, late)]
+    assert seconds[0] <= seconds[1] * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("rate", [1e9, 25e9])
+def test_fsdp_without_overlap_waits_for_each_message(rate: float) -> None:
+    slow = replace(cluster(), inter=replace(cluster().inter, bandwidth=rate), devices_per_node=1, nodes=64, cache={})
+    chosen = plan(dp=8, global_batch=8 * 4, micro_batches=1, data_parallel="fsdp")
+    on, off = (
+        predict_folded(model(), chosen, slow, replace(FAST_HOST, dp_overlap=overlap)) for overlap in (True, False)
+    )
+    assert on.step_seconds < off.step_seconds
+    messages = sum(seconds for what, seconds in off.device.items() if what.startswith("dp "))
+    kernels = sum(off.device.values()) - messages
+    assert off.step_seconds == pytest.approx(messages + kernels + FAST_HOST.host.step, rel=0.01)
 
 
 def context_of(own: ParallelPlan, software: Software = FAST_HOST) -> Context:
