@@ -6,6 +6,7 @@ the others.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import ceil, exp, log
@@ -22,6 +23,13 @@ from costmodels.price import Source
 from costmodels.sharing import Firsts, shared_group, slowed_by_likes
 
 KINDS = ("all_reduce", "all_gather", "reduce_scatter", "broadcast", "reduce", "send", "all_to_all", "barrier")
+_SPELLED = {
+    "allreduce": "all_reduce", "allgather": "all_gather", "reducescatter": "reduce_scatter", "broadcast": "broadcast",
+    "bcast": "broadcast", "reduce": "reduce", "send": "send", "sendrecv": "send", "p2p": "send", "sendreceive": "send",
+    "pointtopoint": "send", "alltoall": "all_to_all", "a2a": "all_to_all", "barrier": "barrier",
+}  # fmt: skip
+_AROUND = r"^nccl|(intotensor|tensor|base|single|perf)$"  # NCCL's prefix, torch's suffixes, nccl-tests' programs
+BARRIER_BYTES = 4.0  # a barrier of torch's backends is an all_reduce of one number
 FORMULA_ERROR = 0.25  # gloo formulas with an assumed loopback: ASSUMPTION
 
 
@@ -37,6 +45,18 @@ class CollectivePrice:
     error: float
     algorithm: str = ""
     protocol: str = ""
+
+
+def kind_named(text: str) -> str:
+    """The kind of `KINDS` that a usual spelling stands for; ValueError where there is none.
+
+    >>> [kind_named(name) for name in ("AllReduce", "all-gather", "reduce_scatter_tensor", "sendrecv_perf", " a2a ")]
+    ['all_reduce', 'all_gather', 'reduce_scatter', 'send', 'all_to_all']
+    """
+    plain = re.sub(r"[^a-z0-9]", "", text.lower())
+    if found := _SPELLED.get(plain) or _SPELLED.get(re.sub(_AROUND, "", plain)):
+        return found
+    raise ValueError(f"'{text.strip()}' is no known collective; use one of {', '.join(KINDS)}")
 
 
 def collective_price(
@@ -108,6 +128,8 @@ def _price(
         raise ValueError(f"'{kind}' is no known collective; use one of {', '.join(KINDS)}")
     if nbytes < 0:
         raise ValueError(f"a {kind} of {nbytes:g} bytes; the size must be 0 or more")
+    if kind == "barrier":
+        nbytes = BARRIER_BYTES
     if len(ranks) < 2 or (len(ranks) < 64 and len(set(ranks)) < 2):
         return CollectivePrice(0.0, 0.0, "measured", 0.0)
     if cluster.groups:

@@ -167,10 +167,14 @@ def _prices(
     name: str, backend: str | None, op: str, ranks: str | None, algorithm: str, out: Path | None, json: bool
 ) -> None:
     from costmodels.cluster import load_cluster
+    from costmodels.collectives import kind_named
     from costmodels.mixed_nodes import over
     from validation.collective_table import group_on, measured_on
     from validation.collective_table import table as prices
 
+    op = kind_named(op)
+    if out and op == "barrier":
+        raise ValueError("a barrier carries no bytes, so that there is nothing to draw; leave --out out")
     cluster = over(load_cluster(name), backend)
     group = group_on(cluster, 2 if op == "send" and ranks is None else ranks)
     rows = prices(cluster, op, group, algorithm=algorithm)

@@ -9,6 +9,7 @@ from pathlib import Path
 from costmodels.cluster import Cluster, Fabric, Link, machine_tables
 from costmodels.device import Device, load_device, on_machine
 from costmodels.names import device_named
+from costmodels.nccl_fabric import family_of
 from validation.cases import Case, CaseError
 from validation.cases_device import device_file, this_machine
 from validation.link_words import LINKS, about_network, cube_mesh, divided, network_named, nics_of, of_a_node
@@ -125,6 +126,9 @@ def _inside(device: Device, text: str, together: int) -> Link:
         rate = float(stated[1]) * GB  # of PCIe one direction is quoted
     elif generation := re.search(r"pci(?:e|-e|express)?[ -]*(?:gen(?:eration)?[ .]*)?([1-6])(?:\.0)?\b", low):
         rate = min(rate, PCIE[generation[1]])
+    family = family_of(device.name)
+    if family and family.wires == "host":  # no peer-to-peer: their law of collectives holds what neighbours leave
+        return Link("PCIe", rate, LATENCY_INSIDE, "device file or the row")
     return Link("PCIe", rate * PCIE_SHARED, LATENCY_INSIDE, "device file or the row, shared switch assumed")
 
 

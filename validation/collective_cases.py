@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 from costmodels import tomlfile as toml
 from costmodels.cluster import Cluster, Fabric, Link
+from costmodels.collectives import kind_named
 from costmodels.device import CATALOGUE, Device, load_device
 from costmodels.names import names, plain
 from costmodels.nccl_fabric import REFERENCE_CROSSING, REFERENCE_HOP, Family, family_of, network_of
@@ -23,7 +24,6 @@ from validation.cases_cluster import published_device
 from validation.link_words import about_network, cube_mesh, network_named, nics_of, of_a_node
 
 SWEEPS = CATALOGUE / "collectives" / "nccl_sweeps.toml"
-KIND = {"sendrecv": "send", "alltoall": "all_to_all", "send_recv": "send", "p2p": "send", "allreduce": "all_reduce"}
 # Host time of a call that is inside a measurement by torch instead of nccl-tests: eager torch adds 20 to 40 us
 # (shared/facts/communication.md A6); back-to-back calls hide part of it.
 TORCH_HOST = 20e-6
@@ -43,6 +43,7 @@ OWN_NICS = r"(?:CX-?8|ConnectX-8) as (?:the )?(?:PCIe )?switch"
 # Rate of two host-staged devices on different sockets over that of two on one switch: 3.75 / 2.24 GB/s, RTX 4090,
 # shared/facts/communication.md A1: EMPIRICAL
 OWN_UPLINK = 1.67
+MOST = 1_000_000  # devices or nodes of a configuration; more is a slip
 NVLINK = {"1": 8e10, "2": 1.5e11, "3": 3e11, "4": 4.5e11, "5": 9e11}  # bytes/s of a device by NVLink generation
 
 
@@ -92,24 +93,41 @@ def by_config(rows: Iterable[dict[str, str]]) -> dict[str, list[dict[str, str]]]
     """Rows of each config_id, in the order of the file."""
     found: dict[str, list[dict[str, str]]] = {}
     for row in rows:
-        found.setdefault(row["config_id"], []).append(row)
+        found.setdefault(row["config_id"].strip(), []).append(row)
     return found
 
 
 def sweep_from(config_id: str, rows: list[dict[str, str]]) -> Sweep:
     """A sweep from its CSV rows, sorted by bytes; a ValueError says which cell is no number."""
     first = rows[0]
-    try:
-        points = sorted((float(r["bytes"]), float(r["time_us"]) * 1e-6) for r in rows)
-        gpus, nodes = int(float(first["num_gpus"])), int(float(first["num_nodes"]))
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{config_id}: a cell is missing or no number ({error})") from None
+    points = sorted((number_of(r, "bytes"), number_of(r, "time_us") * 1e-6) for r in rows)
+    gpus, nodes = whole_of(first, "num_gpus"), whole_of(first, "num_nodes")
     if min(p[1] for p in points) <= 0 or min(p[0] for p in points) <= 0:
-        raise ValueError(f"{config_id}: bytes and time_us must be more than 0")
+        raise ValueError("bytes and time_us must be more than 0")
     words = [first.get(key) or "" for key in ("gpu", "interconnect", "collective", "source", "notes")]
     gpu, wires, what, source, notes = words
     sizes, times = tuple(p[0] for p in points), tuple(p[1] for p in points)
     return Sweep(config_id, gpu, gpus, nodes, wires, what, sizes, times, source, notes)
+
+
+def number_of(row: dict[str, str], name: str) -> float:
+    """A number of a row, 0 where it is not said; ValueError where the cell is none, negative or out of any range."""
+    text = (row.get(name) or "").strip() or "0"
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < 1e18:
+        raise ValueError(f"column {name} is '{text}'; a number, 0 or more, is needed")
+    return value
+
+
+def whole_of(row: dict[str, str], name: str, default: int = 0) -> int:
+    """A whole number from 1; `default` where the cell is blank."""
+    value = number_of(row, name) or default
+    if not 1 <= value <= MOST or value != int(value):
+        raise ValueError(f"column {name} is '{row.get(name) or ''}'; a whole number from 1 to {MOST:,} is needed")
+    return int(value)
 
 
 def catalogue_sweeps() -> list[Sweep]:
@@ -125,9 +143,9 @@ def sweeps_data(sweeps: Iterable[Sweep]) -> dict[str, Any]:
 
 def setup_of(sweep: Sweep) -> Setup:
     """The cluster, group and algorithm of a sweep; ValueError with the reason where it cannot be priced."""
-    kind = KIND.get(sweep.collective.lower(), sweep.collective.lower())
-    if kind not in ("all_reduce", "all_gather", "reduce_scatter", "broadcast", "reduce", "send", "all_to_all"):
-        raise ValueError(f"collective '{sweep.collective}' has no model")
+    kind = kind_named(sweep.collective)
+    if kind == "barrier":
+        raise ValueError("a barrier has no bytes to sweep; leave it out")
     if sweep.num_gpus < 2 or sweep.num_nodes < 1 or sweep.num_gpus % sweep.num_nodes:
         raise ValueError(f"{sweep.num_gpus} GPUs on {sweep.num_nodes} nodes: two or more, equally spread, are needed")
     text = f"{sweep.interconnect} {sweep.notes}"

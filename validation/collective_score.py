@@ -48,12 +48,19 @@ def read_sweeps(path: Path) -> tuple[list[Sweep], dict[str, str]]:
     sweeps, skipped = [], {}
     for config_id, rows in by_config(read_rows(path)).items():
         try:
+            check_name(config_id)
             sweep = sweep_from(config_id, rows)
             setup_of(sweep)
             sweeps.append(sweep)
         except ValueError as error:
-            skipped[config_id] = str(error).removeprefix(f"{config_id}: ")
+            skipped[config_id] = str(error)
     return sweeps, skipped
+
+
+def check_name(config_id: str) -> None:
+    """ValueError where rows say not to which configuration they belong."""
+    if not config_id:
+        raise ValueError("config_id is blank; give the rows of one configuration one name")
 
 
 def score_file(
@@ -138,12 +145,13 @@ def score_tcp(rows: list[dict[str, str]]) -> tuple[list[Scored], dict[str, str]]
     found, skipped = [], {}
     for config_id, mine in by_config(rows).items():
         try:
+            check_name(config_id)
             points = tcp_points(mine)
         except ValueError as error:
             skipped[config_id] = str(error)
             continue
         first = mine[0]
-        what = f"{first['collective']}, {first['backend']}, {first['num_nodes']} nodes"
+        what = ", ".join(first[c].strip() for c in ("collective", "backend", "num_nodes")) + " nodes"
         found.append(Scored(config_id, what, *points, "in sample" if any(map(in_sample, mine)) else "formula"))
     return found, skipped
 

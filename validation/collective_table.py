@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from costmodels.cluster import Cluster
-from costmodels.collectives import KINDS, collective_price
+from costmodels.collectives import collective_price
 from costmodels.nccl_fabric import family_of
 from validation.collective_cases import Sweep, catalogue_sweeps, setup_of
 
@@ -23,9 +23,11 @@ def bus_factor(kind: str, ranks: int) -> float:
 def table(
     cluster: Cluster, kind: str, ranks: Sequence[int], sizes: Sequence[float] = SIZES, algorithm: str = ""
 ) -> list[dict[str, Any]]:
-    """A row for each size: bytes, algorithm, protocol, seconds, algbw and busbw (bytes/s), interval (seconds)."""
-    if kind not in KINDS:
-        raise ValueError(f"'{kind}' is no known collective; use one of {', '.join(KINDS)}")
+    """A row for each size: bytes, algorithm, protocol, seconds, algbw and busbw (bytes/s), interval (seconds). A
+    barrier carries nothing and has one row."""
+    if kind == "send" and len(set(ranks)) > 2:
+        raise ValueError(f"a send has two ends, not {len(set(ranks))}; give --ranks 2, or two ranks such as 0,8")
+    sizes = (0.0,) if kind == "barrier" else sizes
     factor = bus_factor(kind, len(ranks))
     rows = []
     for size in sizes:
@@ -55,7 +57,7 @@ def group_on(cluster: Cluster, wanted: int | str | None) -> tuple[int, ...]:
     if text.isdigit():
         size = int(text)
         if not 2 <= size <= cluster.size:
-            raise ValueError(f"a group of {size} on {cluster.size} devices; give --ranks between 2 and {cluster.size}")
+            raise ValueError(f"a group of {size} on {cluster.size} device(s); {_sizes_of(cluster)}")
         return tuple(range(size))
     found: list[int] = []
     for part in text.split(","):
@@ -71,6 +73,13 @@ def group_on(cluster: Cluster, wanted: int | str | None) -> tuple[int, ...]:
             f"--ranks {wanted} names {len(ranks)} rank(s); a group has two or more of 0 to {cluster.size - 1}"
         )
     return ranks
+
+
+def _sizes_of(cluster: Cluster) -> str:
+    """Which groups a cluster has."""
+    if cluster.size < 2:
+        return "a collective needs two devices, so take a cluster of more"
+    return f"give --ranks between 2 and {cluster.size}"
 
 
 def measured_on(cluster: Cluster, kind: str, ranks: Sequence[int]) -> list[Sweep]:

@@ -7,9 +7,10 @@ from __future__ import annotations
 import re
 
 from costmodels.cluster import LOOPBACK, Cluster, Fabric, Link
-from costmodels.collectives import collective_price
+from costmodels.collectives import collective_price, kind_named
 from costmodels.device import Device
 from costmodels.nccl_fabric import REFERENCE_HOP, family_of
+from validation.collective_cases import number_of, whole_of
 from validation.link_words import about_network, network_named, nics_of, of_a_node
 
 # AWS p3.2xlarge without shaping: up to 10 Gbit/s, one flow 5 Gbit/s (both from the provider's pages); NCCL's rings
@@ -29,7 +30,7 @@ TAKEN_FROM = {
     ("gloo", "all_reduce", 16): "LATENCY_SHARE",
     ("gloo", "reduce", 8): "REDUCE_LATENCY_SHARE",
     ("gloo", "reduce", 16): "REDUCE_LATENCY_SHARE",
-    ("gloo", "sendrecv", 2): "WINDOW",
+    ("gloo", "send", 2): "WINDOW",
     ("nccl", "all_reduce", 8): "SOCKET_SHARE, NCCL_SHARE",
     ("nccl", "broadcast", 16): "SOCKET_STARTS",
     ("nccl", "reduce", 4): "SOCKET_STARTS, NCCL_SHARE",
@@ -45,10 +46,12 @@ def in_sample(row: dict[str, str]) -> str:
     words = f"{row.get('source') or ''} {row.get('hardware') or ''}"
     if not any(word in words for word in CAMPAIGN):
         return ""
-    where = (row.get("backend") or "", row["collective"], _whole(row, "num_nodes", 1))
-    return TAKEN_FROM.get(where, "") if _whole(row, "gpus_per_node", 1) == 1 else ""
+    where = ((row.get("backend") or "").strip().lower(), exchange_of(row), whole_of(row, "num_nodes", 1))
+    return TAKEN_FROM.get(where, "") if whole_of(row, "gpus_per_node", 1) == 1 else ""
 
 
+# Of a step: NCCL's all_reduce, and what goes to a parameter server and back.
+EXCHANGES = ("all_reduce_step", "ps_central", "ps_sharded")
 Points = tuple[tuple[float, ...], tuple[float, ...], tuple[float, ...], tuple[str, ...]]
 
 
@@ -56,7 +59,7 @@ def tcp_points(rows: list[dict[str, str]]) -> Points:
     """Bytes, measured and predicted seconds, and what was assumed, of all points of one configuration."""
     found = []
     for row in rows:
-        size, seconds = _number(row, "bytes"), _number(row, "time_us") * 1e-6
+        size, seconds = number_of(row, "bytes"), number_of(row, "time_us") * 1e-6
         if not size or not seconds:
             raise ValueError("bytes and time_us must be more than 0")
         predicted, way = _price(row, size)
@@ -68,10 +71,10 @@ def tcp_points(rows: list[dict[str, str]]) -> Points:
 def cluster_of(row: dict[str, str]) -> Cluster:
     """Nodes on the link that the row describes; the devices of a node share its port."""
     backend = (row.get("backend") or "").strip().lower()
-    nodes, each = _whole(row, "num_nodes"), _whole(row, "gpus_per_node", 1)
+    nodes, each = whole_of(row, "num_nodes"), whole_of(row, "gpus_per_node", 1)
     if backend not in ("gloo", "nccl"):
         raise ValueError(f"backend '{backend}' has no model; gloo and nccl have")
-    delay, shaped = _number(row, "delay_ms") * 1e-3, _number(row, "bandwidth_gbps") * 1.25e8
+    delay, shaped = number_of(row, "delay_ms") * 1e-3, number_of(row, "bandwidth_gbps") * 1.25e8
     nccl, (port, _) = backend == "nccl", port_of(row)
     amazon = is_amazon(row)
     rate = shaped or port * (NCCL_SHARE if nccl and amazon else 1.0)
@@ -86,7 +89,7 @@ def is_amazon(row: dict[str, str]) -> bool:
     """Whether a row is of AWS, whose flows end at 5 Gbit/s. One that names neither hardware nor source and was not
     shaped is taken for the campaign that the schema was made for."""
     words = f"{row.get('hardware') or ''} {row.get('source') or ''}".strip()
-    return bool(re.search(AMAZON, words)) or not (words or _number(row, "bandwidth_gbps"))
+    return bool(re.search(AMAZON, words)) or not (words or number_of(row, "bandwidth_gbps"))
 
 
 def port_of(row: dict[str, str]) -> tuple[float, bool]:
@@ -95,7 +98,7 @@ def port_of(row: dict[str, str]) -> tuple[float, bool]:
     said = nics_of(words) if network_named(words) or re.search(r"(?i)b(?:it)?s?/s|bps", words) else None  # not memory
     if said is None or not said.rate:
         return PORT, not is_amazon(row)
-    count, rate = of_a_node(said, _whole(row, "gpus_per_node", 1), None)
+    count, rate = of_a_node(said, whole_of(row, "gpus_per_node", 1), None)
     return count * rate, False
 
 
@@ -110,23 +113,14 @@ def _inside(hardware: str, nccl: bool) -> tuple[Link, Fabric]:
     return Link(name, family.port, REFERENCE_HOP[family.wires]), "nvswitch" if name == "NVLink" else "mesh"
 
 
-def _number(row: dict[str, str], name: str) -> float:
-    """A number of a row, 0 where it is not said."""
-    text = (row.get(name) or "").strip() or "0"
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value < 1e18:
-        raise ValueError(f"column {name} is '{text}'; a number, 0 or more, is needed")
-    return value
-
-
-def _whole(row: dict[str, str], name: str, default: int = 0) -> int:
-    value = _number(row, name) or default
-    if value < 1 or value != int(value):
-        raise ValueError(f"column {name} is '{row.get(name) or ''}'; a whole number from 1 is needed")
-    return int(value)
+def exchange_of(row: dict[str, str]) -> str:
+    """A kind of collective, or an exchange of the gradients of a step."""
+    text = re.sub(r"[\s-]+", "_", row["collective"].strip().lower())
+    if text in EXCHANGES:
+        return text
+    if (kind := kind_named(text)) == "barrier":
+        raise ValueError("a barrier has no bytes to sweep; leave it out")
+    return kind
 
 
 def _price(row: dict[str, str], size: float) -> tuple[float, str]:
@@ -136,11 +130,9 @@ def _price(row: dict[str, str], size: float) -> tuple[float, str]:
     ranks = tuple(range(cluster.size))
     if len(ranks) < 2:
         raise ValueError("one node with one device sends nothing; two ranks or more are needed")
-    assumed = "" if _number(row, "bandwidth_gbps") or not port_of(row)[1] else " (10 Gb/s assumed)"
-    kind = {"sendrecv": "send", "alltoall": "all_to_all", "all_reduce_step": "all_reduce"}.get(
-        row["collective"], row["collective"]
-    )
-    if kind in ("ps_central", "ps_sharded"):
+    assumed = "" if number_of(row, "bandwidth_gbps") or not port_of(row)[1] else " (10 Gb/s assumed)"
+    kind = exchange_of(row).removesuffix("_step")
+    if kind in EXCHANGES:
         steps = ("reduce", "broadcast") if kind == "ps_central" else ("reduce_scatter", "all_gather")
         return sum(collective_price(cluster, k, size, ranks).seconds for k in steps), ", ".join(steps) + assumed
     price = collective_price(cluster, kind, size, ranks)

@@ -15,6 +15,7 @@ from costmodels.collectives import KINDS, collective_price
 from costmodels.nccl_fabric import across_of, family_of, group_of, network_of
 from costmodels.nccl_law import TUNER, Laws, shipped
 from costmodels.nccl_tuner import candidates
+from validation.collective_cases import catalogue_sweeps
 
 H200, B200 = load_cluster("dgx-h200"), load_cluster("dgx-b200")
 H100 = load_cluster("4x dgx-h100")
@@ -295,3 +296,11 @@ def test_one_rank_more_on_a_node_of_its_own_takes_its_own_nic_only(name: str, ra
     bound = 2**30 * ranks / (ranks + 1) / nic
     assert group.leaving == pytest.approx(ranks / (ranks + 1))
     assert bound < seconds < 2.5 * bound
+
+
+@pytest.mark.parametrize(("ranks", "config"), [(2, "RTX4090-2g1n-AR-b"), (4, "RTX4090-4g1n-AR")])
+def test_a_box_without_peer_to_peer_is_as_fast_as_its_sweeps(ranks: int, config: str) -> None:
+    """What staging costs is in the law of such devices, and once only."""
+    (sweep,) = (s for s in catalogue_sweeps() if s.config_id == config)
+    seconds = collective_price(load_cluster("rtx4090-pcie"), "all_reduce", sweep.bytes[-1], range(ranks)).seconds
+    assert seconds == pytest.approx(sweep.seconds[-1], rel=0.15)

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from costmodels import gloo
+from costmodels.cluster import load_cluster
 from costmodels.collectives import collective_price
 from costmodels.nccl import price
 from costmodels.nccl_fabric import group_of
@@ -20,6 +21,7 @@ from parplan.cli import main
 from validation import collective_score
 from validation.collective_cases import Sweep, catalogue_sweeps, setup_of
 from validation.collective_score import is_same, read_sweeps, score, score_file, without
+from validation.collective_table import group_on
 from validation.collective_tcp import in_sample, tcp_points
 from validation.fit_collectives import fit, points_of
 
@@ -100,7 +102,8 @@ def test_bridges_join_pairs_and_cube_meshes_have_their_wires(
     [
         (sweep("Mystery 9", 16, 2, "a wire"), "does not say"),
         (sweep("H100 SXM5 80GB", 16, 2, "Ethernet"), "does not say how fast"),
-        (sweep("H100 SXM5 80GB", 16, 2, "8x400Gb IB", "scan"), "'scan' has no model"),
+        (sweep("H100 SXM5 80GB", 16, 2, "8x400Gb IB", "scan"), "'scan' is no known collective; use one of"),
+        (sweep("H100 SXM5 80GB", 16, 2, "8x400Gb IB", "Barrier"), "no bytes to sweep"),
         (sweep("H100 SXM5 80GB", 15, 2, "8x400Gb IB"), "equally spread"),
         (sweep("H100 SXM5 80GB", 1, 1, "NVLink4"), "two or more"),
     ],
@@ -218,16 +221,24 @@ def test_files_are_scored_and_leftovers_listed(tmp_path: Path, known: list[Sweep
         f"{known[0].config_id},{known[0].gpu},8,1,NVLink5,all_reduce,1048576,30,0,s,n",
         "odd,Mystery 9,16,2,a wire,all_reduce,1024,20,0,s,n",
         "broken,H200 SXM 141GB,8,1,NVLink4,all_reduce,many,20,0,s,n",
+        "endless,H200 SXM 141GB,inf,1,NVLink4,all_reduce,1024,20,0,s,n",
+        "halves,H200 SXM 141GB,8.5,1,NVLink4,all_reduce,1024,20,0,s,n",
+        "nothing,H200 SXM 141GB,8,1,NVLink4,all_reduce,1024,nan,0,s,n",
+        " ,H200 SXM 141GB,8,1,NVLink4,all_reduce,1024,20,0,s,n",
+        f" {known[0].config_id} ,{known[0].gpu},8,1,NVLink5,All-Reduce,2097152,40,0,s,n",
     ]
     path.write_text(HEADER + "\n".join(rows) + "\n")
     scored, skipped = score_file(path)
     assert {s.config_id: s.constants for s in scored} == {"new": "shipped", known[0].config_id: "left out"}
-    assert set(skipped) == {"odd", "broken"} and skipped["broken"].startswith("a cell is missing or no number")
+    reasons = {"odd": "does not say", "broken": "bytes is 'many'", "endless": "num_gpus is 'inf'",
+               "halves": "num_gpus is '8.5'", "nothing": "time_us is 'nan'", "": "config_id is blank"}  # fmt: skip
+    assert skipped.keys() == reasons.keys() and all(said in skipped[name] for name, said in reasons.items())
+    assert scored[1].bytes == (2**20, 2**21)  # one name, two spellings of the collective
     data = collective_score.result(scored, skipped)
     new = data["configs"][0]
     small, large, summary = new["under_256KiB"], new["over_16MiB"], data["summary"]
     assert new["mape"] == pytest.approx((small["mape"] + large["mape"]) / 2) and "256KiB_16MiB" not in new
-    assert [summary[band]["n"] for band in ("under_256KiB", "256KiB_16MiB", "over_16MiB")] == [1, 1, 1]
+    assert [summary[band]["n"] for band in ("under_256KiB", "256KiB_16MiB", "over_16MiB")] == [1, 2, 1]
     assert summary["mape"] == pytest.approx(np.abs(np.concatenate([s.errors for s in scored])).mean())
     assert read_sweeps(path)[0][0].bytes == (1024, 1073741824)
 
@@ -342,7 +353,9 @@ def test_the_command_prices_a_cluster(tmp_path: Path, capsys: pytest.CaptureFixt
     [
         ([], "give either --cases"),
         (["--cluster", "dgx-h200", "--ranks", "9"], "--ranks between 2 and 8"),
-        (["--cluster", "dgx-h200", "--op", "sum"], "no known collective"),
+        (["--cluster", "dgx-h200", "--op", "sum"], "no known collective; use one of all_reduce, "),
+        (["--cluster", "dgx-h200", "--op", "send", "--ranks", "8"], "a send has two ends, not 8"),
+        (["--cluster", "dgx-h200", "--op", "barrier", "--out", "x.png"], "leave --out out"),
         (["--cluster", "dgx-a100", "--algorithm", "nvls"], "nvls is no algorithm of all_reduce among 8 ranks"),
         (["--cluster", "tpu-v5e-pod", "--algorithm", "ring"], "(a torus); use torus"),
         (["--cluster", "dgx-h100", "--op", "all_to_all", "--algorithm", "tree"], "; use pairwise"),
@@ -354,6 +367,28 @@ def test_bad_input_is_one_sentence(words: list[str], said: str, capsys: pytest.C
     assert main(["collectives", *words]) == 2
     printed = capsys.readouterr()
     assert said in printed.err and printed.err.count("\n") == 1 and printed.out == ""
+
+
+def test_any_spelling_of_a_collective_is_understood(capsys: pytest.CaptureFixture[str]) -> None:
+    found = []
+    for op in ("reduce_scatter", "ReduceScatter", "reduce-scatter", "reduce_scatter_tensor", "reduce_scatter_perf"):
+        assert main(["collectives", "--cluster", "dgx-h200", "--op", op, "--json"]) == 0
+        found.append(json.loads(capsys.readouterr().out))
+    assert found[0]["op"] == "reduce_scatter" and all(data == found[0] for data in found)
+
+
+def test_a_barrier_has_one_time(capsys: pytest.CaptureFixture[str]) -> None:
+    cluster = load_cluster("2x dgx-h100")
+    assert len({collective_price(cluster, "barrier", n, range(16)).seconds for n in (0.0, 8.0, 2.0**30)}) == 1
+    assert main(["collectives", "--cluster", "2x dgx-h100", "--op", "barrier", "--json"]) == 0
+    (only,) = json.loads(capsys.readouterr().out)["rows"]
+    assert only["bytes"] == 0 and only["interval"][0] < only["seconds"] < only["interval"][1]
+
+
+def test_one_device_has_no_group() -> None:
+    lone = replace(load_cluster("dgx-h100"), devices_per_node=1, cache={})
+    with pytest.raises(ValueError, match="a collective needs two devices"):
+        group_on(lone, None)
 
 
 def test_a_folder_takes_the_picture_and_the_numbers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -67,11 +67,20 @@ def test_a_port_that_was_not_shaped_is_what_the_words_say(hardware: str, rate: f
         ({"bandwidth_gbps": "-1"}, "bandwidth_gbps is '-1'"),
         ({"time_us": ""}, "more than 0"),
         ({"backend": ""}, "backend '' has no model"),
+        ({"collective": "scan"}, "'scan' is no known collective"),
+        ({"collective": "barrier"}, "no bytes to sweep"),
     ],
 )
 def test_odd_cells_are_reasons(changes: dict[str, str], sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
         tcp_points([row(**changes)])
+
+
+def test_spellings_of_collectives_and_backends_are_alike() -> None:
+    for mine, usual in (("AllReduce", "all_reduce"), (" all_to_all_single", "alltoall"), ("PS-Sharded", "ps_sharded")):
+        assert seconds(collective=mine, backend=" NCCL") == seconds(collective=usual)
+    known, step = row(num_nodes="8", collective="Allreduce"), row(num_nodes="8", collective="all_reduce_step")
+    assert in_sample(known) and not in_sample(step) and seconds(collective="all_reduce_step") == seconds()
 
 
 def test_more_devices_a_node_are_out_of_sample() -> None:
