@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,6 +11,8 @@ import typer
 
 from parplan.arguments import Json, positive
 from parplan.console import emit, remark, show, table, working
+
+NOTES_SHOWN = 6  # on the console
 
 
 def predict(
@@ -74,11 +77,21 @@ def _print(outcomes: list[Any], seconds: float, json: bool) -> None:
         remark(f"{count} rows cannot be predicted: {reason}")
     for value, count in _unscored(outcomes).items():
         remark(f"{count} rows are not scored: column step_time_s is {value!r}; seconds above 0 are needed")
+    _remark_notes(outcomes)
     if json:
         emit({"cases": [case_data(o) for o in outcomes], "summary": {k: asdict(v) for k, v in scores.items()},
               "seconds": seconds})  # fmt: skip
     else:
         show(table(f"{len(outcomes)} published runs in {seconds:.1f} s", COLUMNS, table_rows(scores)))
+
+
+def _remark_notes(outcomes: list[Any]) -> None:
+    """What was assumed of most rows, and where the rest is said."""
+    notes = Counter(note for o in outcomes for note in o.notes)
+    for note, count in notes.most_common(NOTES_SHOWN):
+        remark(f"{count} row(s): {note}")
+    if len(notes) > NOTES_SHOWN:
+        remark(f"{len(notes) - NOTES_SHOWN} other notes stand in --json, and in cases.csv of --out")
 
 
 def _unscored(outcomes: list[Any]) -> dict[str, int]:

@@ -16,7 +16,11 @@ VISION = ("model", "gpu", "num_gpus", "global_batch")
 SHAPE = {"layers", "hidden", "heads", "seq_len", "ffn", "tp", "vocab"}  # only a table of transformers has such columns
 # How tables write that nothing was published.
 UNSTATED = ("", "nan", "none", "null", "n/a", "na", "-", "?", "not stated", "unknown")
-MOST = 10**12  # of any whole number; more is a slip
+# The most of a whole number; more is a slip. What a step repeats is worked through, so that its time and memory grow.
+MOST = {"layers": 10_000, "num_gpus": 10_000_000, "chunks": 65_536}
+MOST_ELSE = 10**12
+MOST_MICRO_BATCHES, MOST_PASSES = 65_536, 8_000_000  # of a replica in a step; times the blocks of a stage
+FLAGS = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
 
 
 class CaseError(ValueError):
@@ -56,9 +60,19 @@ class Case:
             if default is not None:
                 return default
             raise CaseError(f"column {name} is {self.text(name)!r}; a whole number is needed")
-        if not least <= value <= MOST or value != int(value):
-            raise CaseError(f"column {name} is {self.text(name)}; a whole number from {least} to {MOST:.0e} is needed")
+        most = MOST.get(name, MOST_ELSE)
+        if not least <= value <= most or value != int(value):
+            raise CaseError(f"column {name} is {self.text(name)}; a whole number from {least} to {most:,} is needed")
         return int(value)
+
+    def flag(self, name: str, default: bool = False) -> bool:
+        """0 or 1, in words or numbers. CaseError for others."""
+        if not self.stated(name):
+            return default
+        word = self.text(name).lower().removesuffix(".0")  # as spreadsheets write them
+        if word not in FLAGS:
+            raise CaseError(f"{name} is {self.text(name)!r}; it must be 0 or 1")
+        return FLAGS[word]
 
     def stated(self, name: str) -> bool:
         return self.text(name).lower() not in UNSTATED

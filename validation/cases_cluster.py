@@ -10,7 +10,7 @@ from costmodels.cluster import Cluster, Fabric, Link, machine_tables
 from costmodels.device import Device, load_device, on_machine
 from costmodels.names import device_named
 from costmodels.nccl_fabric import family_of
-from validation.cases import Case, CaseError
+from validation.cases import UNSTATED, Case, CaseError
 from validation.cases_device import device_file, this_machine
 from validation.link_words import LINKS, about_network, cube_mesh, divided, network_named, nics_of, of_a_node
 
@@ -18,9 +18,10 @@ GB = 1e9
 LATENCY_INSIDE, LATENCY_BETWEEN = 0.0, 0.0  # the collective models have the latencies of NVLink, PCIe and networks
 # Network share of one device in bytes/s where a row does not state it: ASSUMPTION, the reference designs of DGX A100
 # (8 x 200 Gb/s), DGX H100 and later (400 Gb/s a device), DGX-1 (4 x 100 Gb/s per node of 8); elsewhere 100 Gb/s a node.
-UNSTATED = {"a100": 25e9, "h100": 50e9, "h200": 50e9, "b200": 50e9, "b300": 100e9, "gb200": 50e9, "gb300": 100e9,
+REFERENCE = {"a100": 25e9, "h100": 50e9, "h200": 50e9, "b200": 50e9, "b300": 100e9, "gb200": 50e9, "gb300": 100e9,
             "v100": 6.25e9, "p100": 6.25e9, "mi300x": 50e9, "mi355x": 50e9, "mi325x": 50e9, "mi350x": 50e9,
             "h800": 50e9, "h20": 50e9, "gh200": 50e9, "b100": 50e9}  # fmt: skip
+SOCKETS = 12.5e9  # bytes/s of a node elsewhere, 100 Gb/s
 MOST_INSIDE = 4096  # devices that any published node, rack or pod joins
 # Runs whose source published op times of the very machine (micro-benchmarks, no step): set of the row -> machine.
 MACHINES = {"simumax_b200": "b200-simumax"}
@@ -52,20 +53,32 @@ def cluster_of(case: Case, devices: dict[str, Device], folder: Path = Path()) ->
     per_node = min(per_node, MOST_INSIDE)
     intra = _inside(device, inside, min(count, per_node))
     inter, assumed = _between(device, between, min(host, per_node))
-    assumed = assumed and count > per_node
-    told = re.search(r"\d", between) and "not stated" not in between.lower()
-    read = f"; nothing was read from {between!r}" if told else ""
-    notes = (f"network between nodes assumed: {inter.bandwidth / GB:.3g} GB/s a device{read}",) if assumed else ()
     fabric = _fabric(device, intra, inside)
-    notes = () if fabric == "torus" else notes  # its links join all chips
+    notes = []
+    if count > 1 and _tells(case.text("intra_node")) and not _is_read(inside):
+        notes.append(f"links inside a node are taken as {intra.name}; nothing was read from {inside!r}")
+    if assumed and count > per_node and fabric != "torus":  # whose links join all chips
+        read = f"; no rate was read from {between!r}" if _tells(between) else ""
+        notes.append(f"network between nodes assumed: {inter.bandwidth / GB:.3g} GB/s a device{read}")
     wires = cube_mesh(inside, device.name) if fabric == "cube-mesh" else ()
     dims = _grid(count, 3 if "3D" in device.link else 2) if fabric == "torus" else ()
     if fabric == "torus" and count % per_node:
         per_node = gcd(count, per_node)  # hosts of equal size; a torus does not mind them
     return Cluster(
         f"{case.text('gpu')} x {count}", device, ceil(count / per_node), per_node, intra, inter, "nccl",
-        notes=notes, fabric=fabric, wires=wires, dims=dims, tables=machine_tables(machine),
+        notes=tuple(notes), fabric=fabric, wires=wires, dims=dims, tables=machine_tables(machine),
     )  # fmt: skip
+
+
+def _tells(text: str) -> bool:
+    """Whether a cell holds more than that nothing was published."""
+    return text.lower() not in UNSTATED and not re.search(r"(?i)not (stated|published|applicable)|single node", text)
+
+
+def _is_read(text: str) -> bool:
+    """Whether words about the links inside a node are understood: names of links, PCIe, or that there are none."""
+    links = "|".join(map(re.escape, LINKS))
+    return bool(re.search(rf"(?i){links}|pci|\b(no|without|none)\b|^-$|nvl\d|bridge|cube", text))
 
 
 def published_device(text: str) -> Device:
@@ -114,6 +127,8 @@ def _inside(device: Device, text: str, together: int) -> Link:
     none = bool(re.search(without, low)) or low.strip() in ("none", "no", "-") or "bridge" in low
     own = bool(device.link) and not re.search(r"bridge|connectx", device.link.lower())
     stated = re.search(r"(\d+(?:\.\d+)?)\s*([GT])B/s", text)
+    if stated and not float(stated[1]):
+        raise CaseError(f"links of {text.strip()!r} move nothing; leave the rate out where it is unknown")
     if named or (own and "pci" not in low and not none):
         rate = device.link_bandwidth
         if stated:
@@ -135,8 +150,8 @@ def _inside(device: Device, text: str, together: int) -> Link:
 def _between(device: Device, text: str, host: int) -> tuple[Link, bool]:
     """One device's share of the network between nodes of `host` devices, and whether it is an assumption."""
     name = re.sub(r"[^a-z0-9]", "", device.name.lower())
-    family = next((f for f in sorted(UNSTATED, key=len, reverse=True) if f in name), "")
-    share = UNSTATED.get(family, 12.5e9 / host)
+    family = next((f for f in sorted(REFERENCE, key=len, reverse=True) if f in name), "")
+    share = REFERENCE.get(family, SOCKETS / host)
     words = about_network(text) or text
     said = nics_of(words)
     if said and said.rate:
@@ -146,4 +161,7 @@ def _between(device: Device, text: str, host: int) -> tuple[Link, bool]:
         rate = 1.25 * GB / host if "EC2" in text else 0.0  # p2.8xlarge: 10 Gb/s a node, from memory
     if rate:
         return Link(network_named(words) or text.strip(" ,;"), rate, LATENCY_BETWEEN, "the row"), False
-    return Link("network (assumed)", share, LATENCY_BETWEEN, "reference design"), True
+    kind = network_named(words)
+    if kind in ("Ethernet", "TCP"):  # sockets; the reference designs have RDMA
+        share = min(share, SOCKETS / host)
+    return Link(f"{kind or 'network'} (assumed)", share, LATENCY_BETWEEN, "reference design"), True

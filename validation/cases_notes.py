@@ -10,8 +10,9 @@ from costmodels.relatives import section_for
 from costmodels.rounding import rounded_families
 from planner.plan import expert_parts
 from validation.cases import Case
-from validation.cases_software import is_per_op
+from validation.cases_software import is_per_op, software_known, software_of
 from validation.cases_transformer import (
+    attention_named,
     family_of,
     fused_attention,
     is_replaced_by_zero1,
@@ -34,6 +35,11 @@ def notes_of(case: Case, device: Device) -> tuple[str, ...]:
              "dp": str(replicas_of(case))}  # fmt: skip
     notes += [f"{name} is not stated and taken as {what}" for name, what in usual.items()
               if what and not case.stated(name)]  # fmt: skip
+    if case.stated("attention") and attention_named(case) is None:
+        taken = "one fused kernel" if fused_attention(case) else "unfused, products with a softmax between"
+        notes.append(f"attention {case.text('attention')!r} is not known and taken as {taken}, its software's default")
+    if not software_known(case):
+        notes.append(f"software {case.text('software')!r} is not known and predicted as {software_of(case).name}")
     if is_replaced_by_zero1(case):
         notes.append(
             "zero3 in a pipeline is predicted as zero1: FSDP then keeps what it gathered until the step ends and "

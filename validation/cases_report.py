@@ -33,13 +33,14 @@ def write_report(outcomes: Sequence[Outcome], folder: Path, command: str) -> Non
 def _write_csv(rows: Sequence[dict[str, Any]], path: Path) -> None:
     names = ["case_id", "set", "predicted_seconds", "measured_seconds", "error", "low", "high", "scored", "plan",
              "software", "predicted_allocated_bytes", "allocated_error", "predicted_reserved_bytes", "reserved_error",
-             "reason"]  # fmt: skip
+             "reason", "notes"]  # fmt: skip
     with replacing(path) as partial, Path(partial).open("w", newline="") as file:
         writer = csv.DictWriter(file, names, extrasaction="ignore")
         writer.writeheader()
         for row in rows:
             low, high = row["interval"] or (None, None)
-            writer.writerow({k: _short(v) for k, v in (row | {"low": low, "high": high}).items()})
+            more = {"low": low, "high": high, "notes": "; ".join(row["notes"])}
+            writer.writerow({k: _short(v) for k, v in (row | more).items()})
 
 
 def _short(value: Any) -> Any:

@@ -67,6 +67,11 @@ TORCH_DDP = replace(TORCHTITAN, name="torch DDP", fsdp_copies=False)
 XLA = replace(TORCHTITAN, name="XLA", host=HOST["static graph"], fusion="chain", fused_loss=True, loss="logits",
               fsdp_copies=False)  # fmt: skip
 TENSORFLOW = replace(DDP_2020, name="TensorFlow", host=HOST["static graph"], fusion="none")  # without XLA
+# Names that are told apart below, and those of eager torch.
+KNOWN = (
+    r"megatron|nemo|oneflow|tensorflow|jax|maxtext|xla|flax|pax|t5x|8aa4619|aceso|hugging ?face|composer|llm-foundry"
+    r"|torch|apex|\bddp\b|fsdp|deepspeed|horovod|accelerate|lightning|colossal|transformers"
+)
 
 
 def software_of(case: Case) -> Software:
@@ -104,6 +109,11 @@ def software_of(case: Case) -> Software:
     return found
 
 
+def software_known(case: Case) -> bool:
+    """Whether the name of a row's trainer says which of these it is; true where there is none."""
+    return not case.stated("software") or bool(re.search(KNOWN, case.text("software").lower()))
+
+
 def is_per_op(case: Case) -> bool:
     """Whether selective recomputation is torchtitan's policy by operators: as the notes say, or where torchtitan runs
     and they name no layers (`selective_ac_option = 'op'` in its train_configs for Llama 3 of 8B)."""
@@ -133,7 +143,8 @@ def _named(case: Case, name: str) -> Software:
         return MEGATRON_2021
     if "megatron-lm 2022" in name:
         return MEGATRON_2022
-    if "hugging face" in name:  # where Megatron runs the layers, it splits embedding and logits, too
+    if re.search(r"hugging ?face|\btransformers\b", name):
+        # Where Megatron runs the layers, it splits embedding and logits, too.
         return replace(HUGGING_FACE, vocab_parallel="megatron" in name)
     if "composer" in name or "llm-foundry" in name:
         return COMPOSER

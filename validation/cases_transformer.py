@@ -11,7 +11,7 @@ from planner.folded_model import FoldedModel
 from planner.folded_pieces import TRACED_BLOCKS
 from planner.plan import DataParallel, ParallelPlan, Sharding, expert_parts
 from planner.software import Software
-from validation.cases import Case, CaseError
+from validation.cases import MOST_MICRO_BATCHES, MOST_PASSES, Case, CaseError
 from validation.cases_software import is_per_op
 
 BLOCK_MODULES_SELECTIVE = ("attn.core",)
@@ -29,9 +29,15 @@ DECODERS = ("gpt", "llama", "opt", "bloom", "falcon", "neox", "pythia", "mistral
 # Families whose MLPs are gated, where the row does not say; so are nearly all published experts.
 GATED = ("llama", "mistral", "mixtral", "qwen", "gemma", "yi", "deepseek", "moe", "grok", "dbrx", "olmo", "granite",
          "glm", "palm")  # fmt: skip
-FUSED = ("flash", "fused", "cudnn", "sdpa", "xformers", "memory-efficient", "memory efficient", "transformer engine",
-         "triton", "splash", "pallas")  # fmt: skip
-UNSTATED_KERNELS = ("", "not stated", "unknown", "not published")
+# Words for attention by one kernel, and for products with a softmax between them; the latter are looked for first.
+FUSED = re.compile(
+    r"flash|fused|cudnn|sdpa|scaled.dot|xformers|mem(ory)?[- _]?eff|transformer[- _]?engine|\bte\b|\bfa[- ]?\d?\b"
+    r"|triton|splash|pallas|\bflex|aiter|\bck\b|^(true|yes|on|1)$"
+)
+UNFUSED = re.compile(
+    r"\bun-?fused|\b(no|not|non|without|w/o)[- ]+(flash|fused|te\b|fa\d?\b)|^(eager|none|no|off|false|0|core|plain|"
+    r"standard|vanilla|manual|softmax)\b|eager attention|\bmath\b|naive|\bbmm\b"
+)
 PRECISIONS = {"fp32": "fp32", "float32": "fp32", "tf32": "tf32", "fp16": "fp16", "float16": "fp16", "half": "fp16",
               "bf16": "bf16", "bfloat16": "bf16", "fp8": "fp8", "float8": "fp8", "mxfp8": "fp8",
               "amp": "fp16", "mixed": "fp16"}  # fmt: skip  # tables that say no more are from before bfloat16
@@ -129,7 +135,7 @@ def family_of(case: Case) -> str:
 def is_gated(case: Case) -> bool:
     """Whether MLPs, of experts and others, are gated: as the row says, else as models of its family have them."""
     usual = case.whole("moe_experts", 0) > 0 or any(word in family_named(case) for word in GATED)
-    return case.whole("gated_mlp", int(usual)) > 0
+    return case.flag("gated_mlp", usual)
 
 
 def kv_heads_of(case: Case) -> int:
@@ -147,16 +153,21 @@ def kv_heads_of(case: Case) -> int:
     return max(kv_heads, tp)
 
 
-def fused_attention(case: Case) -> bool:
-    """Whether one kernel computes attention: what the row says; where it says nothing, what its trainer does by
-    default (torch's `scaled_dot_product_attention` and Transformer Engine are fused, older programs are not)."""
+def attention_named(case: Case) -> bool | None:
+    """Whether a row's words stand for attention by one kernel; None where they do not tell."""
     kernel = case.word("attention")
-    if kernel.startswith(("unfused", "eager", "math", "naive", "non-flash", "none")) or "no flash" in kernel:
+    if UNFUSED.search(kernel):
         return False
-    if any(word in kernel for word in FUSED):
-        return True
+    return True if FUSED.search(kernel) else None
+
+
+def fused_attention(case: Case) -> bool:
+    """Whether one kernel computes attention: what the row says; where it does not tell, what its trainer does by
+    default (torch's `scaled_dot_product_attention` and Transformer Engine are fused, older programs are not)."""
+    if (said := attention_named(case)) is not None:
+        return said
     old = ("megatron-deepspeed", "2022", "hugging face", "pytorch 1.", "tensorflow", "oneflow", "2021", "2020")
-    return kernel in UNSTATED_KERNELS and not any(word in case.word("software") for word in old)
+    return not any(word in case.word("software") for word in old)
 
 
 def _experts(case: Case, count: int) -> Any:
@@ -226,6 +237,7 @@ def plan_of(case: Case, software: Software) -> ParallelPlan:
     batch, micro = case.whole("global_batch", least=1), case.whole("micro_batch", least=1)
     if batch % (dp * micro):
         raise CaseError(f"global_batch {batch} is no multiple of dp x micro_batch = {dp} x {micro}")
+    _check_length(case, batch // (dp * micro), layers, pp)
     experts = case.whole("moe_experts", 0) > 0  # with tensor parallelism Megatron wants the sequence split, too
     if ep > 1 and not experts:
         raise CaseError(f"ep = {ep} without moe_experts: a dense model has no experts to divide; leave ep out, or 1")
@@ -240,6 +252,14 @@ def plan_of(case: Case, software: Software) -> ParallelPlan:
         )  # fmt: skip
     except ValueError as error:
         raise CaseError(str(error)) from None
+
+
+def _check_length(case: Case, micro_batches: int, layers: int, pp: int) -> None:
+    """CaseError where a step is longer than any: its passes are worked through one by one."""
+    if micro_batches > MOST_MICRO_BATCHES or micro_batches * layers // pp > MOST_PASSES:
+        tokens = case.whole("global_batch") % case.whole("seq_len", least=1) == 0
+        asked = "global_batch is in sequences; is this one in tokens?" if tokens else "no step has so many"
+        raise CaseError(f"{micro_batches:,} micro-batches and {layers:,} layers on {pp} stages make a step; {asked}")
 
 
 def _zero(case: Case) -> DataParallel:

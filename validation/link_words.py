@@ -20,7 +20,7 @@ LINKS = ("nvlink", "nvswitch", "xgmi", "infinity fabric", "infinityfabric", "ici
 TIMES = r"\s*[x×*]\s*"
 # "GB/s" and "MBps" are bytes; "Gb/s", "Gb", "Gbit", "gbps", "25GbE" and "100G" are bits; a bare "GB" is no rate.
 RATE = (
-    r"(?<![\d.])(\d+(?:\.\d+)?)[\s-]?\s*(?:([TGMtgm])"
+    r"(?<![\d.])(?<!\s-)(?<!^-)(\d+(?:\.\d+)?)[\s-]?\s*(?:([TGMtgm])"
     r"(?:([Bb]ytes?/s(?:ec)?\b|B/s(?:ec)?\b|Bps\b)"
     r"|(?:[ie]ga)?[bB]its?(?:/s(?:ec)?|ps)?\b|[bB]ps\b|b/s(?:ec)?\b|b\b|ig[eE]\b|[bB]?[eE]\b|BASE-)"
     r"|([TGMg])\b(?!/s))"

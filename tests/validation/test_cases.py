@@ -228,7 +228,12 @@ def test_words_of_the_schema_are_read_in_any_case_and_spelling() -> None:
     [
         ({"layers": "inf"}, "whole number"),
         ({"layers": "1e400"}, "whole number"),
-        ({"hidden": "0"}, "a whole number from 1 to 1e+12"),
+        ({"layers": "1e9"}, "a whole number from 1 to 10,000"),
+        ({"global_batch": "1e9"}, "250,000,000 micro-batches"),
+        ({"global_batch": "1048576"}, "is this one in tokens?"),
+        ({"gated_mlp": "2"}, "gated_mlp is '2'; it must be 0 or 1"),
+        ({"intra_node": "NVLink 0GB/s"}, "move nothing"),
+        ({"hidden": "0"}, "a whole number from 1 to 1,000,000,000,000"),
         ({"hidden": "500"}, "divide"),
         ({"heads": "6", "kv_heads": "4"}, "divide"),
         ({"micro_batch": "nan"}, "whole number"),
@@ -391,7 +396,7 @@ def test_networks_are_read_from_their_text(text: str, rate: float) -> None:
 
 def test_a_network_that_cannot_be_read_is_quoted() -> None:
     found = cluster_of(row(num_gpus="64", inter_node="7 lanes of something"), {})
-    assert "nothing was read from '7 lanes of something'" in found.notes[0]
+    assert "no rate was read from '7 lanes of something'" in found.notes[0]
 
 
 @pytest.mark.parametrize(

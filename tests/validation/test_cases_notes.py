@@ -8,6 +8,7 @@ from costmodels.names import device_named
 from tests.validation.test_cases import outcome_of, row
 from validation import cases_notes
 from validation.cases_notes import notes_of, notes_of_pictures
+from validation.cases_transformer import attention_named
 
 TITAN = {"software": "torchtitan", "zero_fsdp": "zero3", "tp": "1", "dp": "8", "pp": "1", "recompute": "selective",
          "family": "llama", "gated_mlp": "1", "precision": "bf16", "attention": "SDPA flash"}  # fmt: skip
@@ -75,3 +76,24 @@ def test_rates_that_no_type_of_the_device_has_are_said_in_numbers(monkeypatch: p
     assert notes_of_pictures(row(precision="bf16"), "bf16", device) == (f"{said} float32's rate at most",)
     monkeypatch.setattr(cases_notes, "peak_of", lambda device, dtype: 5e12)
     assert notes_of_pictures(row(precision="bf16"), "bf16", device) == (f"{said} 5 TFLOP/s at most",)
+
+
+@pytest.mark.parametrize(
+    ("words", "fused"),
+    [
+        ("FA2", True), ("fa-3", True), ("TE", True), ("mem_efficient", True), ("memory-efficient", True),
+        ("Flash Attention 2", True), ("scaled_dot_product_attention", True), ("unfused", False),
+        ("SDPA math", False), ("eager", False), ("core_attn", None), ("core", False), ("no flash", False),
+        ("non-fused softmax", False), ("zigzag", None), ("", None),
+    ],
+)  # fmt: skip
+def test_words_for_attention(words: str, fused: bool | None) -> None:
+    assert attention_named(row(attention=words)) is fused
+
+
+def test_words_that_are_not_known_are_said() -> None:
+    (kernel, program) = notes(attention="zigzag", software="Frobnicator 3", tp="1", dp="4")
+    assert "'zigzag' is not known and taken as one fused kernel" in kernel
+    assert "'Frobnicator 3' is not known and predicted as Megatron-Core" in program
+    assert notes(attention="zigzag", software="Megatron-LM 2022")[0].count("unfused") == 1
+    assert notes(attention="", software="DeepSpeed") == notes(attention="FA2", software="") == ()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from costmodels.nccl_fabric import network_of
 from validation.cases import Case
 from validation.cases_cluster import cluster_of
 from validation.collective_cases import Sweep, setup_of
@@ -121,8 +122,8 @@ def test_equal_words_of_a_run_are_one_cluster(one: str, other: str) -> None:
         ("A100 PCIe 80GB", "2", "NVLink bridge", 300e9),
         ("A100 PCIe 80GB", "8", "NVLink bridge", 31.5e9 / 2),
         ("RTX 3090", "2", "NVLink", 56.25e9),
-        ("RTX 3090", "4", "NVLink", 31.5e9 / 2),
-        ("RTX 3090", "2", "no NVLink", 31.5e9 / 2),
+        ("RTX 3090", "4", "NVLink", 31.5e9),
+        ("RTX 3090", "2", "no NVLink", 31.5e9),
     ],
 )
 def test_bridges_of_a_run_join_pairs(gpu: str, count: str, words: str, rate: float) -> None:
@@ -134,3 +135,29 @@ def test_a_node_of_a_rack_has_its_own_nics() -> None:
     fields = {"gpu": "GB200", "num_gpus": "144", "gpus_per_node": "4", "intra_node": "NVLink5 (NVL72)"}
     cluster = cluster_of(Case("transformer", fields | {"inter_node": "4x 400 Gb/s per node"}), {})
     assert cluster.devices_per_node == 72 and cluster.inter.bandwidth == pytest.approx(50e9)
+
+
+@pytest.mark.parametrize(
+    ("inside", "between", "said"),
+    [
+        ("NVLink3", "fast", ("no rate was read from 'fast'",)),
+        ("NVLink3", "-5Gb/s", ("no rate was read from '-5Gb/s'",)),
+        ("wires of gold", "8x200Gb/s", ("nothing was read from 'wires of gold'",)),
+        ("wires", "quick", ("nothing was read from 'wires'", "no rate was read from 'quick'")),
+        ("none", "10 Gb/s", ()),
+        ("not applicable (one GPU)", "HDR", ()),
+    ],
+)
+def test_words_that_say_nothing_are_quoted(inside: str, between: str, said: tuple[str, ...]) -> None:
+    fields = {"gpu": "A100 SXM4 80GB", "num_gpus": "16", "intra_node": inside, "inter_node": between}
+    found = cluster_of(Case("transformer", fields), {}).notes
+    assert len(found) == len(said) and all(quoted in note for quoted, note in zip(said, found))
+
+
+def test_a_network_without_a_rate_is_of_its_kind() -> None:
+    """Sockets have no reference design of these devices: 100 Gb/s a node."""
+    fields = {"gpu": "A100 SXM4 80GB", "num_gpus": "16"}
+    words = ("Ethernet", "RoCE", "")
+    links = [cluster_of(Case("transformer", fields | {"inter_node": w}), {}).inter for w in words]
+    assert [network_of(link) for link in links] == ["ethernet", "roce", "ib"]
+    assert [link.bandwidth for link in links] == [12.5e9 / 8, 25e9, 25e9]
