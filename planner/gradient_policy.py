@@ -76,8 +76,9 @@ class Decision:
 @dataclass(frozen=True, slots=True)
 class Advice:
     """uniform: all rows, the quickest first (each at its best bucket size). policy: in the order of the buckets.
-    alone_seconds: the step if messages were free. break_even: bytes/s of the link between nodes (in a node, where one
-    is all) below which a compression beats the best uncompressed choice; None where it never does, inf where always."""
+    alone_seconds: the step of the policy if messages were free (what it encodes and decodes is still paid). break_even:
+    bytes/s of the link between nodes (in a node, where one is all) below which a compression beats the best
+    uncompressed choice; None where it never does, inf where always."""
 
     uniform: tuple[Uniform, ...]
     policy: tuple[Decision, ...]
@@ -166,12 +167,17 @@ def _reply(choice: Choice, shapes: Shapes, ranks: int) -> float:
     return reply_bytes(choice.compression, shapes, ranks)
 
 
+def _free(load: Load) -> Load:
+    """The same with messages that take no time; what is coded for them still does."""
+    return replace(load, first=0.0, second=0.0, update=0.0)
+
+
 def uniform(exchange: Exchange, choice: Choice, bucket_bytes: int) -> Uniform:
     """Every bucket the same way."""
     work = exchange.work(bucket_bytes)
     loads = [exchange.load(choice, b) for b in work.buckets]
     step = step_seconds(work, loads)
-    free = [replace(load, first=0.0, second=0.0, update=0.0) for load in loads]
+    free = [_free(load) for load in loads]
     ranks = exchange.plan.dp
     return Uniform(
         choice, bucket_bytes, step, max(step - step_seconds(work, free), 0.0),
@@ -219,7 +225,7 @@ def advise(
         refined.append((*_refined(exchange, start, allowed), size))
     step, picked, size = min(refined, key=lambda r: r[0])
     work = exchange.work(size)
-    alone = step_seconds(work, [Load()] * len(work.buckets))
+    alone = step_seconds(work, [_free(exchange.load(c, b)) for c, b in zip(picked, work.buckets, strict=True)])
     decisions = tuple(_decisions(exchange, work, picked, step, allowed))
     return Advice(tuple(ranked), decisions, size, step, alone, break_even(exchange, ranked))
 
@@ -288,7 +294,7 @@ def _reason(
     load = exchange.load(choice, shapes)
     what = f"{4 * elements(shapes) / 1e6:.3g} MB by {choice.scheme.name}"
     loads = [exchange.load(c, b) for c, b in zip(picked, work.buckets)]
-    loads[at] = replace(load, first=0.0, second=0.0, update=0.0)
+    loads[at] = _free(load)
     exposed = step - step_seconds(work, loads)
     coded = load.encode + load.between + load.decode
     if choice.compression != NONE:

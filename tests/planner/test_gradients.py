@@ -107,6 +107,8 @@ def test_reasons_follow_the_link():
     crawling = advise(graph, plan, slow(1e6), [Scheme("ring")], kinds)
     assert {d.choice.compression.name for d in crawling.policy} == {"fp16"}
     assert all("saves" in d.reason and d.saved_seconds > 0 for d in crawling.policy)
+    alike = next(u for u in crawling.uniform if u.choice == crawling.policy[0].choice)
+    assert crawling.policy_step_seconds - crawling.alone_seconds == pytest.approx(alike.exposed_seconds)
     quick = advise(graph, plan, slow(1e13), [Scheme("ring")], kinds)
     assert {d.choice.compression.name for d in quick.policy} == {"none"}
     exact = advise(graph, plan, slow(1e6), [Scheme("ring")], [NONE])
