@@ -119,11 +119,12 @@ def _csv(runs: list[dict[str, Any]]) -> str:
 
 
 def _commit() -> str:
-    """The commit of this source tree, and whether its tracked files were changed; "unknown" outside of git."""
+    """The commit of this source tree, and whether its tracked files, but for reports, were changed; "unknown" outside
+    of git."""
     try:
         run = {"cwd": ROOT, "capture_output": True, "text": True, "timeout": 10, "check": True}
         head = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], **run).stdout.strip()  # type: ignore[call-overload]
-        changed = subprocess.run(["git", "status", "--porcelain", "-uno"], **run).stdout.strip()  # type: ignore[call-overload]
+        changed = subprocess.run(["git", "status", "--porcelain", "-uno", "--", ":!reports"], **run).stdout.strip()  # type: ignore[call-overload]
     except (OSError, subprocess.SubprocessError):
         return "unknown"
     return f"{head} with uncommitted changes" if changed else head
