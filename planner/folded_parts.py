@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import prod
 
+from costmodels.accumulation import exposed_share
 from costmodels.cluster import Cluster
+from costmodels.device import Device
 from costmodels.ops import OpShape
 from opgraph.graph import Op
 from planner.folded_groups import Groups
@@ -56,7 +58,7 @@ def parts_of(local: Local, pieces: Pieces, software: Software, cluster: Cluster)
         names = pieces.parameters[where]
         if where == "last" and local.plan.pp == 1:  # tied weights are one parameter of one stage
             names = tuple(n for n in names if n not in pieces.parameters["first"])
-        b += _accumulation(local, names, software)
+        b += _accumulation(local, names, software, cluster.device)
         first = local.graph.parameters[names[0]] if names else None
         experts = tuple(n for n in names if len(local.graph.parameters[n].shape) == 3)
         found[where] = Part(
@@ -85,7 +87,7 @@ def recomputed(plan: ParallelPlan, where: Where, forward: Sequence[Op]) -> tuple
     return [op for op in forward if any(within(op.module, r) for r in regions)], regions
 
 
-def _accumulation(local: Local, names: Sequence[str], software: Software) -> list[Launch]:
+def _accumulation(local: Local, names: Sequence[str], software: Software, device: Device) -> list[Launch]:
     """Summing gradients over micro-batches: into a buffer of `main_grads` bytes, or into .grad after the first."""
     elements = local.parameter_elements(tuple(names))
     own = 2 if local.plan.precision in ("fp16", "bf16", "fp8") else 4
@@ -100,8 +102,9 @@ def _accumulation(local: Local, names: Sequence[str], software: Software) -> lis
     else:
         return []
     shape = OpShape("aten.add_.Tensor", "backward", ((elements,),), ((elements,),), "float32", 0, read, written)
-    launches = 0 if software.fused_accumulation else len(names)
-    return [Launch(launches * software.host.backward, shape)]
+    if software.main_grads and software.fused_accumulation:
+        return [Launch(0.0, shape, share=exposed_share(device))]
+    return [Launch(len(names) * software.host.backward, shape)]
 
 
 def _per_ring(local: Local, launches: list[Launch], host: float) -> list[Launch]:

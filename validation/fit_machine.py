@@ -16,13 +16,16 @@ import json
 import statistics
 import sys
 from collections import defaultdict
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from costmodels import tomlfile
-from costmodels.device import MACHINES, load_device
+from costmodels.accumulation import exposed_share
+from costmodels.device import MACHINES, Device, load_device
+from costmodels.ops import OpShape, price
 from validation.fit_gemm_law import calibration_half, fit, predictions, section_values
 from validation.machine_tables import attention, collectives
 from validation.tables_gemm import Table
@@ -63,21 +66,49 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def products(config: dict[str, Any], device: str, name: str) -> list[Table]:
+def products(config: dict[str, Any], device: str, name: str, accumulating: bool = True) -> list[Table]:
     """The 16-bit products of a system file: of one matrix, and of many (experts); the median over layouts and results
-    of a shape. Seconds are FLOP over the efficiency times the file's own peak."""
-    ops = config["accelerator"]["op"]
+    of a shape. Seconds are FLOP over the efficiency times the file's own peak. accumulating: with those that add to a
+    buffer, without what that costs (`costmodels.accumulation`)."""
+    ops, known = config["accelerator"]["op"], load_device(device)
     tables = []
     for op, section, read in (("matmul", "bfloat16", _dims), ("group_matmul", "bfloat16_batched", _grouped)):
         found: dict[Dims, list[float]] = defaultdict(list)
-        for key, share in ops.get(op, {}).get("accurate_efficient_factor", {}).items():
-            b, m, n, k = dims = read(dict(part.split("=") for part in key.split(", ")))
-            found[dims].append(2.0 * b * m * n * k / (share * ops[op]["tflops"] * 1e12))
+        for dims, words, taken in _rows(ops.get(op, {}), read):
+            if words.get("accumulate") != "True":
+                found[dims].append(taken)
+            elif accumulating:
+                found[dims].append(max(taken - _added(known, dims, words), taken / 2))
         if found:
             seconds = np.array([statistics.median(s) for s in found.values()])
             data = f"SimuMax 1.2, {name}: {op}"
             tables.append(Table(device, section, "machine", data, np.array(list(found), float), seconds, eager=False))
     return tables
+
+
+def accumulated(config: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+    """Shapes (batches, m, n, k) and seconds of the products that add to a float32 buffer."""
+    rows = _rows(config["accelerator"]["op"].get("matmul", {}), _dims)
+    found = [(d, t) for d, words, t in rows if (words.get("accumulate"), words.get("out_dtype")) == ("True", "fp32")]
+    return np.array([d for d, _ in found], float), np.array([t for _, t in found])
+
+
+def _rows(op: dict[str, Any], read: Callable[[dict[str, str]], Dims]) -> Iterator[tuple[Dims, dict[str, str], float]]:
+    """Shape, words and seconds of each product of one kind."""
+    for key, share in op.get("accurate_efficient_factor", {}).items():
+        words = dict(part.split("=") for part in key.split(", "))
+        b, m, n, k = dims = read(words)
+        yield dims, words, 2.0 * b * m * n * k / (share * op["tflops"] * 1e12)
+
+
+def _added(device: Device, dims: Dims, words: dict[str, str]) -> float:
+    """Seconds by which adding to a buffer, of float32 or of 16 bits (2 bytes more read), lengthens a product."""
+    b, m, n, _ = dims
+    elements = b * m * n
+    read, more = (4, 2) if words.get("out_dtype") == "fp32" else (2, 0)
+    sizes = read * elements, more * elements
+    shape = OpShape("aten.add_.Tensor", "backward", ((elements,),), ((elements,),), "float32", 0, *sizes)
+    return exposed_share(device) * price(device, shape).seconds
 
 
 def _dims(key: dict[str, str]) -> Dims:
