@@ -22,6 +22,9 @@ INITIAL_WINDOW = 14600  # bytes, ten segments of 1460: RFC 6928
 # NCCL over sockets: share of a shaped link's rate, 6 points of all_reduce on 8 nodes; slow starts of a broadcast or
 # reduce for each doubling of the ranks, 12 points of broadcast on 16 and reduce on 4 nodes: EMPIRICAL
 SOCKET_SHARE, SOCKET_STARTS = 0.97, 1.7
+# bytes/s up to which that share was measured, and the share of faster links: that of RDMA (`costmodels.nccl_law`,
+# "across"), as sockets reach no more: ASSUMPTION
+SOCKETS_MEASURED, FAST_SHARE = 1.25e9, 0.9
 NCCL_FLOWS = 4  # sockets of a connection: shared/facts/communication.md A2, 5 to 8 MB of window together
 SOCKET_BUFFER = 4 * MIB  # bytes that an all_reduce ring may have under way: NCCL's Simple buffer (A1)
 
@@ -128,7 +131,8 @@ def nccl_sockets(
     large ones; so do double binary trees, which pass fewer hosts one after the other and carry more (no sweep of trees
     over sockets is known). Broadcast and reduce wait for slow starts instead."""
     ports = link.ports or max(ranks // hosts, 1)
-    each = SOCKET_SHARE * min(link.bandwidth * link.ecmp, NCCL_FLOWS * link.flow_rate())
+    line = min(link.bandwidth * link.ecmp, NCCL_FLOWS * link.flow_rate())
+    each = max(SOCKET_SHARE * min(line, SOCKETS_MEASURED), FAST_SHARE * line)
     rate, latency = each * ports, link.latency
     if kind in ("broadcast", "reduce"):
         starts = SOCKET_STARTS * log2(hosts)

@@ -9,7 +9,7 @@ from math import prod
 import numpy as np
 
 from costmodels.cluster import Cluster
-from costmodels.collectives import collective_price
+from costmodels.collectives import CollectivePrice, collective_price
 from costmodels.families import base_name, family
 from costmodels.ops import OpShape, price_many
 from opgraph.eight_bits import EIGHT_BIT
@@ -55,9 +55,15 @@ class Kernels:
     local: Local
     software: Software
     fused: Fused = field(init=False)
+    read: dict[str, int] = field(init=False)  # column-split module -> storage that it reads; siblings share one
+    summed: set[int] = field(init=False)  # ops after whose reduction all siblings' gradients of their input are summed
 
     def __post_init__(self) -> None:
         self.fused = Fused(self.local, self.software)
+        self.read = _read_by_columns(self.local)
+        last = {self.read.get(op.module, -op.id): op.id for op in self.local.graph.ops
+                if op.phase == "backward" and op.id in self.local.reductions}  # fmt: skip
+        self.summed = set(last.values())
 
     # -- parts ----------------------------------------------------------------------------------------------
     def forward(self, ops: Sequence[Op], phase: Phase = "forward") -> list[Launch]:
@@ -80,6 +86,7 @@ class Kernels:
     def _launches(self, ops: Sequence[Op], phase: Phase) -> Iterator[Launch]:
         host = self.software.host
         ready: list[Launch] = []
+        gathered: set[int] = set()  # storages that are whole
         previous = ""
         for group in self.fused.groups(ops):
             shape = self.fused.shape(group)
@@ -87,7 +94,7 @@ class Kernels:
             cost = sum(host.view for op in group if op.is_view or family(op.name) == "view")
             if module != previous:
                 cost += host.module + self._region(module, phase)
-                ready += self._entering(module, phase)
+                ready += self._entering(module, phase, gathered)
             if shape is None:
                 ready.append(Launch(cost))
             else:
@@ -145,8 +152,8 @@ class Kernels:
         return weighs and module.startswith("blocks.") and "router" not in module
 
     # -- messages of tensor parallelism --------------------------------------------------------------------
-    def _entering(self, module: str, phase: Phase) -> Iterator[Launch]:
-        """Sequence parallelism gathers what a split product reads."""
+    def _entering(self, module: str, phase: Phase, gathered: set[int]) -> Iterator[Launch]:
+        """Sequence parallelism gathers what a split product reads, once for all products that read it."""
         plan = self.local.plan
         style = plan.style.get(module)
         if plan.tp == 1 or not plan.sequence_parallel or style is None:
@@ -154,14 +161,23 @@ class Kernels:
         hidden = self._hidden_bytes(module, style)
         if self.software.fp8_inputs and self.local.plan.precision == "fp8" and self._eight(module):
             hidden //= 2  # what is gathered are the 8 bits that the product reads
-        if (phase != "backward" and style == "colwise") or (phase == "backward" and style == "rowwise"):
+        if phase == "backward" and style == "rowwise":
             yield self._message("all_gather", hidden, 0)
-        elif phase == "backward" and style == "colwise":  # the input again, beside the product for its gradient
+            return
+        known = style == "colwise" and self.read.get(module) in gathered
+        if style == "colwise" and module in self.read:
+            gathered.add(self.read[module])
+        if phase != "backward" and style == "colwise" and not known:
+            yield self._message("all_gather", hidden, 0)
+        elif phase == "backward" and style == "colwise" and self.software.joined and not known:
+            # The input again, beside the product for its gradient.
             yield self._message("all_gather", hidden, 1 if self.software.tp_async else 0, module)
 
     def _after(self, op: Op, phase: Phase) -> Iterator[Launch]:
         plan, tensors = self.local.plan, self.local.graph.tensors
         for reduction in self.local.reductions.get(op.id, ()):
+            if op.phase == "backward" and op.id not in self.summed:
+                continue
             size = tensors[reduction.tensor].bytes
             kind = "reduce_scatter" if plan.sequence_parallel else "all_reduce"
             behind = phase == "backward" and self.software.tp_async
@@ -204,6 +220,27 @@ class Kernels:
         return Launch(self.software.host.message, None, Message(kind, size, "tp", beside, pieces, weight))
 
 
+def _slowest_of_ring(message: Message, cluster: Cluster, groups: Groups) -> tuple[tuple[int, ...], CollectivePrice]:
+    """The pair of neighbours whose send takes longest, and its price: every step of a ring waits for all its links."""
+    ranks, likes, found = groups.ranks(message.axis), groups.likes(message.axis), []
+    for at, to in zip(ranks, (*ranks[1:], ranks[0])):
+        firsts = tuple(first + at - ranks[0] for first in likes)
+        found.append(((at, to), collective_price(cluster, "send", message.bytes, (at, to), firsts=firsts)))
+    return max(found, key=lambda pair: pair[1].seconds)
+
+
+def _read_by_columns(local: Local) -> dict[str, int]:
+    """Column-split modules and the storage of what their products read in forward."""
+    found: dict[str, int] = {}
+    weights = {t.storage for t in local.graph.parameters.values()}
+    for op in local.graph.ops:
+        if op.phase == "forward" and local.plan.style.get(op.module) == "colwise" and family(op.name) == "gemm":
+            inputs = {local.graph.tensors[t].storage for t in op.inputs} - weights
+            if len(inputs) == 1:
+                found[op.module] = inputs.pop()
+    return found
+
+
 @dataclass(frozen=True, slots=True)
 class Priced:
     """A part as a run of kernels, and what its seconds consist of and rest on. kernels: each with its seconds."""
@@ -236,8 +273,11 @@ def priced(launches: Sequence[Launch], cluster: Cluster, groups: Groups) -> Pric
     for i, launch in enumerate(launches):
         if launch.message is not None:
             message = launch.message
-            ranks = groups.ranks(message.axis)[: 2 if message.kind == "send" else None]
-            cost = collective_price(cluster, message.kind, message.bytes, ranks, firsts=groups.likes(message.axis))
+            if message.kind == "send":
+                ranks, cost = _slowest_of_ring(message, cluster, groups)
+            else:
+                ranks, likes = groups.ranks(message.axis), groups.likes(message.axis)
+                cost = collective_price(cluster, message.kind, message.bytes, ranks, firsts=likes)
             device[i] = exposed(launches, i, device, cost.seconds * launch.share, cluster, ranks)
             count(f"{message.axis} {message.kind}", device[i], cost.source, cost.error)
     kernels = tuple((x.shape, float(t)) for x, t in zip(launches, device) if x.shape is not None)

@@ -99,7 +99,7 @@ def sizes_of(c: Context, where: Where, again: bool) -> Sizes:
         local,
         ({*c.parts.kernels.fused.hidden} - made) | loss.never,
         {tensors[t].storage for op in forward if base_name(op.name) in RANDOM for t in (*op.outputs, *op.mutates)},
-        _in_fp8(c, forward),
+        _in_fp8(c, forward) | _gathered(c),
         loss.sizes,
         loss.until,
         cached(c, where, forward, again) | {*loss.until},
@@ -152,6 +152,13 @@ def leaves(local: Local, storage: int, regions: tuple[str, ...]) -> bool:
     """Whether something outside the recomputed regions reads a storage."""
     readers = local.readers.get(storage, ())
     return any(not any(within(op.module, r) for r in regions) for op in readers if op.phase == "backward")
+
+
+def _gathered(c: Context) -> dict[int, float]:
+    """What column-split products read, where it stays whole for their backward, over the part that a rank made."""
+    if c.software.joined or not c.plan.sequence_parallel or c.plan.tp == 1:
+        return {}
+    return dict.fromkeys(c.parts.kernels.read.values(), float(c.plan.tp))
 
 
 def _in_fp8(c: Context, forward: tuple[Op, ...]) -> dict[int, float]:

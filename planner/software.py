@@ -89,6 +89,8 @@ class Software:
     main_grads: bytes per element of the buffer that sums gradients over micro-batches (0: .grad in the
     parameter's dtype). fused_accumulation: the product for the weight adds into that buffer itself.
     reduce_bytes: bytes per element of reduced gradients. norm_clip: the gradient norm is computed each step.
+    joined: products of one input (q, k, v; gate and up) are one product, and under sequence parallelism backward
+    gathers that input again (Megatron, Transformer Engine); otherwise it is kept whole (DTensor's PrepareModuleInput).
     vocab_parallel: embedding and logits are split over tp. optimizer: one kernel for all parameters, or none at all.
     recompute_matmuls: share of the products in recomputed regions that run again (per-operator policies keep some).
     recompute_share: share of the recomputed regions that is recomputed (policies per operator and stage).
@@ -123,6 +125,7 @@ class Software:
     fused_accumulation: bool = True
     reduce_bytes: int = 4
     norm_clip: bool = True
+    joined: bool = True
     vocab_parallel: bool = True
     optimizer: Literal["adam", "sgd", "none"] = "adam"
     recompute_matmuls: float = 1.0

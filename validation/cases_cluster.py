@@ -16,12 +16,14 @@ from validation.link_words import LINKS, about_network, cube_mesh, divided, netw
 
 GB = 1e9
 LATENCY_INSIDE, LATENCY_BETWEEN = 0.0, 0.0  # the collective models have the latencies of NVLink, PCIe and networks
+SOCKET_LATENCY = 25e-6  # seconds one way, but those of TCP: ASSUMPTION, half of a round trip of 50 us in a data centre
 # Network share of one device in bytes/s where a row does not state it: ASSUMPTION, the reference designs of DGX A100
 # (8 x 200 Gb/s), DGX H100 and later (400 Gb/s a device), DGX-1 (4 x 100 Gb/s per node of 8); elsewhere 100 Gb/s a node.
 REFERENCE = {"a100": 25e9, "h100": 50e9, "h200": 50e9, "b200": 50e9, "b300": 100e9, "gb200": 50e9, "gb300": 100e9,
             "v100": 6.25e9, "p100": 6.25e9, "mi300x": 50e9, "mi355x": 50e9, "mi325x": 50e9, "mi350x": 50e9,
             "h800": 50e9, "h20": 50e9, "gh200": 50e9, "b100": 50e9}  # fmt: skip
 SOCKETS = 12.5e9  # bytes/s of a node elsewhere, 100 Gb/s
+DOMAIN, TRAY = r"NVL([1-9]\d*)", 4  # devices that NVLink joins beyond a node, and those of such a node
 MOST_INSIDE = 4096  # devices that any published node, rack or pod joins
 # Runs whose source published op times of the very machine (micro-benchmarks, no step): set of the row -> machine.
 MACHINES = {"simumax_b200": "b200-simumax"}
@@ -44,13 +46,10 @@ def cluster_of(case: Case, devices: dict[str, Device], folder: Path = Path()) ->
         device = devices[key]
     except ValueError as error:
         raise CaseError(str(error)) from None
-    count, per_node = case.whole("num_gpus", least=1), case.whole("gpus_per_node", 8) or 8
-    host = per_node  # a domain of NVLink may join several
+    count = case.whole("num_gpus", least=1)
     near, far = divided(case.text("interconnect"))
     inside, between = case.text("intra_node") or near, case.text("inter_node") or far
-    if (domain := re.search(r"NVL([1-9]\d*)", inside)) and case.text("intra_node"):
-        per_node = int(domain[1])
-    per_node = min(per_node, MOST_INSIDE)
+    host, per_node = nodes_of(case, device)
     intra = _inside(device, inside, min(count, per_node))
     inter, assumed = _between(device, between, min(host, per_node))
     fabric = _fabric(device, intra, inside)
@@ -68,6 +67,16 @@ def cluster_of(case: Case, devices: dict[str, Device], folder: Path = Path()) ->
         f"{case.text('gpu')} x {count}", device, ceil(count / per_node), per_node, intra, inter, "nccl",
         notes=tuple(notes), fabric=fabric, wires=wires, dims=dims, tables=machine_tables(machine),
     )  # fmt: skip
+
+
+def nodes_of(case: Case, device: Device) -> tuple[int, int]:
+    """Devices of a node, and of the domain of NVLink that may join several: what the row says ("NVL72"), or the device,
+    where the row leaves its links open and does not state nodes of more devices than one of its trays."""
+    told = re.search(DOMAIN, case.text("intra_node"))
+    own = None if _tells(case.text("intra_node")) or _tells(case.text("interconnect")) else re.search(DOMAIN, device.link)
+    host = case.whole("gpus_per_node", 0) or (TRAY if own else 8)
+    domain = told or (own if host <= TRAY else None)
+    return host, min(int(domain[1]) if domain else host, MOST_INSIDE)
 
 
 def _tells(text: str) -> bool:
@@ -159,9 +168,11 @@ def _between(device: Device, text: str, host: int) -> tuple[Link, bool]:
         rate = nics * each / host
     else:
         rate = 1.25 * GB / host if "EC2" in text else 0.0  # p2.8xlarge: 10 Gb/s a node, from memory
-    if rate:
-        return Link(network_named(words) or text.strip(" ,;"), rate, LATENCY_BETWEEN, "the row"), False
     kind = network_named(words)
-    if kind in ("Ethernet", "TCP"):  # sockets; the reference designs have RDMA
+    sockets = kind in ("Ethernet", "TCP")
+    latency = SOCKET_LATENCY if sockets else LATENCY_BETWEEN
+    if rate:
+        return Link(kind or text.strip(" ,;"), rate, latency, "the row"), False
+    if sockets:  # the reference designs have RDMA
         share = min(share, SOCKETS / host)
-    return Link(f"{kind or 'network'} (assumed)", share, LATENCY_BETWEEN, "reference design"), True
+    return Link(f"{kind or 'network'} (assumed)", share, latency, "reference design"), True

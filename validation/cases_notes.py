@@ -10,6 +10,7 @@ from costmodels.relatives import section_for
 from costmodels.rounding import rounded_families
 from planner.plan import expert_parts
 from validation.cases import Case
+from validation.cases_cluster import nodes_of
 from validation.cases_software import is_per_op, software_known, software_of
 from validation.cases_transformer import (
     attention_named,
@@ -51,10 +52,10 @@ def notes_of(case: Case, device: Device) -> tuple[str, ...]:
             f"{stated} kv_heads are replicated to {built_heads}, one for each tensor-parallel rank: weights, gradients "
             "and optimizer state of the projections of keys and values grow by that"
         )
-    return (*notes, *_notes_of_experts(case), *_left_out(case), *_missing_types(precision_of(case), device))
+    return (*notes, *_notes_of_experts(case, device), *_left_out(case), *_missing_types(precision_of(case), device))
 
 
-def _notes_of_experts(case: Case) -> list[str]:
+def _notes_of_experts(case: Case, device: Device) -> list[str]:
     dp, (cp, tp, ep) = replicas_of(case), (case.degree(axis) for axis in ("cp", "tp", "ep"))
     if not case.whole("moe_experts", 0):
         return []
@@ -64,7 +65,7 @@ def _notes_of_experts(case: Case) -> list[str]:
             f"not split over tp = {tp}: ep = {ep} does not divide dp x cp, so that it spans tp"
         )  # fmt: skip
         notes.append(f"experts are {said}")
-    if ep * split > (case.whole("gpus_per_node", 8) or 8):
+    if ep * split > nodes_of(case, device)[1]:
         notes.append(
             f"ep = {ep} spans nodes: all moe_topk copies of each token are taken to cross the network in the "
             "activations' dtype; routing that is limited to a few nodes, with one copy each, or dispatch in fp8 "
@@ -94,6 +95,11 @@ def _left_out(case: Case) -> list[str]:
         found.append(
             f"{micro} micro-batches are no multiple of pp = {pp}: Megatron refuses that for interleaved stages; the "
             "last ones are predicted as a smaller round"
+        )
+    if vpp > 1 and all((case.whole("layers") + more) % (pp * vpp) for more in (0, 2)):
+        found.append(
+            f"{case.whole('layers')} layers do not divide by pp x vpp = {pp * vpp}: Megatron wants a layout for that; "
+            "predicted with a stage's equal share of them, spread over its chunks"
         )
     if "offload" in said and not NO_OFFLOAD.search(said):
         found.append(

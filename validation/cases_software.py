@@ -32,7 +32,7 @@ MEGATRON_CORE = Software(
     "Megatron-Core", HOST["transformer-engine"], "module", attention="cudnn", loss="softmax", fp8_inputs=True,
 )  # fmt: skip
 TORCHTITAN = Software(
-    "torchtitan", HOST["torch"], "none", main_grads=0, fused_accumulation=False, vocab_parallel=False,
+    "torchtitan", HOST["torch"], "none", tp_async=False, main_grads=0, fused_accumulation=False, joined=False,
     fsdp_copies=True,
 )  # fmt: skip
 # Its runs of April 2024 (docs/performance.md, FSDP2 in eager mode) have Triton's norm, which keeps its input alone
@@ -53,7 +53,7 @@ COMPOSER = replace(
 )  # fmt: skip
 HUGGING_FACE = Software(
     "Hugging Face eager", HOST["torch"], "none", main_grads=0, dp_overlap=True, fused_accumulation=False,
-    vocab_parallel=False, norm_clip=False, optimizer="none", tp_async=False, p2p_overlap=False, reduce_bytes=4,
+    joined=False, vocab_parallel=False, tp_async=False, p2p_overlap=False, reduce_bytes=4,
 )  # fmt: skip
 ONEFLOW = replace(
     MEGATRON_2021, name="OneFlow", host=HOST["static graph"], dp_overlap=True, p2p_overlap=True, norm_clip=False,
@@ -66,7 +66,9 @@ DDP_2020 = Software(
 TORCH_DDP = replace(TORCHTITAN, name="torch DDP", fsdp_copies=False)
 XLA = replace(TORCHTITAN, name="XLA", host=HOST["static graph"], fusion="chain", fused_loss=True, loss="logits",
               fsdp_copies=False)  # fmt: skip
-TENSORFLOW = replace(DDP_2020, name="TensorFlow", host=HOST["static graph"], fusion="none")  # without XLA
+TENSORFLOW = replace(DDP_2020, name="TensorFlow", host=HOST["static graph"], fusion="none", joined=False)  # without XLA
+# What was timed, where that is less than a step with its optimizer.
+FORWARD_AND_BACKWARD = r"forward (\+|and|&|plus) backward(?! (\+|and|&|plus) optimi)|no optimizer|without (the )?optimizer"
 # Names that are told apart below, and those of eager torch.
 KNOWN = (
     r"megatron|nemo|oneflow|tensorflow|jax|maxtext|xla|flax|pax|t5x|8aa4619|aceso|hugging ?face|composer|llm-foundry"
@@ -106,6 +108,8 @@ def software_of(case: Case) -> Software:
         found = replace(found, reduce_bytes=2)
     if case.number("vocab") == 0:  # a layer alone, not a training step
         found = replace(found, optimizer="none", timed_passes=False, host=replace(found.host, step=0.0))
+    if re.search(FORWARD_AND_BACKWARD, f"{case.text('step_time_how')}; {notes}".lower()):
+        found = replace(found, optimizer="none")
     return found
 
 
@@ -144,8 +148,8 @@ def _named(case: Case, name: str) -> Software:
     if "megatron-lm 2022" in name:
         return MEGATRON_2022
     if re.search(r"hugging ?face|\btransformers\b", name):
-        # Where Megatron runs the layers, it splits embedding and logits, too.
-        return replace(HUGGING_FACE, vocab_parallel="megatron" in name)
+        # Where Megatron runs the layers, they are its own, and it splits embedding and logits, too.
+        return replace(HUGGING_FACE, vocab_parallel="megatron" in name, joined="megatron" in name)
     if "composer" in name or "llm-foundry" in name:
         return COMPOSER
     if "torchtitan" in name:

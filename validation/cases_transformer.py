@@ -78,7 +78,8 @@ def model_of(case: Case, software: Software, traces: Traces) -> FoldedModel:
     experts = _experts(case, moe) if moe else None
     old = ("megatron" in case.text("software").lower() and not fused) or family == "bert"
     vocab = case.whole("vocab")
-    padded = ceil(vocab / (128 * tp)) * 128 * tp if software.vocab_parallel else vocab
+    unit = (128 if software.joined else 1) * tp if software.vocab_parallel else 1  # Megatron pads to 128 a rank
+    padded = ceil(vocab / unit) * unit
     llama = family in ("llama", "moe_mla")
     shape = Shape(
         layers=TRACED_BLOCKS, hidden=hidden, heads=heads, kv_heads=kv_heads,
@@ -89,7 +90,7 @@ def model_of(case: Case, software: Software, traces: Traces) -> FoldedModel:
         positions="rope" if llama or family == "gpt_gqa_relu2" else "learned",
         attention="sdpa" if fused else "math", causal=family != "bert",
         bias=family in ("gpt", "mpt", "bert"), post_norm=family == "bert", tied=family in ("gpt", "mpt", "bert"),
-        joined=software.fusion == "module" or family == "mpt", dropout=0.1 if old else 0.0,
+        joined=software.joined or family == "mpt", dropout=0.1 if old else 0.0,
         predicted=_predicted(case),
         latent=Latent() if family == "moe_mla" else None, experts=experts,
         dtype={"fp16": "float16", "bf16": "bfloat16", "fp8": "bfloat16"}.get(precision, "float32"),
@@ -276,8 +277,11 @@ def is_replaced_by_zero1(case: Case) -> bool:
 
 
 def _sequence_split(case: Case) -> bool:
-    """Whether sequence parallelism is on: some tables write its degree."""
+    """Whether sequence parallelism is on: some tables write its degree. torchtitan's tensor parallelism has it
+    always."""
     word = case.word("sp")
+    if not case.stated("sp") and "torchtitan" in case.text("software").lower():
+        return True
     if word in ("true", "yes", "on"):
         return True
     try:
@@ -312,11 +316,16 @@ def _cuts(case: Case, chunks: int) -> tuple[str, ...]:
     if layers % chunks and (layers + 2) % chunks == 0:
         size = (layers + 2) // chunks
         return tuple(f"blocks.{size * i - 1}" for i in range(1, chunks))
-    return tuple(f"blocks.{i * layers // chunks}" for i in range(1, chunks))
+    vpp, ends = chunks // case.degree("pp"), [0]
+    for chunk in range(chunks):  # a stage's share of the layers, then a chunk's share of the stage's
+        turn, stage = divmod(chunk, chunks // vpp)
+        own = layers * (stage + 1) * vpp // chunks - layers * stage * vpp // chunks
+        ends.append(ends[-1] + own * (turn + 1) // vpp - own * turn // vpp)
+    return tuple(f"blocks.{end}" for end in ends[1:-1])
 
 
 def _shardings(case: Case, software: Software) -> tuple[tuple[str, Sharding], ...]:
-    joined = software.fusion == "module"
+    joined = software.joined
     gated = is_gated(case)
     columns = ["attn.qkv"] if joined else ["attn.q", "attn.k", "attn.v"]
     if family_of(case) == "moe_mla":  # what makes the latents stays whole, as in Megatron-Core
