@@ -34,6 +34,7 @@ from simulator import ProgramBuilder, breakdown, overall, simulate
 
 Exchange = Literal["all_reduce", "server", "copies"]
 PARTS = 8  # a pass is cut into so many parts, each of which hands over its gradients
+UPDATE_PASSES = 3  # over the variables: SGD reads them and the sums, and writes them (the default of tf_cnn_benchmarks)
 HOST_MEMORY = 40e9  # bytes/s at which a host adds gradients up: ASSUMPTION (two sockets of 2014 to 2017, 20 to 60)
 
 
@@ -186,6 +187,8 @@ def _replicas(w: _Whole, tasks: ProgramBuilder) -> None:
 def _hand_over(w: _Whole, lane: Lane, size: int, rest: Sequence[Priced]) -> int:
     """The message of gradients that are finished, and what the rest of backward loses beside it."""
     seconds, share = w.message("all_reduce", size), 0.0
+    if w.sharing.exchange == "server":  # each node's host updates the variables that it holds
+        seconds += UPDATE_PASSES * size / -(-w.plan.dp // w.cluster.devices_per_node) / HOST_MEMORY
     if w.sharing.exchange == "all_reduce":
         other = beside(w.cluster, "all_reduce", size, Groups(w.plan).ranks("dp"), seconds)
         share = lost(w.cluster, [(part, 1.0) for part in rest], other)
