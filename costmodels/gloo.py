@@ -25,6 +25,7 @@ SOCKET_SHARE, SOCKET_STARTS = 0.97, 1.7
 # bytes/s up to which that share was measured, and the share of faster links: that of RDMA (`costmodels.nccl_law`,
 # "across"), as sockets reach no more: ASSUMPTION
 SOCKETS_MEASURED, FAST_SHARE = 1.25e9, 0.9
+RINGS = ("all_reduce", "reduce_scatter", "all_gather")
 NCCL_FLOWS = 4  # sockets of a connection: shared/facts/communication.md A2, 5 to 8 MB of window together
 SOCKET_BUFFER = 4 * MIB  # bytes that an all_reduce ring may have under way: NCCL's Simple buffer (A1)
 
@@ -36,9 +37,18 @@ def seconds(
 
     per_node: ranks that share each end of `link`, neighbours in the group's order; inside: the link among them. A ring
     leaves a node by one flow whatever lies on it; where every rank sends to others than its neighbour, the flows of a
-    node share its port. Several flows on parallel links collide (`Link.ecmp`), one alone does not."""
+    node share its port. Several flows on parallel links collide (`Link.ecmp`), one alone does not. A ring is as slow
+    as its slowest hop, and nothing is done before the ranks of one node have done their part of it."""
     flow, port, latency = link.flow_rate(), link.bandwidth * link.ecmp, link.latency
     outside = max(ranks - per_node, 1)
+    if inside and per_node > 1:
+        if kind in RINGS:
+            flow, latency = min(flow, inside.flow_rate()), max(latency, inside.latency)
+        elif kind == "barrier":
+            return seconds(kind, 0.0, per_node, inside) + ceil(log2(max(outside // per_node + 1, 2))) * 2 * latency
+        elif kind in ("reduce", "all_to_all"):
+            within = seconds(kind, nbytes * (per_node / ranks if kind == "all_to_all" else 1.0), per_node, inside)
+            return max(within, seconds(kind, nbytes, ranks, link, per_node))
     if kind == "all_reduce":
         return all_reduce(nbytes, ranks, flow, latency)
     if kind == "reduce_scatter":  # the whole all_reduce, then a copy of the own part (pytorch PR 149869)

@@ -8,10 +8,10 @@ lossy kinds are chosen only where the caller allows them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
-from costmodels.cluster import Cluster
+from costmodels.cluster import Cluster, Link
 from costmodels.compression import NONE, Compression, buffer_bytes, elements, payload, reply_bytes, state_bytes
 from costmodels.compression import wire_bytes as ring_bytes
 from costmodels.compression_ops import codec, seconds
@@ -311,32 +311,53 @@ def _reason(
 
 
 def break_even(exchange: Exchange, ranked: Sequence[Uniform]) -> dict[str, float | None]:
-    """For each compression the link rate below which its best row beats the best uncompressed row."""
-    plain = next((r for r in ranked if r.choice.compression == NONE), None)
-    found: dict[str, float | None] = {}
-    if plain is None:
-        return found
+    """For each compression the link rate below which the best of its rows beats the best uncompressed one."""
+    rows: dict[str, list[Uniform]] = {}
     for row in ranked:
-        name = row.choice.compression.name
-        if name not in found and row.choice.compression != NONE:
-            found[name] = _crossing(exchange, row, plain)
-    return found
+        rows.setdefault(row.choice.compression.name, []).append(row)
+    plain = rows.pop(NONE.name, [])
+    known: dict[tuple[str, float], float] = {}
+
+    def best(name: str, factor: float) -> float:
+        if (name, factor) not in known:
+            other = _scaled(exchange, factor)
+            steps = (other.step(w := other.work(r.bucket_bytes), [r.choice] * len(w.buckets))
+                     for r in (rows[name] if name != NONE.name else plain))  # fmt: skip
+            known[name, factor] = min(steps)
+        return known[name, factor]
+
+    def wins(name: str) -> Callable[[float], bool]:
+        return lambda factor: best(name, factor) < best(NONE.name, factor)
+
+    rate, crossings = _links(exchange)[0].bandwidth, {name: _crossing(wins(name)) for name in rows if plain}
+    return {name: None if at is None else rate * at for name, at in crossings.items()}
 
 
-def _crossing(exchange: Exchange, row: Uniform, plain: Uniform) -> float | None:
-    """Bisects the rate of the links in logarithm, between a thousandth and a thousand times what it is."""
-    cluster, many = exchange.cluster, len({exchange.cluster.node_of(r) for r in exchange.ranks}) > 1
-    link = cluster.inter if many else cluster.intra
+def _links(exchange: Exchange) -> tuple[Link, bool, bool]:
+    """The link that a group's messages are bound by, and whether links in a node and between nodes are scaled with it:
+    a torus has one kind, and parameter servers of a group on one node may be reached by the network."""
+    cluster = exchange.cluster
+    many = len({cluster.node_of(r) for r in exchange.ranks}) > 1
+    if cluster.fabric == "torus":
+        return cluster.intra, True, False
+    return (cluster.inter, False, True) if many else (cluster.intra, True, True)
 
-    def wins(factor: float) -> bool:
-        scaled = replace(link, bandwidth=link.bandwidth * factor, flow_cap=link.flow_cap * factor)
-        intra, inter = (cluster.intra, scaled) if many else (scaled, cluster.inter)
-        slower = replace(cluster, tables=(), cache={}, intra=intra, inter=inter)
-        other = Exchange(exchange.graph, exchange.plan, slower, exchange.works)
-        steps = [other.step(other.work(r.bucket_bytes), [r.choice] * len(other.work(r.bucket_bytes).buckets))
-                 for r in (row, plain)]  # fmt: skip
-        return steps[0] < steps[1]
 
+def _scaled(exchange: Exchange, factor: float) -> Exchange:
+    """The same on links that are so many times as fast."""
+    cluster, (_, inside, between) = exchange.cluster, _links(exchange)
+
+    def scaled(link: Link, change: bool) -> Link:
+        by = factor if change else 1.0
+        return replace(link, bandwidth=link.bandwidth * by, flow_cap=link.flow_cap * by)
+
+    links = scaled(cluster.intra, inside), scaled(cluster.inter, between)
+    other = replace(cluster, tables=(), cache={}, intra=links[0], inter=links[1])
+    return Exchange(exchange.graph, exchange.plan, other, exchange.works)
+
+
+def _crossing(wins: Callable[[float], bool]) -> float | None:
+    """Bisects a factor in logarithm, between a thousandth and a thousand."""
     low, high = 1e-3, 1e3
     if not wins(low):
         return None
@@ -345,4 +366,4 @@ def _crossing(exchange: Exchange, row: Uniform, plain: Uniform) -> float | None:
     for _ in range(16):
         middle = (low * high) ** 0.5
         low, high = (middle, high) if wins(middle) else (low, middle)
-    return link.bandwidth * (low * high) ** 0.5
+    return (low * high) ** 0.5

@@ -73,7 +73,8 @@ def nodes_of(case: Case, device: Device) -> tuple[int, int]:
     """Devices of a node, and of the domain of NVLink that may join several: what the row says ("NVL72"), or the device,
     where the row leaves its links open and does not state nodes of more devices than one of its trays."""
     told = re.search(DOMAIN, case.text("intra_node"))
-    own = None if _tells(case.text("intra_node")) or _tells(case.text("interconnect")) else re.search(DOMAIN, device.link)
+    stated = any(_tells(case.text(name)) for name in ("intra_node", "interconnect"))
+    own = None if stated else re.search(DOMAIN, device.link)
     host = case.whole("gpus_per_node", 0) or (TRAY if own else 8)
     domain = told or (own if host <= TRAY else None)
     return host, min(int(domain[1]) if domain else host, MOST_INSIDE)

@@ -68,7 +68,7 @@ XLA = replace(TORCHTITAN, name="XLA", host=HOST["static graph"], fusion="chain",
               fsdp_copies=False)  # fmt: skip
 TENSORFLOW = replace(DDP_2020, name="TensorFlow", host=HOST["static graph"], fusion="none", joined=False)  # without XLA
 # What was timed, where that is less than a step with its optimizer.
-FORWARD_AND_BACKWARD = r"forward (\+|and|&|plus) backward(?! (\+|and|&|plus) optimi)|no optimizer|without (the )?optimizer"
+FORWARD_AND_BACKWARD = r"forward (\+|and|&) backward(?! (\+|and|&) optimi)|no optimizer|without (the )?optimizer"
 # Names that are told apart below, and those of eager torch.
 KNOWN = (
     r"megatron|nemo|oneflow|tensorflow|jax|maxtext|xla|flax|pax|t5x|8aa4619|aceso|hugging ?face|composer|llm-foundry"

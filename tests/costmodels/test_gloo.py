@@ -10,7 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from costmodels import gloo
-from costmodels.cluster import Link
+from costmodels.cluster import Link, load_cluster
+from costmodels.collectives import collective_price
+from costmodels.mixed_nodes import over
 from simulator.flow_collectives import Road, broadcast
 from simulator.flows import FlowBuilder, simulate_flows
 
@@ -111,6 +113,15 @@ def test_ranks_of_a_node_share_its_port(nodes: int, per_node: int) -> None:
     }  # fmt: skip
     for kind, leaves in least.items():
         assert gloo.seconds(kind, size, ranks, link, per_node, loop) >= leaves / 1.25e9, kind
+
+
+@pytest.mark.parametrize("kind", ["all_reduce", "reduce_scatter", "all_gather", "broadcast", "reduce", "barrier"])
+@pytest.mark.parametrize("size", [8.0, 2.0**20, 2.0**33])
+def test_more_nodes_are_never_faster_than_the_ranks_of_one(kind: str, size: float) -> None:
+    """Hosts whose memory is slower than the network between them."""
+    clusters = [over(load_cluster(f"{n}x dgx-h100"), "gloo") for n in (1, 2, 4)]
+    one, two, four = (collective_price(c, kind, size, range(c.size)).seconds for c in clusters)
+    assert one <= two * (1 + 1e-9) and two <= four * (1 + 1e-9)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -21,7 +21,7 @@ from opgraph.zoo.transformer import Experts, Shape, workload
 from planner.folded import FoldedPrediction, predict_folded
 from planner.folded import context_of as folded_context
 from planner.folded_groups import Groups
-from planner.folded_kernels import Kernels
+from planner.folded_kernels import Kernels, Launch, Message, priced
 from planner.folded_local import local_step
 from planner.folded_memory import memory_of
 from planner.folded_model import FoldedModel, chunks_of
@@ -561,3 +561,51 @@ def test_zero2_hands_on_the_gradients_of_every_micro_batch() -> None:
     once = [step(dp=8, data_parallel=kind, global_batch=32).step_seconds for kind in ("zero1", "zero2")]
     often = [step(dp=2, data_parallel=kind).step_seconds for kind in ("zero1", "zero2")]
     assert once[1] == pytest.approx(once[0]) and often[1] > 1.01 * often[0]
+
+
+@lru_cache(maxsize=1)
+def apart() -> OpGraph:
+    """Queries, keys, values, gate and up as products of their own."""
+    shape = replace(SHAPE, mlp="swiglu", joined=False)
+    return trace_workload(workload("llama", shape), fold=False).at_batch(4)
+
+
+def of_siblings(joined: bool, sp: bool) -> tuple[dict[str, list[str]], int]:
+    """Messages of a block in forward and backward, and the bytes that the step allocates."""
+    names = (*(f"attn.{x}" for x in "qkv"), "mlp.up", "mlp.gate")
+    cut = tuple((f"blocks.{i}.{n}", "colwise") for i in range(3) for n in names)
+    cut += tuple((f"blocks.{i}.{n}", "rowwise") for i in range(3) for n in ("attn.o", "mlp.down"))
+    split = plan(tp=4, shardings=cut, sequence_parallel=sp)
+    software = replace(FAST_HOST, joined=joined, tp_async=joined)
+    context = folded_context(FoldedModel(apart(), LAYERS, SEQ, VOCAB), split, cluster(), software)
+    kernels, found = context.parts.kernels, context.parts.pieces
+    launches = {"forward": kernels.forward(list(found.forward["block"])),
+                "backward": kernels.backward(list(found.backward["block"]))}  # fmt: skip
+    kinds = {k: [x.message.kind for x in v if x.message] for k, v in launches.items()}
+    return kinds, memory_of(context.at(0), 0).allocated
+
+
+def test_products_of_one_input_share_its_gather_and_the_sum_of_its_gradients() -> None:
+    """Two inputs of a block are gathered and two results reduced, whether a layer's products are one or several;
+    Megatron gathers inputs again in backward, DTensor keeps them whole."""
+    whole, more = of_siblings(False, True)
+    assert sorted(whole["forward"]) == ["all_gather"] * 2 + ["reduce_scatter"] * 2
+    assert sorted(whole["backward"]) == ["all_gather"] * 2 + ["reduce_scatter"] * 2
+    again, less = of_siblings(True, True)
+    assert again["forward"] == whole["forward"]
+    assert sorted(again["backward"]) == ["all_gather"] * 4 + ["reduce_scatter"] * 2
+    assert more - less == pytest.approx(LAYERS * 2 * 3 / 4 * 4 * SEQ * HIDDEN * 2, rel=0.1)
+    alike, _ = of_siblings(False, False)
+    assert alike["forward"] == alike["backward"] == ["all_reduce"] * 2
+
+
+def test_a_ring_of_keys_waits_for_its_slowest_link() -> None:
+    """Sixteen ranks on two nodes cross the network at two places of the ring."""
+    found = []
+    for rate in (2.5e10, 1e9):
+        two = replace(cluster(), inter=Link("IB", rate, 0.0), cache={})
+        launches = [Launch(0.0, None, Message("send", 2**26, "cp", 0))]
+        spread, one = (priced(launches, two, Groups(plan(cp=n))).seconds["cp send"] for n in (16, 8))
+        found.append((spread, one))
+        assert spread >= 2**26 / rate > one
+    assert found[0][1] == found[1][1] and found[1][0] > 10 * found[0][0]

@@ -9,7 +9,7 @@ import pytest
 from costmodels.cluster import load_cluster
 from costmodels.collectives import collective_price
 from costmodels.compression import NONE, compression_from, payload
-from costmodels.schemes import SCHEMES, Scheme
+from costmodels.schemes import SCHEMES, Scheme, fits
 from planner.gradient_policy import MIB, Choice, Exchange, advise, uniform
 from planner.gradient_times import Load, step_seconds, step_work
 from planner.plan import ParallelPlan
@@ -127,6 +127,30 @@ def test_break_even_is_where_the_steps_cross():
         return uniform(Exchange(graph, plan, slow(bandwidth)), choice, MIB).step_seconds
 
     assert step("fp16", rate / 1.1) < step("none", rate / 1.1) and step("fp16", rate * 1.1) >= step("none", rate * 1.1)
+
+
+@pytest.mark.parametrize(("name", "ranks"), [("8x dgx-h100", 64), ("tpu-v4-cube", 64), ("dgx-h100", 2)])
+def test_break_even_compares_the_best_of_each_on_the_links_that_bind(name, ranks):
+    """Whatever is best today, half precision wins where links are slow, and the choice crosses there."""
+    _, graph = model(ALEXNET)
+    cluster, plan = load_cluster(name), ParallelPlan(global_batch=8 * ranks, dp=ranks)
+    schemes = [s for s in SCHEMES if not s.served] + [Scheme("ps-sharded")]
+    (rate,) = advise(graph, plan, cluster, schemes, ALL[:2], (25 * MIB,)).break_even.values()
+    assert rate is not None and 0 < rate < 1e13
+
+    def best(compression: str, factor: float) -> float:
+        links = [replace(x, bandwidth=x.bandwidth * factor, flow_cap=x.flow_cap * factor)
+                 for x in (cluster.intra, cluster.inter)]  # fmt: skip
+        one = cluster.fabric == "torus" or ranks <= cluster.devices_per_node
+        intra, inter = (links[0] if one else cluster.intra), (links[1] if cluster.fabric != "torus" else cluster.inter)
+        other = replace(cluster, intra=intra, inter=inter, cache={})
+        found = [uniform(Exchange(graph, plan, other), Choice(s, compression_from(compression)), 25 * MIB).step_seconds
+                 for s in schemes if fits(s, compression_from(compression), other, range(ranks))]  # fmt: skip
+        return min(found)
+
+    link = cluster.inter if ranks > cluster.devices_per_node and cluster.fabric != "torus" else cluster.intra
+    at = rate / link.bandwidth
+    assert best("fp16", at / 1.1) < best("none", at / 1.1) and best("fp16", at * 1.1) >= best("none", at * 1.1)
 
 
 def test_uniform_rows_add_up():

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import csv
 import json
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
+from costmodels.names import device_named
 from parplan.cli import main
+from tests.validation.test_cases import row
 from validation import cases_vision
 from validation.cases import TRANSFORMER, VISION, Case, CaseError, read_cases
+from validation.cases_cluster import nodes_of
 from validation.cases_run import run_cases
 from validation.cases_software import software_of
 from validation.cases_transformer import Traces as Shapes
@@ -108,3 +112,45 @@ def test_no_blank_cell_ends_in_a_traceback() -> None:
     cases += [Case("transformer", BARE | {"model": "GPT", name: ""}) for name in (*BARE, "model")]
     outcomes = run_cases(cases, lambda what, share: None)
     assert all(o.reason and "fault of Parplan" not in o.reason for o in outcomes)
+
+
+def test_tensor_parallelism_of_torchtitan_splits_the_sequence_and_the_vocabulary() -> None:
+    titan = {"software": "torchtitan", "zero_fsdp": "fsdp", "tp": "2", "dp": "4", "pp": "1"}
+    case = row(**titan, sp="")
+    software = software_of(case)
+    assert plan_of(case, software).sequence_parallel and software.vocab_parallel and not software.joined
+    assert not plan_of(row(**titan, sp="0"), software).sequence_parallel
+    compiled = software_of(row(software="Megatron-LM (core)", notes="compile"))
+    assert compiled.joined and compiled.fusion == "chain"  # a compiler leaves products as they are
+
+
+def test_steps_of_hugging_face_have_an_optimizer_where_the_row_does_not_say_otherwise() -> None:
+    plain = software_of(row(software="Hugging Face"))
+    timed = software_of(row(software="Hugging Face", step_time_how="measured latency of forward + backward"))
+    noted = software_of(row(software="PyTorch", notes="forward and backward, no optimizer step"))
+    whole = software_of(row(software="PyTorch", step_time_how="forward + backward + optimizer"))
+    assert (plain.optimizer, timed.optimizer, noted.optimizer, whole.optimizer) == ("adam", "none", "none", "adam")
+
+
+@pytest.mark.parametrize("layers", [24, 40, 26])
+def test_interleaved_stages_have_equal_shares_of_layers_that_do_not_divide(layers: int) -> None:
+    case = row(layers=str(layers), pp="4", vpp="4", tp="1", dp="1", num_gpus="4")
+    ends = [0, *(int(cut.split(".")[1]) for cut in plan_of(case, software_of(case)).cuts), layers]
+    sizes = [b - a for a, b in pairwise(ends)]
+    stages = [sum(sizes[s::4]) for s in range(4)]
+    assert len(sizes) == 16 and sum(stages) == layers and max(stages) - min(stages) <= 1
+    assert max(sizes) - min(sizes) <= 1 or layers == 26
+
+
+@pytest.mark.parametrize(
+    ("words", "nodes"),
+    [
+        ({}, (4, 72)), ({"gpus_per_node": "4"}, (4, 72)), ({"gpus_per_node": "8"}, (8, 8)),
+        ({"intra_node": "NVL36"}, (8, 36)), ({"intra_node": "NVLink5"}, (8, 8)), ({"gpu": "B200"}, (8, 8)),
+    ],
+)  # fmt: skip
+def test_a_rack_is_one_domain_where_the_row_does_not_say_otherwise(
+    words: dict[str, str], nodes: tuple[int, int]
+) -> None:
+    case = row(**{"gpu": "GB200", "gpus_per_node": "", "intra_node": "", "interconnect": ""} | words)
+    assert nodes_of(case, device_named(case.text("gpu"))) == nodes
