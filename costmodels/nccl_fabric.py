@@ -22,6 +22,7 @@ from costmodels.device import CATALOGUE
 # Latencies that the fitted constants contain; what a link's file says beyond them is added to every hop (seconds).
 REFERENCE_HOP = {"nvlink": 1e-6, "mesh": 1e-6, "pci": 5e-6, "host": 5e-6}
 REFERENCE_CROSSING = {"ib": 2.7e-6, "roce": 2.7e-6, "efa-v1": 15e-6, "efa": 15e-6, "ethernet": 2.7e-6}
+_NVLINKS = "nvlink|xgmi"  # names of wires that join devices directly
 EFA_V1_PORTS = 4  # of a node: of the first generation p4d has 4, of later ones p5 32, p5en 16, p6 8
 
 
@@ -123,9 +124,9 @@ def group_of(cluster: Cluster, ranks: Sequence[int]) -> Group:
         hosts, per_host, domains = _trays(family, cluster, size, used, int(counts.max()))
     across, leaving = 0.0, 0.0
     if domains > 1:
-        across = across_of(cluster, int(counts.min()), len(used) // domains)
-        if counts.min() != counts.max() or len(used) % domains:
-            apart = used if domains == len(used) or not family else used * cluster.devices_per_node // family.domain
+        apart = used if domains == len(used) or not family else used * cluster.devices_per_node // family.domain
+        across = min(across_of(cluster, few, nodes) for _, nodes, few in _kinds(counts, apart))
+        if len({held for held, _, _ in _kinds(counts, apart)}) > 1:
             leaving = _leaving(cluster, counts, apart) * across / size
     network = network_of(cluster.inter)
     crossing = max(cluster.inter.latency - REFERENCE_CROSSING.get(network, 0.0), 0.0) if hosts > 1 else 0.0
@@ -141,23 +142,34 @@ def group_of(cluster: Cluster, ranks: Sequence[int]) -> Group:
         port=_port(cluster, members, bridged),
         across=across,
         network=network,
-        hop=max(cluster.intra.latency - REFERENCE_HOP[wires], 0.0) if per_host > 1 else 0.0,
+        hop=max(_latency_inside(cluster, bridged) - REFERENCE_HOP[wires], 0.0) if per_host > 1 else 0.0,
         crossing=crossing + _tier_latency(cluster, used),
         uplinks=_uplinks(cluster, used, int(counts.max())),
         leaving=leaving,
     )
 
 
+def _latency_inside(cluster: Cluster, bridged: float) -> float:
+    """Seconds of a hop inside a node: over the bridges of a PCIe box where the group is joined by them."""
+    if not bridged or cluster.fabric != "pcie":
+        return cluster.intra.latency
+    return max(w.link.latency for w in cluster.wires if re.search(_NVLINKS, w.link.name, re.I))
+
+
 def _leaving(cluster: Cluster, counts: np.ndarray, domain_of: np.ndarray) -> float:
     """Pairs of ranks that an all-to-all joins across the border of a domain, over the bytes/s of its NICs: the worst.
     counts: ranks of each node; domain_of: the domain of each."""
+    total, kinds = int(counts.sum()), _kinds(counts, domain_of)
+    return max(own * (total - own) / across_of(cluster, few, spread) for own, spread, few in kinds)
+
+
+def _kinds(counts: np.ndarray, domain_of: np.ndarray) -> list[tuple[int, int, int]]:
+    """What domains there are, each kind once: ranks, nodes, and the ranks of the node that has fewest."""
     _, place = np.unique(domain_of, return_inverse=True)
     held, nodes = np.bincount(place, counts), np.bincount(place)
     least = np.full(len(held), int(counts.max()))
     np.minimum.at(least, place, counts)
-    kinds = np.unique(np.stack([held.astype(int), nodes, least]), axis=1).T.tolist()
-    total = int(counts.sum())
-    return max(own * (total - own) / across_of(cluster, few, spread) for own, spread, few in kinds)
+    return [tuple(kind) for kind in np.unique(np.stack([held.astype(int), nodes, least]), axis=1).T.tolist()]
 
 
 def _port(cluster: Cluster, members: np.ndarray, bridged: float) -> float:
@@ -176,7 +188,7 @@ def bridged_rate(cluster: Cluster, members: np.ndarray) -> float:
     if cluster.fabric not in ("cube-mesh", "pcie") or not cluster.wires or cluster.groups:
         return 0.0
     places = {f"gpu{int(r) % cluster.devices_per_node}" for r in members}
-    wires = [w for w in cluster.wires if re.search("nvlink|xgmi", w.link.name, re.I) and {w.a, w.b} <= places]
+    wires = [w for w in cluster.wires if re.search(_NVLINKS, w.link.name, re.I) and {w.a, w.b} <= places]
     if len(places) < 2 or {end for w in wires for end in (w.a, w.b)} != places:
         return 0.0
     import networkx as nx

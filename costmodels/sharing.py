@@ -56,12 +56,11 @@ def shared_group(cluster: Cluster, group: Group, kind: str, ranks: Sequence[int]
     Where switches are rails' own, a group alone too has only the uplinks of the rails that it lies on.
     """
     alone = len(firsts) < 2
+    if kind == "all_to_all" and cluster.wires and not cluster.groups:
+        here = cluster.node_of(ranks[0])
+        group = _narrowed(group, exchanged_inside(cluster, [r for r in ranks if cluster.node_of(r) == here]))
     if group.domains == 1:
-        left = inf if alone else left_inside(cluster, kind, ranks, firsts)
-        if left == inf:
-            return group
-        # A ring moves RING_SHARE of a wire's rate, or less where devices stage through the host.
-        return replace(group, port=min(group.port, left * RING_SHARE * group.port / ring_rate(group)))
+        return _narrowed(group, inf if alone else left_inside(cluster, kind, ranks, firsts))
     if alone and any(t.rails for t in cluster.tiers) and group.per_host < cluster.devices_per_node:
         firsts = (ranks[0],)  # it lies on some of the rails, perhaps
     elif alone:
@@ -79,6 +78,14 @@ def shared_group(cluster: Cluster, group: Group, kind: str, ranks: Sequence[int]
         load = layers.get(tier.name, 0.0)
         uplinks.append((below, min(rate, passed / load) if load else rate))
     return replace(group, across=min(group.across, across), uplinks=tuple(uplinks))
+
+
+def _narrowed(group: Group, left: float) -> Group:
+    """`group` where each device has no more than `left` bytes/s of the wires inside its node. A ring moves RING_SHARE
+    of a wire's rate, or less where devices stage through the host."""
+    if left == inf:
+        return group
+    return replace(group, port=min(group.port, left * RING_SHARE * group.port / ring_rate(group)))
 
 
 def slowed_by_likes(cluster: Cluster, kind: str, ranks: Sequence[int], firsts: Firsts) -> float:
@@ -114,6 +121,22 @@ def left_inside(cluster: Cluster, kind: str, ranks: Sequence[int], firsts: First
     shared = (loads[0] > 0) & (loads[1:].sum(axis=0) > 0)
     rates = topology.capacity[shared] / loads.sum(axis=0)[shared]
     return float(rates.min()) if shared.any() else inf
+
+
+def exchanged_inside(cluster: Cluster, ranks: Sequence[int]) -> float:
+    """bytes/s that each rank of a group of one node sends in an all-to-all, whose pairs meet on the node's named wires
+    (a ring crosses each only once); inf for one rank."""
+    if max(ranks) >= cluster.size:
+        return inf
+    own = sorted({r - cluster.first_ranks[cluster.node_of(ranks[0])] for r in ranks})
+    if len(own) < 2 or max(own) >= cluster.devices_per_node:
+        return inf
+    topology = _node(cluster)
+    loads = np.zeros(len(topology.capacity))
+    for a, b in permutations(own, 2):
+        loads[list(topology.road(a, b).links)] += 1
+    busy = loads > 0
+    return float((len(own) - 1) / (loads[busy] / topology.capacity[busy]).max()) if busy.any() else inf
 
 
 def _node(cluster: Cluster) -> Topology:

@@ -304,3 +304,28 @@ def test_a_box_without_peer_to_peer_is_as_fast_as_its_sweeps(ranks: int, config:
     (sweep,) = (s for s in catalogue_sweeps() if s.config_id == config)
     seconds = collective_price(load_cluster("rtx4090-pcie"), "all_reduce", sweep.bytes[-1], range(ranks)).seconds
     assert seconds == pytest.approx(sweep.seconds[-1], rel=0.15)
+
+
+@pytest.mark.parametrize("kind", ["all_reduce", "all_gather", "all_to_all"])
+@pytest.mark.parametrize("ranks", [8, 72, 73, 76, 80, 100, 144])
+def test_a_rack_of_trays_is_a_rack(kind: str, ranks: int) -> None:
+    """The same machine as two nodes of 72 devices and as 36 of four; a lone rank of the second rack has its NIC."""
+    racks = load_cluster("2x gb200-nvl72")
+    trays = replace(racks, nodes=36, devices_per_node=4, cache={})
+    one, other = (collective_price(c, kind, 2.0**33, range(ranks)).seconds for c in (racks, trays))
+    assert one == pytest.approx(other, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "cut"), [("dgx1-v100", 150e9), ("dgx1-p100", 80e9), ("a100-pcie", 16e9)]
+)  # bytes/s between the halves of a node, one way
+def test_an_exchange_crosses_the_middle_of_a_node(name: str, cut: float) -> None:
+    size = 2.0**32
+    seconds = collective_price(load_cluster(name), "all_to_all", size, range(8)).seconds
+    assert 4 * 4 / 8 * size / cut < seconds < 6 * 4 * 4 / 8 * size / cut
+
+
+def test_a_bridged_pair_of_a_pcie_box_waits_no_longer_than_others() -> None:
+    box = load_cluster("a100-pcie")
+    pair, three = (collective_price(box, "all_reduce", 8, range(n)).seconds for n in (2, 3))
+    assert pair < three
