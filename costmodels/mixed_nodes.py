@@ -19,6 +19,10 @@ def over(cluster: Cluster, backend: str | None) -> Cluster:
         return cluster
     if backend not in get_args(Backend):
         raise ValueError(f"'{backend}' is no known backend; use one of {', '.join(get_args(Backend))}")
+    if cluster.fabric == "torus":
+        raise ValueError(f"{cluster.name} is a torus, whose messages its compiler moves; leave the backend out")
+    if backend == "nccl" and cluster.device.kind == "cpu":
+        raise ValueError(f"nccl moves messages of GPUs, and {cluster.name} has {cluster.device.name}; use gloo")
     groups = tuple(replace(g, part=over(g.part, backend)) for g in cluster.groups)
     return replace(cluster, backend=cast(Backend, backend), tables=(), groups=groups, cache={})
 

@@ -23,6 +23,7 @@ from costmodels.device import CATALOGUE
 REFERENCE_HOP = {"nvlink": 1e-6, "mesh": 1e-6, "pci": 5e-6, "host": 5e-6}
 REFERENCE_CROSSING = {"ib": 2.7e-6, "roce": 2.7e-6, "efa-v1": 15e-6, "efa": 15e-6, "ethernet": 2.7e-6}
 _NVLINKS = "nvlink|xgmi"  # names of wires that join devices directly
+EFA_V1_RATE = 12.5e9  # bytes/s of such a port
 EFA_V1_PORTS = 4  # of a node: of the first generation p4d has 4, of later ones p5 32, p5en 16, p6 8
 
 
@@ -251,7 +252,7 @@ def network_of(link: Link) -> str:
     """ib, roce, efa-v1, efa, or ethernet (TCP sockets), by the link's name; what is not named counts as ib."""
     name = link.name.lower()
     if "efa" in name:
-        return "efa-v1" if 1 < link.ports <= EFA_V1_PORTS else "efa"
+        return "efa-v1" if 0 < link.ports <= EFA_V1_PORTS and link.bandwidth <= EFA_V1_RATE else "efa"
     if "roce" in name:
         return "roce"
     return "ethernet" if re.search(r"ethernet|tcp|eth\b|gbe|veth", name) else "ib"

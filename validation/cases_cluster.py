@@ -12,7 +12,16 @@ from costmodels.names import device_named
 from costmodels.nccl_fabric import family_of
 from validation.cases import UNSTATED, Case, CaseError
 from validation.cases_device import device_file, this_machine
-from validation.link_words import LINKS, about_network, cube_mesh, divided, network_named, nics_of, of_a_node
+from validation.link_words import (
+    LINKS,
+    about_network,
+    cube_mesh,
+    divided,
+    lanes_of,
+    network_named,
+    nics_of,
+    of_a_node,
+)  # fmt: skip
 
 GB = 1e9
 LATENCY_INSIDE, LATENCY_BETWEEN = 0.0, 0.0  # the collective models have the latencies of NVLink, PCIe and networks
@@ -151,6 +160,8 @@ def _inside(device: Device, text: str, together: int) -> Link:
         rate = float(stated[1]) * GB  # of PCIe one direction is quoted
     elif generation := re.search(r"pci(?:e|-e|express)?[ -]*(?:gen(?:eration)?[ .]*)?([1-6])(?:\.0)?\b", low):
         rate = min(rate, PCIE[generation[1]])
+    if "pci" in low and not stated:
+        rate *= lanes_of(text)
     family = family_of(device.name)
     if family and family.wires == "host":  # no peer-to-peer: their law of collectives holds what neighbours leave
         return Link("PCIe", rate, LATENCY_INSIDE, "device file or the row")

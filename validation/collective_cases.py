@@ -21,7 +21,7 @@ from costmodels.device import CATALOGUE, Device, load_device
 from costmodels.names import names, plain
 from costmodels.nccl_fabric import REFERENCE_CROSSING, REFERENCE_HOP, Family, family_of, network_of
 from validation.cases_cluster import published_device
-from validation.link_words import about_network, cube_mesh, network_named, nics_of, of_a_node
+from validation.link_words import about_network, cube_mesh, lanes_of, network_named, nics_of, of_a_node
 
 SWEEPS = CATALOGUE / "collectives" / "nccl_sweeps.toml"
 # Host time of a call that is inside a measurement by torch instead of nccl-tests: eager torch adds 20 to 40 us
@@ -44,6 +44,8 @@ OWN_NICS = r"(?:CX-?8|ConnectX-8) as (?:the )?(?:PCIe )?switch"
 # shared/facts/communication.md A1: EMPIRICAL
 OWN_UPLINK = 1.67
 MOST = 1_000_000  # devices or nodes of a configuration; more is a slip
+STAGED = r"(?i)\b(no|without)[ -]+(p2p|peer)|(p2p|peer[ -]to[ -]peer|peer access)[ :=]+(off|disabled|no\b)|host|shm"
+STATED = r"(?i)NV(?:Link|Switch)[\w/-]*,?\s*@?\s*(\d+(?:\.\d+)?)\s*GB/s"  # of both directions
 NVLINK = {"1": 8e10, "2": 1.5e11, "3": 3e11, "4": 4.5e11, "5": 9e11}  # bytes/s of a device by NVLink generation
 
 
@@ -182,7 +184,7 @@ def _intra(sweep: Sweep, family: Family | None, per_node: int) -> tuple[Link, Fa
         if per_node > 2 or device:  # bridges join pairs, and not those of every device
             wires = "host" if wires == "host" else "pci"
     elif re.search(r"(?i)pcie", words) and not re.search(r"(?i)nvlink", words):
-        wires = "host" if re.search(r"no P2P|host|SHM", words) else "pci"
+        wires = "host" if re.search(STAGED, words) else "pci"
     if family and family.wires == wires:
         rate = family.port
     elif generation and wires == "nvlink":
@@ -193,6 +195,11 @@ def _intra(sweep: Sweep, family: Family | None, per_node: int) -> tuple[Link, Fa
         rate = device.pcie_bandwidth if device and device.pcie_bandwidth else 3.2e10
     else:
         raise ValueError(f"'{sweep.gpu}' has no family and '{words}' does not say how its devices are joined")
+    if wires in ("pci", "host"):
+        rate *= lanes_of(words)
+    if wires == "nvlink" and (stated := re.search(STATED, words)):
+        ways = 1 if re.search(r"(?i)unidirectional|(per|each|one) (direction|way)", words) else 2
+        rate = min(rate, float(stated[1]) * 1e9 / ways)
     if wires == "host" and _own_uplinks(sweep.notes, words):
         rate *= OWN_UPLINK  # devices of one switch share its way to the host; each of these has a way of its own
     name = {"nvlink": "NVLink", "mesh": "xGMI", "pci": "PCIe", "host": "PCIe through the host"}[wires]
@@ -236,6 +243,8 @@ def _nics(sweep: Sweep, family: Family | None, per_node: int, sockets: bool) -> 
     """NICs of a node and bytes/s of each. The usual machine of a family has RDMA, so it says nothing of sockets."""
     words, notes = sweep.interconnect, sweep.notes.lower()
     usual = USUAL.get(family.name, (1, 12.5e9)) if family and not sockets else None
+    if usual and family and family.tray:  # those of a tray
+        usual = usual[0] * max(per_node // family.tray, 1), usual[1]
     usual = next((nics for platform, nics in PLATFORMS.items() if platform.lower() in notes), usual)
     if said := nics_of(about_network(words)):
         if not said.count and re.search(OWN_NICS, words, re.I):

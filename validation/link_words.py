@@ -13,7 +13,7 @@ NODE_AT_MOST = 12.5e9  # bytes/s up to which a rate without more words is that o
 NIC_AT_MOST = 50e9  # bytes/s up to which it is that of one of the usual NICs; more is what a node has in all
 SCALE = {"t": 1e12, "g": 1e9, "m": 1e6}
 # Gb/s of an InfiniBand port of four lanes; a number behind the name is the rate (HDR100: two lanes), but of FDR10.
-GENERATION = {"QDR": 32, "FDR": 56, "EDR": 100, "HDR": 200, "NDR": 400, "XDR": 800}
+GENERATION = {"QDR": 32, "FDR": 56, "EDR": 100, "HDR": 200, "NDR": 400, "XDR": 800, "OmniPath": 100, "Omni-Path": 100}
 WORDS = {"one": 1, "single": 1, "two": 2, "dual": 2, "four": 4, "quad": 4, "eight": 8}
 # Words that name links between the devices of a node.
 LINKS = ("nvlink", "nvswitch", "xgmi", "infinity fabric", "infinityfabric", "ici", "neuronlink", "hccs", "xe link")
@@ -102,6 +102,12 @@ def cube_mesh(text: str, gpu: str) -> tuple[Wire, ...]:
     if not re.search(r"(?i)\bcube|\bDGX-?1\b", text) or not re.search(r"[VP]100", gpu):
         return ()
     return load_cluster("dgx1-p100" if "P100" in gpu else "dgx1-v100").wires
+
+
+def lanes_of(words: str) -> float:
+    """The share of sixteen lanes that a PCIe link has."""
+    found = re.search(r"(?i)pci.*?\bx\s*(16|8|4)\b", words)
+    return int(found[1]) / 16 if found else 1.0
 
 
 def about_network(text: str) -> str:

@@ -113,6 +113,29 @@ def test_what_cannot_be_priced_says_why(case: Sweep, reason: str) -> None:
         setup_of(case)
 
 
+@pytest.mark.parametrize(
+    ("gpu", "gpus", "nodes", "words", "rate"),
+    [
+        ("L40S", 4, 1, "PCIe 4.0 no p2p", 0), ("L40S", 4, 1, "PCIe 4.0, P2P disabled", 0),
+        ("L40S", 4, 1, "PCIe 4.0", 32e9),
+        ("T4", 4, 1, "PCIe 3.0 x8", 8e9), ("T4", 4, 1, "PCIe 3.0 x16", 16e9), ("A800", 8, 1, "NVLink 400GB/s", 200e9),
+        ("A100 SXM4 80GB", 8, 1, "NVLink3 300 GB/s", 150e9), ("A100 SXM4 80GB", 8, 1, "NVLink3 600GB/s", 300e9),
+    ],
+)  # fmt: skip
+def test_lanes_rates_and_denied_peers_are_read(gpu: str, gpus: int, nodes: int, words: str, rate: float) -> None:
+    setup = setup_of(sweep(gpu, gpus, nodes, words))
+    if rate:
+        assert setup.cluster.intra.bandwidth == rate
+    else:
+        assert group_of(setup.cluster, setup.ranks).wires == "host"
+
+
+def test_a_rack_has_the_nics_of_its_trays() -> None:
+    two, many = (setup_of(sweep("GB200", 144, nodes, "NVL72")).cluster for nodes in (2, 36))
+    rates = [c.inter.bandwidth * c.inter.ports * c.nodes for c in (two, many)]
+    assert rates[0] == rates[1] == 144 * 50e9
+
+
 # -- scoring ---------------------------------------------------------------------------------------------------
 
 
@@ -360,6 +383,8 @@ def test_the_command_prices_a_cluster(tmp_path: Path, capsys: pytest.CaptureFixt
         (["--cluster", "tpu-v5e-pod", "--algorithm", "ring"], "(a torus); use torus"),
         (["--cluster", "dgx-h100", "--op", "all_to_all", "--algorithm", "tree"], "; use pairwise"),
         (["--cluster", "local", "--algorithm", "nvls"], "(gloo); use one of ring"),
+        (["--cluster", "tpu-v4-cube", "--backend", "gloo"], "is a torus"),
+        (["--cluster", "local", "--backend", "nccl"], "use gloo"),
         (["--cases", "nowhere.csv"], "nowhere.csv"),
     ],
 )
