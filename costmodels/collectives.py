@@ -142,6 +142,8 @@ def _price(
     if cluster.fabric == "torus":
         took = torus.seconds(cluster, kind, nbytes, ranks, len(firsts) > 1)
         return CollectivePrice(took, 0.0, "roofline", torus.ERROR, "torus", "links")
+    if cluster.backend == "nccl" and algorithm == "hierarchical" and kind == "all_reduce":
+        return _by_levels(cluster, nbytes, ranks, laws)
     if cluster.backend == "nccl":
         name = "scattered group" if kind == "all_to_all" else "group"
         group = known.get(name)
@@ -163,6 +165,22 @@ def _price(
         by_formula = gloo.seconds(kind, nbytes, len(members), link, *(() if one_node else (per_node, inside)))
     way = algorithm or _gloo_way(kind)
     return CollectivePrice(by_formula, 1.0 if one_node else 0.3, "roofline", FORMULA_ERROR, way, "tcp")
+
+
+def _by_levels(cluster: Cluster, nbytes: float, ranks: Sequence[int], laws: Laws | None) -> CollectivePrice:
+    """An all_reduce in two levels by NCCL's own collectives: reduce_scatter in each node, all_reduce of each part
+    between the nodes, all of them at once, and all_gather in each node."""
+    nodes: dict[int, list[int]] = {}
+    for r in sorted(set(ranks)):
+        nodes.setdefault(cluster.node_of(r), []).append(r)
+    local = min(nodes.values(), key=len)
+    heads, part = tuple(members[0] for members in nodes.values()), nbytes / len(local)
+    phases = [collective_price(cluster, k, nbytes, tuple(local), laws=laws) for k in ("reduce_scatter", "all_gather")]
+    if len(nodes) > 1:
+        likes = tuple(nodes[cluster.node_of(heads[0])][: len(local)])
+        phases.append(collective_price(cluster, "all_reduce", part, heads, laws=laws, firsts=likes))
+    error = max(p.error for p in phases)
+    return CollectivePrice(sum(p.seconds for p in phases), 0.0, "roofline", error, "hierarchical", "Simple")
 
 
 def _inside(cluster: Cluster) -> Link:

@@ -70,15 +70,19 @@ def _rounds(ranks: int) -> int:
     return ranks.bit_length() - 1 + (0 if whole else 2)
 
 
-def on_group(algorithm: str, kind: str, nbytes: float, group: Group) -> float:
-    """Seconds on a placed group, with alpha from NCCL's Simple protocol and the rates of the data sheets.
+def on_group(
+    algorithm: str, kind: str, nbytes: float, group: Group, slower: float = 1.0, across: float = 1.0
+) -> float:
+    """Seconds on a placed group, with alpha from NCCL's Simple protocol and the rates of the data sheets; slower,
+    across: how many times longer bytes take than by those inside a node, and between nodes.
 
     Flat algorithms feel the slowest link of the group in every round."""
     from costmodels.nccl_tuner import CROSSING, HOP, US, ring_rate
 
     each = group.across / group.per_domain if group.domains > 1 else inf
-    inside = (HOP[group.wires]["ring"][2] * US + group.hop, 1 / ring_rate(group))
-    net = (CROSSING["ring"][2] * US + group.crossing, 1 / each)
+    above = max((1 / (rate / below) for below, rate in group.uplinks), default=0.0)  # a rank's share of the uplinks
+    inside = (HOP[group.wires]["ring"][2] * US + group.hop, slower / ring_rate(group))
+    net = (CROSSING["ring"][2] * US + group.crossing, max(across / each, above))
     alpha, beta = max(inside, net) if group.hosts > 1 else inside
     beta = max(inside[1], net[1])
     places = (group.ranks, group.domains, group.per_domain)

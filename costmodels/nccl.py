@@ -15,7 +15,7 @@ import numpy as np
 
 from costmodels import hockney
 from costmodels.nccl_fabric import Group, across_of
-from costmodels.nccl_law import Laws, combine, curve, factors, shipped, terms
+from costmodels.nccl_law import TERMS, Laws, combine, curve, factors, shipped, terms
 from costmodels.nccl_tuner import RING_SHARE, Candidate, candidates, chosen
 
 if TYPE_CHECKING:
@@ -50,7 +50,10 @@ def price(
     catalogue's. algorithm: only this one ("ring", "tree", "nvls", ...), as NCCL_ALGO sets it, or a textbook one of
     `costmodels.hockney`."""
     if algorithm in hockney.ALGORITHMS:
-        return hockney.on_group(algorithm, kind, nbytes, group), algorithm, "Simple"
+        way = Candidate("ring", "Simple", 0.0, 0.0, 0.0, 0, 0.0, 0.0)
+        by = dict(zip(TERMS, factors(laws or shipped(), group, kind, way), strict=True))
+        took = hockney.on_group(algorithm, kind, nbytes, group, 1 / by["inside"], 1 / by["across"])
+        return took, algorithm, "Simple"
     if _over_sockets(group):
         return *_sockets(cluster, kind, nbytes, group, algorithm), "sockets"
     line = _shipped_curve(group, kind, algorithm) if laws is None else curve_of(laws, group, kind, algorithm)

@@ -329,3 +329,26 @@ def test_a_bridged_pair_of_a_pcie_box_waits_no_longer_than_others() -> None:
     box = load_cluster("a100-pcie")
     pair, three = (collective_price(box, "all_reduce", 8, range(n)).seconds for n in (2, 3))
     assert pair < three
+
+
+@pytest.mark.parametrize("name", ["2x rtx4090-pcie", "8x dgx-h100", "4x mi300x-8"])
+@pytest.mark.parametrize("size", [2.0**20, 2.0**28])
+def test_two_levels_are_the_sum_of_their_phases(name: str, size: float) -> None:
+    """Priced by the law of each phase, so that a family that is slow inside its nodes is slow in two levels, too."""
+    cluster = load_cluster(name)
+    each, nodes = cluster.devices_per_node, cluster.nodes
+    inside = sum(collective_price(cluster, k, size, range(each)).seconds for k in ("reduce_scatter", "all_gather"))
+    heads = range(0, cluster.size, each)
+    between = collective_price(cluster, "all_reduce", size / each, heads, firsts=tuple(range(each))).seconds
+    whole = collective_price(cluster, "all_reduce", size, range(each * nodes), "hierarchical")
+    assert whole.seconds == pytest.approx(inside + between) and whole.algorithm == "hierarchical"
+
+
+def test_textbook_algorithms_feel_what_the_family_and_the_uplinks_leave() -> None:
+    tree = load_cluster("h100-roce-tree")
+    flat = replace(tree, tiers=(), cache={})
+    one, other = (collective_price(c, "all_reduce", 2.0**28, range(256), "rabenseifner").seconds for c in (tree, flat))
+    assert one > 1.5 * other
+    box = load_cluster("rtx4090-pcie")
+    ring = collective_price(box, "all_reduce", 2.0**28, range(8), "ring").seconds
+    assert collective_price(box, "all_reduce", 2.0**28, range(8), "rabenseifner").seconds == pytest.approx(ring, rel=0.1)
