@@ -61,3 +61,12 @@ def test_another_backend_moves_messages_its_own_way() -> None:
     assert GIB / price.seconds < 2e9, "gloo goes through the host, not over NVLink"
     with pytest.raises(ValueError, match="use one of gloo, nccl"):
         over(cluster, "mpi")
+
+
+def test_a_large_node_of_another_kind_leaves_by_its_own_nics() -> None:
+    """All of an exchange between DGX H100 and a rack: bound by the NICs of the DGX, of which the rack has nine times as
+    many."""
+    mixed, size = load_cluster("2x dgx-h100 + 1x gb200-nvl72"), 2.0**30
+    seconds = collective_price(mixed, "all_to_all", size, range(88)).seconds
+    least = 8 * 80 / 88 * size / (8 * 50e9)
+    assert least < seconds < 3 * least
