@@ -126,9 +126,10 @@ def group_of(cluster: Cluster, ranks: Sequence[int]) -> Group:
     across, leaving = 0.0, 0.0
     if domains > 1:
         apart = used if domains == len(used) or not family else used * cluster.devices_per_node // family.domain
-        across = min(across_of(cluster, few, nodes) for _, nodes, few in _kinds(counts, apart))
-        if len({held for held, _, _ in _kinds(counts, apart)}) > 1:
-            leaving = _leaving(cluster, counts, used, apart) * across / size
+        kinds = _kinds(counts, apart)
+        across = min(across_of(cluster, few, nodes) for _, nodes, few in kinds)
+        if len({held for held, _, _ in kinds}) > 1:
+            leaving = _leaving(cluster, counts, used, kinds) * across / size
     network = network_of(cluster.inter)
     crossing = max(cluster.inter.latency - REFERENCE_CROSSING.get(network, 0.0), 0.0) if hosts > 1 else 0.0
     return Group(
@@ -157,11 +158,12 @@ def _latency_inside(cluster: Cluster, bridged: float) -> float:
     return max(w.link.latency for w in cluster.wires if re.search(_NVLINKS, w.link.name, re.I))
 
 
-def _leaving(cluster: Cluster, counts: np.ndarray, used: np.ndarray, domain_of: np.ndarray) -> float:
+def _leaving(
+    cluster: Cluster, counts: np.ndarray, used: np.ndarray, kinds: Sequence[tuple[int, int, int]]
+) -> float:
     """Pairs of ranks that an all-to-all joins across the border of a domain, over the bytes/s of its NICs: the worst.
-    counts: ranks of each node of `used`; domain_of: the domain of each. Nodes of several kinds each have their own
-    NICs."""
-    total, kinds = int(counts.sum()), _kinds(counts, domain_of)
+    counts: ranks of each node of `used`; kinds: of domains. Nodes of several kinds each have their own NICs."""
+    total = int(counts.sum())
     if cluster.groups:
         nodes = zip(counts.tolist(), used.tolist())
         return max(own * (total - own) / across_of(cluster.part_of(node), own, 1) for own, node in nodes)
