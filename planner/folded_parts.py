@@ -11,6 +11,7 @@ from costmodels.cluster import Cluster
 from costmodels.device import Device
 from costmodels.ops import OpShape
 from opgraph.graph import Op
+from planner.early_stop import until_saved
 from planner.folded_groups import Groups
 from planner.folded_kernels import Kernels, Launch, Message, Priced, priced
 from planner.folded_local import Local, element_bytes
@@ -49,6 +50,8 @@ def parts_of(local: Local, pieces: Pieces, software: Software, cluster: Cluster)
     for where in WHERES:
         forward, backward = list(pieces.forward[where]), pieces.backward[where]
         again, regions = recomputed(local.plan, where, forward)
+        if software.early_stop:
+            again = _until_saved(local, again, forward, backward, regions, software)
         exchange = _experts(local, forward, host)
         whole = regions == (_block(where),)
         f = [*kernels.forward(forward), *exchange]
@@ -85,6 +88,20 @@ def recomputed(plan: ParallelPlan, where: Where, forward: Sequence[Op]) -> tuple
     block = _block(where)
     regions = tuple(p for p in plan.recompute if within(p, block))
     return [op for op in forward if any(within(op.module, r) for r in regions)], regions
+
+
+def _until_saved(
+    local: Local, again: list[Op], forward: Sequence[Op], backward: Sequence[Op], regions: Sequence[str],
+    software: Software,
+) -> list[Op]:  # fmt: skip
+    """Of what is recomputed, what runs where checkpoints stop early. A policy by operators keeps some results of one
+    region, the whole block, though the plan names what is left."""
+    if software.recompute_matmuls < 1:
+        run = {op.id for op in until_saved(local.graph, forward, forward, backward)}
+    else:
+        parts = ([op for op in forward if within(op.module, region)] for region in regions)
+        run = {op.id for part in parts for op in until_saved(local.graph, part, forward, backward)}
+    return [op for op in again if op.id in run]
 
 
 def _accumulation(local: Local, names: Sequence[str], software: Software, device: Device) -> list[Launch]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from opgraph.graph import Op, Phase
+from planner.early_stop import until_saved
 from planner.layout import adds_bias
 from planner.offload import down_at_once, up, waits
 from planner.offload_activations import Crossing
@@ -185,31 +186,11 @@ def _recompute(stage: Stage, op: Op, done: set[str]) -> Iterator[Item]:
 
 
 def recomputed_ops(stage: Stage, path: str) -> list[Op]:
-    """The forward ops of a region up to the last one that saves something for backward: there a checkpoint stops
-    recomputing (torch.utils.checkpoint early stop). An op that saves only what it reads is not run any more."""
+    """The forward ops of a region that a checkpoint runs again."""
     if path not in stage.recomputed:
-        stage.recomputed[path] = _until_saved(stage, path)
+        region = [op for op in stage.ops.forward if within(op.module, path)]
+        stage.recomputed[path] = until_saved(stage.graph, region, stage.ops.forward, stage.ops.backward)
     return stage.recomputed[path]
-
-
-def _until_saved(stage: Stage, path: str) -> list[Op]:
-    ops = [op for op in stage.ops.forward if within(op.module, path)]
-    where = {op.id: i for i, op in enumerate(ops)}
-    made = {t for op in stage.ops.forward for t in op.outputs}
-    saved = {stage.graph.tensors[t].storage for t in made} | {
-        t.storage for t in stage.graph.tensors if t.role == "parameter"
-    }
-    end = 0
-    for back in stage.ops.backward:
-        at = where.get(back.forward)
-        if at is None:
-            continue
-        used = {stage.graph.tensors[t].storage for t in back.inputs} & saved
-        if not used or back.is_view:
-            continue
-        outputs = {stage.graph.tensors[t].storage for t in (*ops[at].outputs, *ops[at].mutates)}
-        end = max(end, at + 1 if used & outputs else at)
-    return ops[:end]
 
 
 class _Buckets:

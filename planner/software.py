@@ -93,6 +93,9 @@ class Software:
     gathers that input again (Megatron, Transformer Engine); otherwise it is kept whole (DTensor's PrepareModuleInput).
     vocab_parallel: embedding and logits are split over tp. optimizer: one kernel for all parameters, or none at all.
     recompute_matmuls: share of the products in recomputed regions that run again (per-operator policies keep some).
+    early_stop: recomputing ends with the last op that saves something for backward (torch's checkpoints that do not
+    reenter autograd since torch 2.1, and compilers, which drop dead code), so a block's last product and reduction do
+    not run again; otherwise regions run whole (Megatron's and all checkpoints that reenter).
     recompute_share: share of the recomputed regions that is recomputed (policies per operator and stage).
     recompute_shares: the same of each pipeline stage, where it differs.
     fp8_inputs: with fp8, what products with weights read is gathered between ranks and kept for backward in fp8, not in
@@ -129,6 +132,7 @@ class Software:
     vocab_parallel: bool = True
     optimizer: Literal["adam", "sgd", "none"] = "adam"
     recompute_matmuls: float = 1.0
+    early_stop: bool = False
     recompute_share: float = 1.0
     recompute_shares: tuple[float, ...] = ()
     fp8_inputs: bool = False

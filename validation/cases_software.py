@@ -33,9 +33,10 @@ MEGATRON_CORE = Software(
 )  # fmt: skip
 TORCHTITAN = Software(
     "torchtitan", HOST["torch"], "none", tp_async=False, main_grads=0, fused_accumulation=False, joined=False,
-    fsdp_copies=True,
+    fsdp_copies=True, early_stop=True,
 )  # fmt: skip
-# Its runs of April 2024 (docs/performance.md, FSDP2 in eager mode) have Triton's norm, which keeps its input alone
+# Its checkpoints are torch's `checkpoint_wrapper`, which does not reenter autograd. Its runs of April 2024
+# (docs/performance.md, FSDP2 in eager mode) have Triton's norm, which keeps its input alone
 # (`norm_type = "fused_rmsnorm"` in the train_configs of that day), those of December 2024 the spelled-out one. Its loss
 # is compiled in neither (train.py: "compiling loss function causes CUDA errors, turning off for now").
 # Its per-operator policy keeps the results of every second product, counted in order within a block: key, output and
@@ -47,7 +48,8 @@ PER_OP_MATMULS, LAYERS_AGAIN = 0.5, 0.5
 # Its loss is flash-attn's cross entropy unless the configuration says otherwise, and `inplace_backward` is not passed
 # (llm-foundry models/mpt/modeling_mpt.py: `loss_fn` defaults to "fused_crossentropy"). The same file gives the model
 # two metrics, LanguageCrossEntropy and LanguagePerplexity, of which the benchmarks' scripts know nothing; Composer
-# updates them after every micro-batch (trainer.py, `_train_microbatch`).
+# updates them after every micro-batch (trainer.py, `_train_microbatch`). Checkpoints do not reenter
+# autograd, and torch is 2.1.0 (scripts/train/yamls/pretrain and benchmarking/sweep.sh of October 2023).
 COMPOSER = replace(
     TORCHTITAN, name="Composer", fsdp_copies=False, attention_speed=0.53, fused_loss=True, loss="logits", metrics=2,
 )  # fmt: skip
