@@ -66,6 +66,11 @@ PARTS = {
     "rnn_backward": "products", "conv": "convolutions", "conv_backward": "convolutions",
 }  # fmt: skip
 FREE = frozenset({"view", "free"})
+# Ops that ask a tensor for its shape or overwrite it, and read none of it.
+UNREAD = frozenset({
+    "new_zeros", "new_ones", "new_full", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like",
+    "randint_like", "fill", "zero",
+})  # fmt: skip
 
 # Known element-wise ops; a name in none of the tables is priced as pointwise too, but `is_known` says no.
 _POINTWISE_NAMES = (

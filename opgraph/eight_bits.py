@@ -21,7 +21,7 @@ ALIGNED = 16
 
 def in_eight_bits(graph: OpGraph, weights: bool = False) -> OpGraph:
     """The graph with its products marked. weights: their weights are kept in 8 bits, too, which inference does."""
-    weights_of = _weights(graph)
+    weights_of = weight_storages(graph)
     ops = tuple(_marked(graph, op, weights_of) for op in graph.ops)
     other = graph.on_accelerators and in_eight_bits(graph.on_accelerators, weights)
     found = replace(graph, ops=ops, precision="fp8", on_accelerators=other)
@@ -33,7 +33,7 @@ def mark_of(op: Op) -> str:
     return str(dict(op.kwargs).get(MARK, ""))
 
 
-def _weights(graph: OpGraph) -> set[int]:
+def weight_storages(graph: OpGraph) -> set[int]:
     """Storages of parameters and of what autocast made of them."""
     found = {t.storage for t in graph.parameters.values()}
     cast = [op for op in graph.ops if base_name(op.name) == "_to_copy" and graph.tensors[op.inputs[0]].storage in found]

@@ -5,14 +5,18 @@ from __future__ import annotations
 from costmodels.ops import OpShape, price
 from costmodels.overlap import beside
 from planner.folded_groups import Groups
+from planner.folded_lane import Lane
 from planner.folded_overlap import lost
 from planner.folded_pieces import Where
-from planner.folded_step import SIXTEEN, Context, Lane, optimizer
+from planner.folded_step import SIXTEEN, Context, optimizer
 
 # FSDP2 copies on the compute stream (torch distributed/fsdp/_fully_shard/_fsdp_collectives.py): `all_gather_copy_out`
 # reads the gathered buffer and writes each parameter; `foreach_reduce_scatter_copy_in` reads the gradients and writes
 # the buffer that is scattered, in the dtype of the reduction.
-AHEAD = 2  # blocks whose whole parameters exist at once: the one that computes, and the next
+# When a gather may begin: with FSDP2 in forward as soon as the block two before it has been copied out, in backward the
+# block before it (_fsdp_param_group.py: `wait_for_unshard` lets the gathering streams wait for one event or the other,
+# `_backward_prefetch`); with FSDP1 when the block two before it has been freed (`limit_all_gathers`).
+AHEAD = 2
 
 
 def fsdp_step(c: Context, lane: Lane) -> None:
@@ -28,26 +32,27 @@ def fsdp_step(c: Context, lane: Lane) -> None:
     reduced = c.software.reduce_bytes if plan.precision in SIXTEEN else 4
     micro = plan.micro_batches
     times = {w: micro * n for w, n in c.chunks[0].parts}
-    gather = {w: _message(c, "all_gather", w, own, 2 * times[w]) for w in dict.fromkeys(blocks)}
+    again = {w: 2 * n - (micro if c.software.fsdp_keeps_last and w == blocks[-1] else 0) for w, n in times.items()}
+    gather = {w: _message(c, "all_gather", w, own, again[w]) for w in dict.fromkeys(blocks)}
     scatter = {w: _message(c, "reduce_scatter", w, reduced, times[w]) for w in gather}
     whole = (
         c.message("all_gather", root * own, "dp", times=micro),
         c.message("reduce_scatter", root * reduced, "dp", times=micro),
     )
-    out = {w: _copied(c, elements[w] * own, elements[w] * own, n * (2 if w in gather else 1)) for w, n in times.items()}
+    out = {w: _copied(c, elements[w] * own, elements[w] * own, again[w] if w in gather else micro) for w in times}
     into = {w: _copied(c, elements[w] * own, elements[w] * reduced, n) for w, n in times.items()}
     first, last = c.parts.by_where["first"], c.parts.by_where["last"]
     forward, backward = (_with_loss(c, gather, own, "all_gather", b) for b in (False, True))
     scattered = _with_loss(c, scatter, reduced, "reduce_scatter", True)
     reduces: list[int] = []
     for _ in range(plan.micro_batches):
-        ready = lane.message("gather root", "all_gather", whole[0], [lane.free])
-        lane.busy("copy out root", "copy", out["first"] + out["last"], [ready])
+        root_here = lane.message("gather root", "all_gather", whole[0], [lane.free])
+        copied = lane.busy("copy out root", "copy", out["first"] + out["last"], [root_here])
         lane.run("F first", "forward", first.forward.run)
-        _passes(c, lane, blocks, forward, out, {}, {})
-        lane.run("F last", "forward", last.forward.run)
+        _passes(c, lane, blocks, forward, out, {}, {}, (root_here, copied))
+        begun = lane.run("F last", "forward", last.forward.run)
         lane.run("B last", "backward", last.backward.run)
-        reduces += _passes(c, lane, blocks[::-1], backward, out, into, scattered)
+        reduces += _passes(c, lane, blocks[::-1], backward, out, into, scattered, (begun, begun))
         lane.run("B first", "backward", first.backward.run)
         lane.busy("copy in root", "copy", into["first"] + into["last"])
         reduces.append(lane.message("scatter root", "reduce_scatter", whole[1], [lane.free]))
@@ -93,21 +98,30 @@ def _copied(c: Context, read: int, written: int, times: int) -> float:
 
 def _passes(
     c: Context, lane: Lane, blocks: list[Where], gather: dict[Where, tuple[float, float]], out: dict[Where, float],
-    into: dict[Where, float], scatter: dict[Where, tuple[float, float]],
+    into: dict[Where, float], scatter: dict[Where, tuple[float, float]], before: tuple[int, int],
 ) -> list[int]:  # fmt: skip
-    """One pass; block i + 1 is gathered while block i computes, and backward (which scatters) hands on the gradients of
-    block i meanwhile. gather, scatter: seconds, and the share of them that kernels beside lose. out, into: seconds of
-    copies before and after a block. Returns the messages of gradients."""
+    """One pass; the next blocks are gathered while one computes, and backward (which scatters) hands on the gradients
+    of a block meanwhile. gather, scatter: seconds, and the share of them that kernels beside lose. out, into: seconds
+    of copies before and after a block. before: tasks after which the first gather, and the second, may begin. Returns
+    the messages of gradients."""
+    copied: list[int] = []
     ends: list[int] = []
     sent: list[int] = []
     overlapped = c.software.dp_overlap
     for i, where in enumerate(blocks):
         part = c.parts.by_where[where]
         seconds, lost = gather[where]
-        after = ends[i - AHEAD] if i >= AHEAD else lane.free if not ends else ends[0]
-        ready = lane.message("gather", "all_gather", seconds, [after if i and overlapped else lane.free], lost)
+        after = before[i] if i < len(before) else ends[i - AHEAD]
+        if c.software.fsdp_copies and i:
+            after = copied[i - 1] if scatter else copied[i - AHEAD] if i >= AHEAD else before[1]
+        if not scatter or i or not c.software.fsdp_keeps_last:
+            # Beside the first runs what came before the blocks, which is little.
+            wait = after if overlapped else lane.free
+            ready = lane.message("gather", "all_gather", seconds, [wait], lost if i else 0.0)
+            copied.append(lane.busy("copy out", "copy", out[where], [ready]))
+        else:
+            copied.append(before[0])
         run = (part.backward if scatter else part.forward).run
-        lane.busy("copy out", "copy", out[where], [ready])
         end = lane.run("B" if scatter else "F", "backward" if scatter else "forward", run)
         ends.append(lane.busy("copy in", "copy", into[where]) if into.get(where) else end)
         if scatter:

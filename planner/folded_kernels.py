@@ -12,7 +12,7 @@ from costmodels.cluster import Cluster
 from costmodels.collectives import CollectivePrice, collective_price
 from costmodels.families import base_name, family
 from costmodels.ops import OpShape, price_many
-from opgraph.eight_bits import EIGHT_BIT
+from opgraph.eight_bits import EIGHT_BIT, weight_storages
 from opgraph.graph import Op, Phase
 from planner.folded_groups import Groups
 from planner.folded_local import Local
@@ -56,11 +56,13 @@ class Kernels:
     software: Software
     fused: Fused = field(init=False)
     read: dict[str, int] = field(init=False)  # column-split module -> storage that it reads; siblings share one
+    weights: set[int] = field(init=False)  # storages of parameters and of what autocast made of them
     summed: set[int] = field(init=False)  # ops after whose reduction all siblings' gradients of their input are summed
 
     def __post_init__(self) -> None:
         self.fused = Fused(self.local, self.software)
         self.read = _read_by_columns(self.local)
+        self.weights = weight_storages(self.local.graph)
         last = {self.read.get(op.module, -op.id): op.id for op in self.local.graph.ops
                 if op.phase == "backward" and op.id in self.local.reductions}  # fmt: skip
         self.summed = set(last.values())
@@ -99,7 +101,7 @@ class Kernels:
                 ready.append(Launch(cost))
             else:
                 cost += self._issue(shape, module, phase)
-                ready += self._kernel(replace(shape, phase=phase), module, cost, phase)
+                ready += self._kernel(replace(shape, phase=phase), module, cost, phase, self._finds_casts(group))
             for op in group:
                 ready += self._after(op, phase)
             previous = module
@@ -124,7 +126,12 @@ class Kernels:
         return host.custom if phase == "backward" else host.op + host.linear
 
     # -- one kernel -----------------------------------------------------------------------------------------
-    def _kernel(self, shape: OpShape, module: str, host: float, phase: Phase) -> Iterator[Launch]:
+    def _finds_casts(self, group: Sequence[Op]) -> bool:
+        """Whether a product reads no weight: that for a weight's gradient, which finds its factors in 8 bits."""
+        tensors = self.local.graph.tensors
+        return not any(tensors[t].storage in self.weights for op in group if not op.is_view for t in op.inputs)
+
+    def _kernel(self, shape: OpShape, module: str, host: float, phase: Phase, finds_casts: bool) -> Iterator[Launch]:
         if is_spelled(self.software, shape, module):
             yield from (Launch(*launch) for launch in spelled(self.software, shape, module, host, phase))
             return
@@ -137,7 +144,7 @@ class Kernels:
             return
         rows = shape.out_shapes[0][-2]
         cast = next((s for s in shape.in_shapes if len(s) >= 2 and s[-2] == rows), None)
-        if cast and prod(shape.out_shapes[0]) != prod(self.local.parameter(f"{module}.weight")):
+        if cast and not finds_casts:
             # Activations and gradients become 8 bits, as they are and transposed (for the product for the weight,
             # which finds both); their largest magnitude is found in the same pass.
             size = prod(cast)
@@ -190,18 +197,23 @@ class Kernels:
             yield from (Launch(*launch) for launch in metrics(self.software, self.local.shape(op)))
 
     def _vocabulary(self, op: Op, phase: Phase) -> Iterator[Launch]:
-        """Split embedding and logits: partial rows are summed; the loss needs the rows' maximum, sum and target."""
+        """Split embedding and logits: partial rows are summed; the loss needs the rows' maximum, sum and target. With
+        sequence parallelism backward gathers the gradient of the embedding's rows, and where `joined` the logits' input
+        again, as other column-split layers do."""
         tensors, plan = self.local.graph.tensors, self.local.plan
+        kind, product = "reduce_scatter" if plan.sequence_parallel else "all_reduce", family(op.name) == "gemm"
         if op.module == "embed" and op.name == "aten.embedding.default":
-            kind = "reduce_scatter" if plan.sequence_parallel else "all_reduce"
             yield self._message(kind, tensors[op.outputs[0]].bytes, 0)
-        elif op.module == "head" and phase != "backward" and family(op.name) == "gemm":
+        elif op.module == "embed" and op.name == "aten.embedding_dense_backward.default" and plan.sequence_parallel:
+            yield self._message("all_gather", tensors[op.inputs[0]].bytes, 0)
+        elif op.module == "head" and phase != "backward" and product:
             if plan.sequence_parallel:
                 yield self._message("all_gather", tensors[op.inputs[-2]].bytes, 0)
-        elif op.module == "head" and phase == "backward" and family(op.name) == "gemm":
-            if self.local.vocab not in tensors[op.outputs[0]].shape:
-                kind = "reduce_scatter" if plan.sequence_parallel else "all_reduce"
-                yield self._message(kind, tensors[op.outputs[0]].bytes, 0)
+        elif op.module == "head" and product and self.local.vocab not in tensors[op.outputs[0]].shape:
+            size, behind = tensors[op.outputs[0]].bytes, -1 if self.software.tp_async else 0
+            if plan.sequence_parallel and self.software.joined:
+                yield self._message("all_gather", size, behind, "head")
+            yield self._message(kind, size, behind, "head")
         elif op.name == "aten._log_softmax.default":
             rows = tensors[op.outputs[0]].shape[0]
             for _ in range(SUMS):
@@ -216,6 +228,8 @@ class Kernels:
     def _message(self, kind: str, size: int, beside: int, module: str = "") -> Launch:
         pieces = self.local.tp if self.software.tp_overlap else 0
         name = f"{module}.weight"
+        if module == "head" and name not in self.local.graph.parameters:
+            name = "embed.weight"  # tied
         weight = self.local.parameter(name) if name in self.local.graph.parameters else ()
         return Launch(self.software.host.message, None, Message(kind, size, "tp", beside, pieces, weight))
 

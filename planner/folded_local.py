@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from math import prod
 
-from costmodels.families import base_name
+from costmodels.families import UNREAD, base_name
 from costmodels.ops import OpShape, is_causal
 from opgraph.flops import flops_of
 from opgraph.graph import DTYPE_BYTES, Op, OpGraph, Phase, Tensor
@@ -94,7 +94,7 @@ class Local:
             flops = flops_of(op.name, [_Shape(s) for s in ins], [_Shape(s) for s in outs], op)
         read = written = 0
         if not op.is_view:
-            read = sum(self.tensor(tensors[t], tokens)[1] for t in dict.fromkeys(op.inputs))
+            read = sum(self.tensor(tensors[t], tokens)[1] for t in read_by(op))
             written = sum(self.tensor(tensors[t], tokens)[1] for t in dict.fromkeys((*op.outputs, *op.mutates)))
             if base_name(op.name) in ("nll_loss_forward", "nll_loss_backward"):  # one entry of every row
                 read = 32 * ins[op.phase == "backward"][0] if len(ins) > 1 else read
@@ -115,6 +115,11 @@ class Local:
 @dataclass(frozen=True, slots=True)
 class _Shape:
     shape: Shape
+
+
+def read_by(op: Op) -> tuple[int, ...]:
+    """The tensors whose values an op reads, once each."""
+    return () if base_name(op.name) in UNREAD else tuple(dict.fromkeys(op.inputs))
 
 
 def dtype_of(graph: OpGraph, op: Op) -> str:

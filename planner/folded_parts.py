@@ -147,17 +147,25 @@ def _per_ring(local: Local, launches: list[Launch], host: float) -> list[Launch]
 def _experts(local: Local, forward: Sequence[Op], host: float) -> list[Launch]:
     """Tokens to the ranks that have their experts and back: one all-to-all each way, in forward and in backward. Ranks
     that split an expert gather what came to each of them and reduce-scatter what they made, and the other way around in
-    backward (`MoEAlltoAllTokenDispatcher`, megatron/core/transformer/moe/token_dispatcher.py, from memory); so does a
-    split expert of all tokens (shared_experts.py)."""
+    backward; so does a split expert of all tokens (shared_experts.py). What comes from several ranks lies by rank: a
+    rank with several experts sorts it by expert, and back before it is sent (`sort_chunks_by_idxs` of
+    `MoEAlltoAllTokenDispatcher`, megatron/core/transformer/moe/token_dispatcher.py); the first of these copies is in
+    the trace where experts are split (`opgraph.zoo.routing.Gather`)."""
     given = next((op for op in forward if op.module.endswith("mlp.dispatch") and "index_select" in op.name), None)
     if given is None:
         return []
-    size, plan = local.graph.tensors[given.outputs[0]].bytes, local.plan
-    found = [Message("all_to_all", size, "ep") for _ in range(2)] if plan.ep > 1 else []
+    tokens, plan = local.graph.tensors[given.outputs[0]], local.plan
+    found = [Message("all_to_all", tokens.bytes, "ep") for _ in range(2)] if plan.ep > 1 else []
     if plan.etp > 1:
-        found += [Message(kind, size * plan.etp, "tp") for kind in ("all_gather", "reduce_scatter")]
+        found += [Message(kind, tokens.bytes * plan.etp, "tp") for kind in ("all_gather", "reduce_scatter")]
     shared = next((op for op in forward if op.module.endswith("mlp.shared_gather") and not op.is_view), None)
     if shared is not None:
         whole = local.graph.tensors[shared.outputs[0]].bytes
         found += [Message(kind, whole, "tp") for kind in ("all_gather", "reduce_scatter")]
-    return [Launch(host, None, message) for message in found]
+    launches = [Launch(host, None, message) for message in found]
+    up = local.graph.parameters.get(given.module.removesuffix("dispatch") + "up.weight")
+    if up is not None and up.shape[0] > 1 and plan.ep > 1:
+        shape, size = (plan.etp * tokens.shape[0], *tokens.shape[1:]), plan.etp * tokens.bytes
+        sort = OpShape("aten.copy_.default", "forward", (shape,), (shape,), tokens.dtype, 0, size, size)
+        launches += [Launch(host, sort) for _ in range(1 if plan.etp > 1 else 2)]
+    return launches

@@ -14,17 +14,17 @@ from costmodels.ops import OpShape, price
 from costmodels.overlap import Beside, beside
 from planner.folded_groups import Groups
 from planner.folded_kernels import Priced
+from planner.folded_lane import Lane
 from planner.folded_model import Chunk
 from planner.folded_orders import Step, order
 from planner.folded_overlap import lost
-from planner.folded_parts import Parts
+from planner.folded_parts import Part, Parts
 from planner.host_queue import EMPTY, Run, joined, repeated
 from planner.plan import ParallelPlan
 from planner.software import Software
 from simulator import Program, ProgramBuilder
 
 SIXTEEN = ("fp16", "bf16", "fp8")
-LIGHT_HOST = 0.8  # a host that needs less than this share of the device's time runs ahead of it and is left out
 BUCKET = 25 * 2**20  # bytes of gradients that are worth a message: torch's default bucket
 POSTED = 2  # messages that a stage whose sends block posts at a time
 GROUPS_OF_BLOCKS = 8  # a pass whose gradients are reduced beside it is cut into so many parts
@@ -111,64 +111,6 @@ class Context:
         return sum((p.elements - p.experts) * n for p, n in parts), sum(p.experts * n for p, n in parts)
 
 
-class Lane:
-    """The tasks of one stage, one after the other."""
-
-    def __init__(self, tasks: ProgramBuilder, stage: int) -> None:
-        self.tasks, self.stage = tasks, stage
-        self.device = tasks.resource(f"stage {stage} device", rank=stage)
-        self.queue = tasks.resource(f"stage {stage} messages", rank=stage, kind="communication")
-        self.free = -1  # task after which the device is free
-        self.host = -1  # task after which the host thread is free
-        self.beside: list[list[float]] = []  # of messages under way: share of the time that kernels lose, seconds left
-
-    def run(self, label: str, category: str, run: Run, waits: Sequence[int] = (), synced: bool = False) -> int:
-        """A run of kernels, longer by what it loses beside messages under way; `synced`: the host waits for the device
-        before it issues the first one."""
-        self.free = self._issued(label, category, run, waits, synced)
-        if self.beside:
-            self.busy("slowed", category, self._lost(run.device))
-        return self.free
-
-    def _issued(self, label: str, category: str, run: Run, waits: Sequence[int], synced: bool) -> int:
-        deps = [t for t in (self.free, *waits) if t >= 0]
-        if synced:
-            self.host = self.tasks.task(label, category, max(run.alone, 0.0), self.device, deps)
-            return self.host
-        kernels = self.tasks.task(label, category, run.device, self.device, deps)
-        if run.host < LIGHT_HOST * run.device:
-            return kernels
-        issued = [self.host] if self.host >= 0 else []
-        tail = self.tasks.task(f"{label} issued", "host", max(run.tail, 0.0), -1, issued, 0.0)
-        self.host = self.tasks.task(f"{label} host", "host", run.host, -1, issued, 0.0)
-        return self.tasks.task(f"{label} done", "host", 0.0, -1, [kernels, tail], 0.0, self.stage)
-
-    def _lost(self, seconds: float) -> float:
-        """How much longer kernels of so many seconds take beside the messages under way, which pass meanwhile."""
-        more = 0.0
-        while seconds > 0 and self.beside:
-            share, left = self.beside[0]
-            both = min(left, seconds / (1 - share))
-            more += share * both
-            seconds -= (1 - share) * both
-            self.beside[0][1] = left - both
-            if both == left:
-                self.beside.pop(0)
-        return more
-
-    def busy(self, label: str, category: str, seconds: float, waits: Sequence[int] = ()) -> int:
-        """Device seconds that no host thread limits."""
-        deps = [t for t in (self.free, *waits) if t >= 0]
-        self.free = self.tasks.task(label, category, seconds, self.device, deps)
-        return self.free
-
-    def message(self, label: str, kind: str, seconds: float, after: Sequence[int] = (), lost: float = 0.0) -> int:
-        """A message beside the device's work. lost: share of its time that kernels which run meanwhile lose."""
-        if lost > 0:
-            self.beside.append([lost, seconds])
-        return self.tasks.task(label, kind, seconds, self.queue, [t for t in after if t >= 0])
-
-
 def program_of(context: Context) -> Program:
     """The whole step of all stages."""
     tasks = ProgramBuilder()
@@ -214,6 +156,7 @@ class _StageRunner:
         self.own = [context.chunks[c * plan.pp + lane.stage] for c in range(plan.vpp)]
         self.runs = {(b, c): context.pass_of(chunk, b) for c, chunk in enumerate(self.own) for b in (False, True)}
         self.gathers: dict[int, int] = {}
+        self.groups: list[int] = []  # gathers of the first chunk's groups of blocks
         self.reduces: list[int] = []
         self.replicas = plan.dp * plan.cp
         self.overlapped = self.replicas > 1 and context.software.dp_overlap
@@ -236,13 +179,47 @@ class _StageRunner:
         return step.backward, index, step.micro
 
     def begin(self) -> None:
-        """Optimizer shards are gathered into whole parameters, chunk by chunk, while forward begins."""
+        """Optimizer shards are gathered into whole parameters while forward begins: the first chunk's in groups of its
+        blocks, those of the others chunk by chunk."""
         plan = self.c.plan
-        if self.overlapped and plan.data_parallel in ("zero1", "zero2"):
-            for c, chunk in enumerate(self.own):
-                seconds, lost = self._data("all_gather", chunk, 2, self.own[0], False)
-                lost = lost if c else 0.0  # the first chunk cannot begin before it is whole
-                self.gathers[c] = self.lane.message("gather parameters", "all_gather", seconds, lost=lost)
+        if not (self.overlapped and plan.data_parallel in ("zero1", "zero2")):
+            return
+        groups = self._groups(self.own[0], False)
+        element = 2 if plan.precision in SIXTEEN else 4
+        least, waiting, share = BUCKET / element / (sum(self.c.elements(self.own[0])) or 1), 0, 0.0
+        for i, group in enumerate(groups, start=1):
+            waiting, share = waiting + 1, share + group[2]
+            if share >= least or i == len(groups):
+                # The first cannot run before it is whole, so nothing runs beside its message.
+                gathered = self._gather(self.own[0], share, lost=bool(self.groups))
+                self.groups += [gathered] * waiting
+                waiting, share = 0, 0.0
+        for c, chunk in enumerate(self.own[1:], start=1):
+            self.gathers[c] = self._gather(chunk, 1.0, lost=True)
+
+    def _gather(self, chunk: Chunk, share: float, lost: bool) -> int:
+        seconds, slower = self._data("all_gather", chunk, 2, self.own[0], False, share)
+        return self.lane.message("gather parameters", "all_gather", seconds, lost=slower if lost else 0.0)
+
+    def _groups(self, chunk: Chunk, backward: bool) -> list[tuple[Part, int, float]]:
+        """A pass through a chunk in groups of blocks: part, blocks, and their share of the chunk's parameters."""
+        total = sum(self.c.elements(chunk)) or 1
+        found = []
+        for where, count in reversed(chunk.parts) if backward else chunk.parts:
+            part, groups = self.c.parts.by_where[where], min(GROUPS_OF_BLOCKS, count)
+            sizes = [count // groups + (g < count % groups) for g in range(groups)]
+            found += [(part, n, part.elements * n / total) for n in sizes]
+        return found
+
+    def _first_forward(self, waits: list[int], synced: bool) -> None:
+        """The forward whose parameters are gathered meanwhile: each group of blocks waits for its own."""
+        batch: Run | None = Run(self.c.software.host.batch, 0.0, float("-inf"))
+        for gathered, (part, count, _) in zip(self.groups, self._groups(self.own[0], False)):
+            run = repeated(part.forward.run, count)
+            whole = [*waits, self.lane.arrived(gathered)]
+            self.lane.run("F first", "forward", joined(batch, run) if batch else run, whole, synced)
+            batch, waits, synced = None, [], False
+        self.groups = []
 
     def _data(
         self, kind: str, chunk: Chunk, element: int, beside: Chunk, backward: bool, share: float = 1.0
@@ -264,14 +241,19 @@ class _StageRunner:
         need = self._need(step)
         waits = [self.done[need]] if need else []
         if not step.backward and step.micro == 0 and step.chunk in self.gathers:
-            waits.append(self.gathers.pop(step.chunk))
+            waits.append(self.lane.arrived(self.gathers.pop(step.chunk)))
         name = f"{'B' if step.backward else 'F'}{step.micro}.{step.chunk}"
         phase = "backward" if step.backward else "forward"
         last = step.backward and step.micro == plan.micro_batches - 1
-        if last and self.overlapped and plan.pp == 1:
-            self._last_backward(waits)
+        synced = software.timed_passes or (plan.pp > 1 and not software.p2p_overlap)
+        # Behind the first stage others reduce in the bubble, when their last backward is over (Megatron-LM
+        # core/pipeline_parallel/schedules.py, "Enable async grad reduction in the last backward pass").
+        beside = plan.pp == 1 or (self.lane.stage == 0 and plan.vpp == 1)
+        if last and self.overlapped and beside:
+            self._last_backward(waits, synced and plan.pp > 1)
+        elif self.groups and not step.backward and step.chunk == 0:
+            self._first_forward(waits, synced)
         else:
-            synced = software.timed_passes or (plan.pp > 1 and not software.p2p_overlap)
             self.lane.run(name, phase, self.runs[step.backward, step.chunk], waits, synced)
             if last and self.overlapped:
                 self._reduce(self.own[step.chunk], 1.0)
@@ -311,21 +293,17 @@ class _StageRunner:
             seconds += gathered.seconds
         return seconds
 
-    def _last_backward(self, waits: list[int]) -> None:
+    def _last_backward(self, waits: list[int], synced: bool) -> None:
         """The backward whose gradients are complete, in groups of blocks: each is reduced beside the next."""
         chunk = self.own[0]
         total = sum(self.c.elements(chunk)) or 1
         least, ready = BUCKET / (total * self.c.software.reduce_bytes), 0.0
-        for i, (where, count) in enumerate(reversed(chunk.parts)):
-            part = self.c.parts.by_where[where]
-            groups = min(GROUPS_OF_BLOCKS, count)
-            for g in range(groups):
-                run = repeated(part.backward.run, count // groups + (g < count % groups))
-                self.lane.run("B last", "backward", run, waits if i == g == 0 else ())
-                ready += part.elements * count / groups / total
-                if ready >= least:
-                    self._reduce(chunk, ready)
-                    ready = 0.0
+        for part, count, share in self._groups(chunk, True):
+            self.lane.run("B last", "backward", repeated(part.backward.run, count), waits, synced)
+            waits, synced, ready = [], False, ready + share
+            if ready >= least:
+                self._reduce(chunk, ready)
+                ready = 0.0
         if ready > 1e-9:
             self._reduce(chunk, ready)
 

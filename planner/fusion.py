@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from costmodels.families import COMPUTE, FREE, base_name, family
 from costmodels.ops import OpShape
 from opgraph.graph import Op
-from planner.folded_local import Local
+from planner.folded_local import Local, read_by
 from planner.layout import accumulates
 from planner.software import Software
 from planner.stages import LOSS
@@ -93,17 +93,18 @@ class Fused:
     def _traffic(self, real: Sequence[Op], joined: bool) -> tuple[int, int]:
         tensors = self.local.graph.tensors
         made: dict[int, int] = {}  # storage -> bytes
-        outside: dict[int, int] = {}
+        outside: dict[int, dict[int, int]] = {}  # storage -> the tensors of it that are read -> bytes
         sources: list[int] = []
         own = {op.id for op in real}
         for op in real:
-            for t in op.inputs:
+            for t in read_by(op):
                 s = tensors[t].storage
                 if s in made:
                     continue
                 for source in self.hidden.get(s, (t,)):
                     size = self.local.storage_bytes(source, op)
-                    outside[tensors[source].storage] = max(outside.get(tensors[source].storage, 0), size)
+                    seen = outside.setdefault(tensors[source].storage, {})
+                    seen[source] = max(seen.get(source, 0), size)
                     sources.append(source)
             for t in (*op.outputs, *op.mutates):
                 made[tensors[t].storage] = max(made.get(tensors[t].storage, 0), self.local.storage_bytes(t, op))
@@ -117,7 +118,15 @@ class Fused:
                 self.hidden[s] = tuple(dict.fromkeys(sources))
             elif readers or self.local.graph.storages[s].death > self.local.end:
                 written += size if s not in random else size // 2  # a mask is a byte per element
-        return sum(outside.values()), written
+        return sum(self._read_of(s, views) for s, views in outside.items()), written
+
+    def _read_of(self, storage: int, views: dict[int, int]) -> int:
+        """Bytes that are read of a storage through several views: of halves both, of views of everything once."""
+        if len(views) == 1:
+            return next(iter(views.values()))
+        graph = self.local.graph
+        share = max(size / max(graph.tensors[t].bytes, 1) for t, size in views.items())  # that this rank has
+        return min(sum(views.values()), max(int(share * graph.storages[storage].bytes), *views.values()))
 
 
 def _size(local: Local, op: Op) -> int:

@@ -103,6 +103,7 @@ class Software:
     quantized; `grad_output_preprocess` of base.py and `with_input_all_gather_nccl` of linear.py cast, then gather).
     fsdp_copies: whole parameters are copied out of what was gathered, and gradients into one buffer of `reduce_bytes`
     that is scattered, by kernels between those of the model (FSDP2); otherwise both are views of flat buffers (FSDP1).
+    fsdp_keeps_last: the last block stays whole from forward to backward.
     softmax_keys: of Megatron's kernel for a scaled, masked softmax, the most keys that it takes; it also asks for heads
     times samples that 4 divides, and torch's operators stand in for it elsewhere. 0: a kernel that takes everything.
     attention_speed: of the attention kernel, relative to the one that `attention` names.
@@ -137,6 +138,7 @@ class Software:
     recompute_shares: tuple[float, ...] = ()
     fp8_inputs: bool = False
     fsdp_copies: bool = False
+    fsdp_keeps_last: bool = False
     softmax_keys: int = 0
     attention_speed: float = 1.0
     attention: Literal["flash", "cudnn"] = "flash"

@@ -21,10 +21,11 @@ from opgraph.graph import Op, OpGraph
 from planner.folded import FoldedPrediction
 from planner.folded_groups import Groups
 from planner.folded_kernels import Kernels, Priced, priced
+from planner.folded_lane import Lane
 from planner.folded_local import local_step
 from planner.folded_orders import order
 from planner.folded_overlap import lost
-from planner.folded_step import Lane, Tally
+from planner.folded_step import Tally
 from planner.plan import ParallelPlan
 from planner.predict import NINE_IN_TEN, STEP_ERROR
 from planner.software import Software

@@ -33,10 +33,11 @@ MEGATRON_CORE = Software(
 )  # fmt: skip
 TORCHTITAN = Software(
     "torchtitan", HOST["torch"], "none", tp_async=False, main_grads=0, fused_accumulation=False, joined=False,
-    fsdp_copies=True, early_stop=True,
+    fsdp_copies=True, fsdp_keeps_last=True, early_stop=True,
 )  # fmt: skip
-# Its checkpoints are torch's `checkpoint_wrapper`, which does not reenter autograd. Its runs of April 2024
-# (docs/performance.md, FSDP2 in eager mode) have Triton's norm, which keeps its input alone
+# Its checkpoints are torch's `checkpoint_wrapper`, which does not reenter autograd, and `apply_fsdp` does not reshard
+# the last block after forward (torchtitan parallelisms/parallelize_llama.py, 2024).
+# Its runs of April 2024 (docs/performance.md, FSDP2 in eager mode) have Triton's norm, which keeps its input alone
 # (`norm_type = "fused_rmsnorm"` in the train_configs of that day), those of December 2024 the spelled-out one. Its loss
 # is compiled in neither (train.py: "compiling loss function causes CUDA errors, turning off for now").
 # Its per-operator policy keeps the results of every second product, counted in order within a block: key, output and
@@ -51,7 +52,8 @@ PER_OP_MATMULS, LAYERS_AGAIN = 0.5, 0.5
 # updates them after every micro-batch (trainer.py, `_train_microbatch`). Checkpoints do not reenter
 # autograd, and torch is 2.1.0 (scripts/train/yamls/pretrain and benchmarking/sweep.sh of October 2023).
 COMPOSER = replace(
-    TORCHTITAN, name="Composer", fsdp_copies=False, attention_speed=0.53, fused_loss=True, loss="logits", metrics=2,
+    TORCHTITAN, name="Composer", fsdp_copies=False, fsdp_keeps_last=False, attention_speed=0.53, fused_loss=True,
+    loss="logits", metrics=2,
 )  # fmt: skip
 HUGGING_FACE = Software(
     "Hugging Face eager", HOST["torch"], "none", main_grads=0, dp_overlap=True, fused_accumulation=False,
@@ -65,9 +67,9 @@ DDP_2020 = Software(
     "torch DDP 2020", HOST["torch-2021"], "module", main_grads=0, fused_accumulation=False, vocab_parallel=False,
 )  # fmt: skip
 # Programs of today that are none of these: eager torch with its DistributedDataParallel, or XLA, which fuses.
-TORCH_DDP = replace(TORCHTITAN, name="torch DDP", fsdp_copies=False)
+TORCH_DDP = replace(TORCHTITAN, name="torch DDP", fsdp_copies=False, fsdp_keeps_last=False)
 XLA = replace(TORCHTITAN, name="XLA", host=HOST["static graph"], fusion="chain", fused_loss=True, loss="logits",
-              fsdp_copies=False)  # fmt: skip
+              fsdp_copies=False, fsdp_keeps_last=False)  # fmt: skip
 TENSORFLOW = replace(DDP_2020, name="TensorFlow", host=HOST["static graph"], fusion="none", joined=False)  # without XLA
 # What was timed, where that is less than a step with its optimizer.
 FORWARD_AND_BACKWARD = r"forward (\+|and|&) backward(?! (\+|and|&) optimi)|no optimizer|without (the )?optimizer"
