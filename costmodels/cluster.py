@@ -108,7 +108,8 @@ class Cluster:
     those cores (0: devices compute on their own). node_memory: bytes that all ranks of a node share (0: every
     device has its own `device.memory_bytes`). More ranks than devices may run on a node with `cores`.
 
-    fabric, wires: how the devices of a node are joined. dims: the grid of a torus. tiers: the switches between nodes
+    fabric, wires: how the devices of a node are joined. dims: the grid of a torus; wraps: which of its axes close (none
+    given: all). tiers: the switches between nodes
     (none: one switch that joins all at full rate). groups: empty where all nodes are equal; otherwise nodes in rank
     order, and the other fields say what the weakest of them has, which is what a group over all of them feels.
     """
@@ -128,6 +129,7 @@ class Cluster:
     fabric: Fabric = "nvswitch"
     wires: tuple[Wire, ...] = ()
     dims: tuple[int, ...] = ()
+    wraps: tuple[bool, ...] = ()
     tiers: tuple[Tier, ...] = ()
     groups: tuple[NodeGroup, ...] = ()
     cache: dict[Any, Any] = field(default_factory=dict, repr=False)
@@ -253,8 +255,16 @@ def cluster_from(data: dict[str, Any], path: Path) -> Cluster:
         fabric=cast(Fabric, fabric),
         wires=tuple(w for row in toml.tables(data, "wires", where) for w in _wires(row, f"{where}: [[wires]]")),
         dims=dims,
+        wraps=_wraps(data, dims, where),
         tiers=tuple(_tier(row, f"{where}: [[tiers]]") for row in toml.tables(data, "tiers", where)),
     )
+
+
+def _wraps(data: dict[str, Any], dims: tuple[int, ...], where: str) -> tuple[bool, ...]:
+    closed = data.get("wraps", [])
+    if not isinstance(closed, list) or len(closed) not in (0, len(dims)) or any(type(c) is not bool for c in closed):
+        raise ValueError(f"{where}: field 'wraps' must hold true or false for each of the {len(dims)} dims")
+    return tuple(closed)
 
 
 def _wires(row: dict[str, Any], where: str) -> list[Wire]:

@@ -23,6 +23,7 @@ from costmodels.relatives import SAME, Section, measured, same_generation, vendo
 # (reports/gemm/borrowed.csv). generation: 0.05 to 0.14 with the relative's correction; vendor: of another generation,
 # 0.13 to 1.7, half of them under 0.35. ASSUMPTIONS: dtype: of another dtype of the device; other: of another maker.
 BORROWED_ERROR = {"generation": 0.08, "dtype": 0.25, "vendor": 0.40, "other": 0.50}
+TENSOR_TYPES = ("bfloat16", "float16", "float8_e4m3fn", "int8", "tf32")  # the likeliest measured first
 LARGE = (2048, 4096, 8192, 16384)  # edges of the products by which a law's best rate is told
 
 
@@ -94,9 +95,12 @@ def borrowed_constants(
     device: Device, dtype: str, constants: Constants, sisters: Sequence[Device] = ()
 ) -> Constants:
     """Constants of a relative, with the best share of its peak that anyone measured on this device in place of the
-    relative's, or the least that anyone measured on a sister of it: a stronger board must not lose to a weaker one for
-    having been measured."""
+    relative's (in this dtype, else in another of its tensor cores), or the least that anyone measured on a sister of
+    it: a stronger board must not lose to a weaker one for having been measured."""
     own = _best_share(device, dtype)
+    if not own and dtype in TENSOR_TYPES:
+        shares = (_best_share(device, d) for d in TENSOR_TYPES if d in device.peak_flops)
+        own = next((share for share in shares if share), 0.0)
     known = [own] if own else [share for d in sisters if (share := _best_share(d, dtype))]
     return replace(constants, compute=min(*known, 1.0)) if known else constants
 

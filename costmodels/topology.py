@@ -126,13 +126,15 @@ def _join(graph: Graph, a: str, b: str, link: Link, share: float = 1.0) -> None:
 def _torus(graph: Graph, cluster: Cluster) -> None:
     """A device's links are spread evenly over both directions of every dim; rank order is row-major."""
     dims = cluster.dims
-    long = [axis for axis, length in enumerate(dims) if length > 1]
-    each = Link(cluster.intra.name, cluster.intra.bandwidth / (2 * max(len(long), 1)), cluster.intra.latency)
+    each = Link(cluster.intra.name, cluster.intra.bandwidth / (2 * max(len(dims), 1)), cluster.intra.latency)
     for rank in range(cluster.size):
         _name(graph, f"n{rank // cluster.devices_per_node}/gpu{rank % cluster.devices_per_node}", cluster.node_of(rank))
     names = np.array(list(graph.nodes)).reshape(dims)
-    for axis in long:
-        for a, b in zip(names.ravel(), np.roll(names, -1, axis).ravel()):
+    for axis in (axis for axis, length in enumerate(dims) if length > 1):
+        closed = not cluster.wraps or cluster.wraps[axis]
+        own = names if closed else np.delete(names, -1, axis)
+        following = np.roll(names, -1, axis) if closed else np.delete(names, 0, axis)
+        for a, b in zip(own.ravel(), following.ravel()):
             _join(graph, str(a), str(b), each)  # a ring of two: both links join the same pair
 
 
@@ -236,13 +238,15 @@ def _port(topology: Topology, device: str) -> str:
 
 
 def _grid_route(topology: Topology, a: int, b: int) -> Iterator[str]:
-    """Dimension by dimension, the shorter way round each ring."""
-    dims = topology.cluster.dims
+    """Dimension by dimension, the shorter way round each ring, and along what does not close."""
+    dims, wraps = topology.cluster.dims, topology.cluster.wraps
     here, there = list(np.unravel_index(a, dims)), np.unravel_index(b, dims)
     yield topology.device(a)
     for axis, length in enumerate(dims):
         ahead = (int(there[axis]) - int(here[axis])) % length
         step = 1 if 2 * ahead <= length else -1
+        if wraps and not wraps[axis]:
+            step = 1 if there[axis] > here[axis] else -1
         while here[axis] != there[axis]:
             here[axis] = (here[axis] + step) % length
             yield topology.device(int(np.ravel_multi_index(here, dims)))

@@ -52,9 +52,9 @@ class Axis:
 def seconds(cluster: Cluster, kind: str, nbytes: float, ranks: Sequence[int], shared: bool = False) -> float:
     """Time of a collective among `ranks` (row-major in the grid). nbytes: as `costmodels.collectives` counts them.
     shared: groups between this one's places do the same at the same time, and use the same links."""
-    axes = axes_of(cluster.dims, ranks)
+    axes = axes_of(cluster.dims, ranks, cluster.wraps)
     n = len(set(ranks))
-    link = REACHED * cluster.intra.bandwidth / (2 * max(sum(d > 1 for d in cluster.dims), 1))
+    link = REACHED * cluster.intra.bandwidth / (2 * max(len(cluster.dims), 1))
     slower = max(a.stride for a in axes) if shared else 1
     start = START + PHASES.get(kind, 1) * cluster.intra.latency * sum(a.hops for a in axes)
     if kind == "barrier":
@@ -68,13 +68,13 @@ def seconds(cluster: Cluster, kind: str, nbytes: float, ranks: Sequence[int], sh
     return start + share * nbytes * slower / (lanes * link)
 
 
-def axes_of(dims: Sequence[int], ranks: Sequence[int]) -> tuple[Axis, ...]:
-    """The axes along which a group of two or more lies."""
+def axes_of(dims: Sequence[int], ranks: Sequence[int], wraps: Sequence[bool] = ()) -> tuple[Axis, ...]:
+    """The axes along which a group of two or more lies. wraps: which axes of the grid close (none given: all)."""
     places = np.unravel_index(np.unique(np.asarray(ranks, np.int64)), tuple(dims))
     found = []
-    for length, coordinates in zip(dims, places):
+    for length, coordinates, wrap in zip(dims, places, wraps or (True,) * len(dims)):
         own = np.unique(coordinates)
         if len(own) > 1:
             stride = max(int(own[-1] - own[0]) // (len(own) - 1), 1)
-            found.append(Axis(len(own), stride, len(own) * stride >= length))
+            found.append(Axis(len(own), stride, wrap and len(own) * stride >= length))
     return tuple(found)

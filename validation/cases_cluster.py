@@ -33,6 +33,7 @@ REFERENCE = {"a100": 25e9, "h100": 50e9, "h200": 50e9, "b200": 50e9, "b300": 100
             "h800": 50e9, "h20": 50e9, "gh200": 50e9, "b100": 50e9}  # fmt: skip
 SOCKETS = 12.5e9  # bytes/s of a node elsewhere, 100 Gb/s
 DOMAIN, TRAY = r"NVL([1-9]\d*)", 4  # devices that NVLink joins beyond a node, and those of such a node
+POD_SIDES, CUBE_SIDE = {"TPU v3 (chip)": 32}, 4  # chips along a pod of a 2D torus (else 16), and along a cube
 MOST_INSIDE = 4096  # devices that any published node, rack or pod joins
 # Runs whose source published op times of the very machine (micro-benchmarks, no step): set of the row -> machine.
 MACHINES = {"simumax_b200": "b200-simumax"}
@@ -74,7 +75,8 @@ def cluster_of(case: Case, devices: dict[str, Device], folder: Path = Path()) ->
         per_node = gcd(count, per_node)  # hosts of equal size; a torus does not mind them
     return Cluster(
         f"{case.text('gpu')} x {count}", device, ceil(count / per_node), per_node, intra, inter, "nccl",
-        notes=tuple(notes), fabric=fabric, wires=wires, dims=dims, tables=machine_tables(machine),
+        notes=tuple(notes), fabric=fabric, wires=wires, dims=dims, wraps=_closed(dims, device),
+        tables=machine_tables(machine),
     )  # fmt: skip
 
 
@@ -131,6 +133,15 @@ def _grid(count: int, axes: int) -> tuple[int, ...]:
         return (count,)
     side = next(n for n in range(max(round(count ** (1 / axes)), 1), 0, -1) if count % n == 0)
     return (side, *_grid(count // side, axes - 1))
+
+
+def _closed(dims: tuple[int, ...], device: Device) -> tuple[bool, ...]:
+    """Which axes of a slice of a TPU pod close: of a 2D one those as long as a side of the pod, of a 3D one all where
+    it consists of whole cubes of 4 x 4 x 4, whose faces optical switches join, else none (Austin et al., "How to Scale
+    Your Model", chapter on TPUs; Jouppi et al. 2023, arXiv:2304.01433, section 2)."""
+    if len(dims) == 2:
+        return tuple(length == POD_SIDES.get(device.name, 16) for length in dims)
+    return (not any(length % CUBE_SIDE for length in dims),) * len(dims)
 
 
 def _inside(device: Device, text: str, together: int) -> Link:

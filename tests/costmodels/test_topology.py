@@ -242,6 +242,8 @@ def test_user_mistakes_are_told() -> None:
     data["intra"] = {"name": "ici", "bandwidth": 1e9, "latency": 1e-6}
     with pytest.raises(ValueError, match="product"):
         cluster_from(data, costmodels.cluster.CATALOGUE / "x.toml")
+    with pytest.raises(ValueError, match="'wraps' must hold true or false for each of the 2 dims"):
+        cluster_from(data | {"dims": [2, 2], "wraps": [True]}, costmodels.cluster.CATALOGUE / "x.toml")
     with pytest.raises(ValueError, match="'ends'"):
         cluster_from(
             data | {"fabric": "pcie", "dims": [], "wires": [data["intra"] | {"ends": ["gpu0"]}]},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -10,6 +11,7 @@ import pytest
 from costmodels import torus
 from costmodels.cluster import Cluster, load_cluster
 from costmodels.collectives import KINDS, collective_price
+from costmodels.topology import expand
 from costmodels.torus import REACHED, Axis, axes_of
 
 CUBE = load_cluster("tpu-v4-cube")  # 4 x 4 x 4
@@ -64,3 +66,22 @@ def test_times_grow_with_bytes_and_are_positive(kind: str) -> None:
 def test_it_says_what_it_is() -> None:
     price = collective_price(POD, "all_reduce", 2**20, range(64))
     assert (price.algorithm, price.source, price.error) == ("torus", "roofline", torus.ERROR)
+
+
+def test_axes_that_do_not_close_are_lines() -> None:
+    """A 4 x 4 x 4 cube whose axes end: half the lanes of each axis, and half the links in a cut."""
+    line = replace(CUBE, wraps=(False, False, False), cache={})
+    assert axes_of((4, 4), (0, 1, 2, 3), (True, False)) == (Axis(4, 1, False),)
+    for kind in ("all_gather", "all_to_all"):
+        whole = bandwidth(CUBE, kind, range(64))
+        assert bandwidth(line, kind, range(64)) == pytest.approx(whole / 2, rel=1e-3)
+    assert len(expand(line).road(0, 3).links) == 3 and expand(line).graph.number_of_edges() == 3 * 48
+    half = replace(CUBE, wraps=(True, True, False), cache={})
+    assert len(expand(half).road(0, 3).links) == 3 and len(expand(half).road(0, 48).links) == 1
+
+
+def test_an_axis_of_one_chip_leaves_its_links_unused() -> None:
+    slab = replace(CUBE, dims=(8, 8, 1), cache={})
+    assert bandwidth(slab, "all_gather", range(64)) == pytest.approx(
+        bandwidth(CUBE, "all_gather", range(64)) * 4 / 6, rel=1e-3
+    )

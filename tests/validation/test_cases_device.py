@@ -56,3 +56,17 @@ def test_a_torus_needs_no_network_between_hosts() -> None:
     chips = {"gpu": "TPU v4", "intra_node": "", "inter_node": "", "num_gpus": "64"}
     assert cluster_of(row(**chips), {}).fabric == "torus" and cluster_of(row(**chips), {}).notes == ()
     assert cluster_of(row(**chips | {"gpu": "A100 SXM4 80GB"}), {}).notes
+
+
+@pytest.mark.parametrize(
+    ("gpu", "count", "closed"),
+    [
+        ("TPU v4", 64, (True, True, True)), ("TPU v5p", 8, (False, False, False)), ("TPU v5e", 16, (False, False)),
+        ("TPU v5e", 256, (True, True)), ("TPU v3", 256, (False, False)), ("TPU v3", 1024, (True, True)),
+    ],
+)  # fmt: skip
+def test_slices_close_along_whole_sides_of_pods_and_in_whole_cubes(
+    gpu: str, count: int, closed: tuple[bool, ...]
+) -> None:
+    chips = {"gpu": gpu, "intra_node": "", "inter_node": "", "num_gpus": str(count)}
+    assert cluster_of(row(**chips), {}).wraps == closed
