@@ -143,15 +143,33 @@ class Kernels:
             yield Launch(host, shape)
             return
         rows = shape.out_shapes[0][-2]
-        cast = next((s for s in shape.in_shapes if len(s) >= 2 and s[-2] == rows), None)
-        if cast and not finds_casts:
+        factor = next((s for s in shape.in_shapes if len(s) >= 2 and s[-2] == rows), None)
+        style = self._gathered_as_cast(module)
+        if finds_casts:
+            if style == "colwise":  # the input was gathered again, as it lies
+                weight = self.local.parameter(f"{module}.weight")
+                size = shape.flops // (2 * prod(weight)) * weight[-1]
+                yield Launch(self.software.host.op, _pass(phase, (size,), size, size))
+        elif factor:
             # Activations and gradients become 8 bits, as they are and transposed (for the product for the weight,
             # which finds both); their largest magnitude is found in the same pass.
-            size = prod(cast)
-            pass_ = OpShape("aten._to_copy.default", phase, (cast,), (cast,), "bfloat16", 0, 2 * size, 2 * size)
-            yield Launch(host, pass_)
+            size, tp = prod(factor), self.local.tp
+            if style != ("rowwise" if phase == "backward" else "colwise"):
+                yield Launch(host, _pass(phase, factor, 2 * size, 2 * size))
+            else:
+                yield Launch(host, _pass(phase, (size // tp,), 2 * size // tp, size // tp))
+                if phase == "backward":
+                    yield Launch(self.software.host.op, _pass(phase, factor, size, size))
             host = self.software.host.op
         yield Launch(host, replace(shape, dtype=EIGHT_BIT))
+
+    def _gathered_as_cast(self, module: str) -> str:
+        """The style of a split layer where each rank casts its own part of what is gathered, and the other layout, of
+        all parts, is made of what came (`_all_gather_fp8`, `_create_transpose` of Transformer Engine's
+        pytorch/distributed.py); else nothing."""
+        plan = self.local.plan
+        casts_first = plan.tp > 1 and plan.sequence_parallel and self.software.fp8_inputs
+        return str(plan.style.get(module, "")) if casts_first else ""
 
     def _eight(self, module: str) -> bool:
         """Whether its products run in fp8: those of blocks with weights, but for routers; attention's own do not."""
@@ -232,6 +250,11 @@ class Kernels:
             name = "embed.weight"  # tied
         weight = self.local.parameter(name) if name in self.local.graph.parameters else ()
         return Launch(self.software.host.message, None, Message(kind, size, "tp", beside, pieces, weight))
+
+
+def _pass(phase: Phase, shape: tuple[int, ...], read: int, written: int) -> OpShape:
+    """One pass over activations that makes 8 bits."""
+    return OpShape("aten._to_copy.default", phase, (shape,), (shape,), "bfloat16", 0, read, written)
 
 
 def _slowest_of_ring(message: Message, cluster: Cluster, groups: Groups) -> tuple[tuple[int, ...], CollectivePrice]:

@@ -111,6 +111,22 @@ def test_every_factor_of_a_layer_is_cast_once_whatever_its_shape(rows: int) -> N
         assert len([c for c in casts if c.shape and c.shape.bytes_read == c.shape.bytes_written]) == count
 
 
+def test_ranks_cast_their_part_of_what_is_gathered_and_turn_what_comes() -> None:
+    """Of a column-split layer's input and a row-split one's gradient each rank casts a fourth: 2 + 1 bytes an element,
+    and 1 + 1 of everything for the other layout. The other two of each are its own: 2 + 2 bytes."""
+    own = plan(precision="fp8", tp=4, sequence_parallel=True, shardings=STYLES)
+    parts, moved = pieces(traced()), {}
+    for eight in (False, True):
+        kernels = Kernels(local_step(traced(), own, SEQ, VOCAB, True), replace(PLAIN, fp8_inputs=eight))
+        found = [*kernels.forward(parts.forward["block"]), *kernels.backward(parts.backward["block"])]
+        casts = [x.shape for x in found if x.shape and x.shape.name == "aten._to_copy.default"]
+        moved[eight] = sum(s.bytes_read + s.bytes_written for s in casts)
+    tokens = traced().batch * SEQ
+    local = (HIDDEN + 4 * HIDDEN) + (3 * HIDDEN + 4 * HIDDEN)  # columns: in of o, down; gradients of qkv, up
+    assert moved[False] == 4 * tokens * (local // 4 + 4 * HIDDEN)
+    assert moved[True] == tokens * (4 * local // 4 + 4 * HIDDEN * 3 // 4 + 4 * HIDDEN * 2)
+
+
 def test_a_kernel_reads_both_halves_of_what_it_rotates() -> None:
     """Rotary embeddings read a head's two halves as views of one storage; each counts, and no more than the whole."""
     graph = traced(ROTARY)
