@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import count
+from math import prod
 
 from costmodels.allocator import CachingAllocator, replay
 from planner.folded_fsdp import AHEAD
 from planner.folded_lifetimes import events_of
-from planner.folded_memory import Memory
+from planner.folded_memory import Memory, state_bytes
 from planner.folded_model import Chunk
 from planner.folded_orders import order
 from planner.folded_pieces import WHERES, Where
@@ -47,6 +48,11 @@ def _events(c: Context, stage: int, memory: Memory) -> Iterator[tuple[int, int]]
     parts = {(w, again): events_of(c, w, again) for w in WHERES for again in (False, True)}
     remade = _recomputed_blocks(c, own)
     ids = count()
+    each = state_bytes(c.software, plan).at_step
+    sizes = [
+        each * prod(c.parts.local.parameter(name))
+        for chunk in own for w, n in chunk.parts for name in c.parts.pieces.parameters[w] * n
+    ]  # fmt: skip
     for size in (memory.parameters, memory.gradients, memory.optimizer, memory.gathered):
         if size:
             yield next(ids), size
@@ -72,6 +78,9 @@ def _events(c: Context, stage: int, memory: Memory) -> Iterator[tuple[int, int]]
                 passing = [mine.pop(s) for s in list(mine) if step.backward or s not in part.kept]
             for name, size in passing:
                 yield name, -size
+        copies = [(next(ids), size) for size in sizes if memory.at_step]
+        yield from copies
+        yield from ((name, -size) for name, size in copies)
 
 
 def _replayed_micro_batches(plan: ParallelPlan) -> int:

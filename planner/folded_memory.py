@@ -17,13 +17,15 @@ from planner.folded_orders import order
 from planner.folded_parts import recomputed
 from planner.folded_pieces import WHERES, Where
 from planner.folded_step import SIXTEEN, Context
+from planner.plan import ParallelPlan
+from planner.software import Software
 from planner.stages import within
 
 
 @dataclass(frozen=True, slots=True)
 class Memory:
     """Bytes of the fullest stage by category; allocated is their sum. gathered: of the workspace, whole parameters of
-    FSDP while they compute."""
+    FSDP while they compute. at_step: what only the optimizer's step needs, when activations are gone."""
 
     parameters: int
     gradients: int
@@ -31,10 +33,12 @@ class Memory:
     activations: int
     workspace: int
     gathered: int = 0
+    at_step: int = 0
 
     @property
     def allocated(self) -> int:
-        return self.parameters + self.gradients + self.optimizer + self.activations + self.workspace
+        passing = max(self.activations + self.workspace, self.at_step)
+        return self.parameters + self.gradients + self.optimizer + passing
 
 
 def memory_of(c: Context, stage: int) -> Memory:
@@ -48,26 +52,58 @@ def memory_of(c: Context, stage: int) -> Memory:
     sharded = plan.data_parallel in ("zero1", "zero2", "fsdp")
     shard = (dense / replicas + experts / expert_replicas) if sharded else dense + experts
     whole = dense + experts
-    sixteen = plan.precision in SIXTEEN
-    parameter = 2 if sixteen and not fsdp else 4
-    gradient = software.main_grads or (2 if sixteen and not fsdp else 4)
-    moments = {"adam": 8, "sgd": 4, "none": 0}[software.optimizer]
-    master = 4 if sixteen and not fsdp and software.optimizer != "none" else 0
+    state = state_bytes(software, plan)
     saved = {w: _saved(c, w) for w in WHERES}
     activations, last = _in_flight(c, own, stage, saved)
     gathered = 0
     if fsdp:  # two blocks, and the root, are whole while they compute
         blocks = [c.parts.by_where[w].elements for chunk in own for w, _ in chunk.parts if w.startswith("block")]
         root = sum(c.parts.by_where[w].elements for chunk in own for w, _ in chunk.parts if not w.startswith("block"))
-        gathered = (2 * max(blocks) + root) * (2 if sixteen else 4)
+        gathered = (2 * max(blocks) + root) * (2 if plan.precision in SIXTEEN else 4)
+    parts = [(w, n) for chunk in own for w, n in chunk.parts if _is_cast(w, plan)]
+    casts = state.casts * sum(c.parts.by_where[w].elements * n for w, n in parts)
     return Memory(
-        int((shard if fsdp else whole) * parameter),
-        int((shard if fsdp or plan.data_parallel == "zero2" else whole) * gradient),
-        int(shard * (moments + master)),
+        int((shard if fsdp else whole) * state.parameter + casts),
+        int((shard if fsdp or plan.data_parallel == "zero2" else whole) * state.gradient),
+        int(shard * state.optimizer),
         int(activations),
         int(last + gathered),
         int(gathered),
+        int(whole * state.at_step),
     )
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """Bytes per parameter of what rests between steps, or while passes run. casts: of copies of weights in fewer bits.
+    at_step: of what exists only when the optimizer runs."""
+
+    parameter: int
+    gradient: int
+    optimizer: int
+    casts: int = 0
+    at_step: int = 0
+
+
+def state_bytes(software: Software, plan: ParallelPlan) -> State:
+    """What a trainer holds of a parameter."""
+    sixteen, replicas = plan.precision in SIXTEEN, plan.dp * plan.cp
+    cast = software.autocast and plan.data_parallel == "ddp" and sixteen
+    own = 4 if plan.data_parallel == "fsdp" or cast or not sixteen else 2
+    moments = {"adam": 8, "sgd": 4, "none": 0}[software.optimizer]
+    master = 4 if own == 2 and software.optimizer != "none" else 0
+    gradient, at_step = software.main_grads or own, software.step_copies if own == 2 else 0
+    casts = 2 if cast or (plan.precision == "fp8" and software.fp8_weights) else 0
+    if software.ddp and plan.data_parallel == "ddp":
+        if plan.micro_batches == 1:  # freed after each step, made while activations go
+            gradient, at_step = 0, gradient
+        gradient += own if replicas > 1 else 0  # buckets
+    return State(own, gradient, moments + master, casts, at_step)
+
+
+def _is_cast(where: Where, plan: ParallelPlan) -> bool:
+    """Whether weights of a part have copies in fewer bits: in fp8 those of blocks alone."""
+    return plan.precision != "fp8" or where.startswith("block")
 
 
 def _in_flight(

@@ -59,6 +59,9 @@ def parts_of(local: Local, pieces: Pieces, software: Software, cluster: Cluster)
         if regions:
             b.insert(0, Launch(software.recompute_share * software.host.checkpoint))
         names = pieces.parameters[where]
+        if software.autocast and local.plan.data_parallel == "ddp":
+            casts = _weight_casts(local, names, software)
+            f, b = [*casts, *f], [*b, *(replace(x, host=software.host.backward) for x in casts)]
         if where == "last" and local.plan.pp == 1:  # tied weights are one parameter of one stage
             names = tuple(n for n in names if n not in pieces.parameters["first"])
         b += _accumulation(local, names, software, cluster.device)
@@ -104,10 +107,23 @@ def _until_saved(
     return [op for op in again if op.id in run]
 
 
+def _weight_casts(local: Local, names: Sequence[str], software: Software) -> list[Launch]:
+    """autocast's copies of a part's weights in 16 bits, once a forward; backward casts their gradients, which moves as
+    many bytes. Vectors stay as they are, but for biases, which are few."""
+    found = []
+    for shape in (local.parameter(name) for name in names) if local.plan.precision in ("fp16", "bf16") else ():
+        if len(shape) > 1:
+            size = prod(shape)
+            cast = OpShape("aten._to_copy.default", "forward", (shape,), (shape,), "float32", 0, 4 * size, 2 * size)
+            found.append(Launch(software.host.op, cast))
+    return found
+
+
 def _accumulation(local: Local, names: Sequence[str], software: Software, device: Device) -> list[Launch]:
     """Summing gradients over micro-batches: into a buffer of `main_grads` bytes, or into .grad after the first."""
     elements = local.parameter_elements(tuple(names))
-    own = 2 if local.plan.precision in ("fp16", "bf16", "fp8") else 4
+    whole = software.autocast and local.plan.data_parallel == "ddp"
+    own = 2 if local.plan.precision in ("fp16", "bf16", "fp8") and not whole else 4
     if not elements or local.plan.data_parallel == "fsdp":
         return []
     if software.main_grads:

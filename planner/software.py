@@ -103,6 +103,13 @@ class Software:
     quantized; `grad_output_preprocess` of base.py and `with_input_all_gather_nccl` of linear.py cast, then gather).
     fsdp_copies: whole parameters are copied out of what was gathered, and gradients into one buffer of `reduce_bytes`
     that is scattered, by kernels between those of the model (FSDP2); otherwise both are views of flat buffers (FSDP1).
+    fp8_weights: with fp8, weights are kept in 8 bits in both layouts for the whole run, beside those in the dtype they
+    came in (`get_weight_workspace` of Transformer Engine pytorch/module/base.py, which Megatron has it cache).
+    autocast: parameters and gradients are in 32 bits, and weights are cast once a forward (torch.autocast), where data
+    parallelism shards nothing.
+    ddp: torch's DistributedDataParallel reduces gradients, in buckets that stay beside them
+    (`gradient_as_bucket_view=False`); they are freed after every step (`zero_grad(set_to_none=True)`).
+    step_copies: bytes per parameter of gradients that exist only while the optimizer runs.
     fsdp_keeps_last: the last block stays whole from forward to backward.
     softmax_keys: of Megatron's kernel for a scaled, masked softmax, the most keys that it takes; it also asks for heads
     times samples that 4 divides, and torch's operators stand in for it elsewhere. 0: a kernel that takes everything.
@@ -137,6 +144,10 @@ class Software:
     recompute_share: float = 1.0
     recompute_shares: tuple[float, ...] = ()
     fp8_inputs: bool = False
+    fp8_weights: bool = False
+    autocast: bool = False
+    ddp: bool = False
+    step_copies: int = 0
     fsdp_copies: bool = False
     fsdp_keeps_last: bool = False
     softmax_keys: int = 0

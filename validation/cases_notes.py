@@ -11,17 +11,11 @@ from costmodels.rounding import rounded_families
 from planner.plan import expert_parts
 from validation.cases import Case
 from validation.cases_cluster import nodes_of
+from validation.cases_model import attention_named, family_of, fused_attention, kv_heads_of
 from validation.cases_software import is_per_op, software_known, software_of
-from validation.cases_transformer import (
-    attention_named,
-    family_of,
-    fused_attention,
-    is_replaced_by_zero1,
-    kv_heads_of,
-    precision_of,
-    replicas_of,
-)
+from validation.cases_transformer import is_replaced_by_zero1, precision_of, replicas_of
 
+HUGGING_FACE = "Hugging Face"
 TYPES = {"fp32": "float32", "tf32": "tf32", "fp16": "float16", "bf16": "bfloat16", "fp8": "float8_e4m3fn"}
 # Whose rate `peak_of` takes where a type is not listed, the likeliest first: several may be equally fast.
 LIKELIEST = ("float32", "bfloat16", "float16", "float8_e4m3fn")
@@ -39,6 +33,11 @@ def notes_of(case: Case, device: Device) -> tuple[str, ...]:
     if case.stated("attention") and attention_named(case) is None:
         taken = "one fused kernel" if fused_attention(case) else "unfused, products with a softmax between"
         notes.append(f"attention {case.text('attention')!r} is not known and taken as {taken}, its software's default")
+    if not case.stated("attention") and HUGGING_FACE in software_of(case).name:
+        kernel = "torch's fused attention, the default since transformers 4.36" if fused_attention(case) else "eager"
+        notes.append(f"attention is not stated and taken as {kernel}")
+    if attention_named(case) is False and case.degree("cp") > 1:
+        notes.append("context parallelism passes keys and values around with fused attention, which is predicted")
     if not software_known(case):
         notes.append(f"software {case.text('software')!r} is not known and predicted as {software_of(case).name}")
     if is_replaced_by_zero1(case):

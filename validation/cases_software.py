@@ -15,21 +15,24 @@ from validation.cases import Case
 # Megatron-LM 2021 and its forks: pointwise work of a module in one kernel but in the loss, gradients reduced after
 # backward, the host waits for the device around each pass and send. Megatron-DeepSpeed of vTrain's runs: "no gradient
 # bucketing". Its masked softmax takes up to 2048 keys (`is_kernel_available` in megatron/model/fused_softmax.py; 4096
-# in later versions).
+# in later versions). Its optimizer makes float32 copies of all gradients (`_copy_model_grads_to_main_grads` of
+# megatron/optimizer/optimizer.py), and bfloat16 is refused without gradients in float32 (megatron/arguments.py).
 MEGATRON_2021 = Software(
     "Megatron 2021", HOST["megatron-2021"], "module", tp_async=False, dp_overlap=False, p2p_overlap=False,
     timed_passes=True, fused_accumulation=False, reduce_bytes=2, main_grads=0, loss="softmax", spelled_loss=True,
-    softmax_keys=2048,
+    softmax_keys=2048, step_copies=4,
 )  # fmt: skip
 MEGATRON_2022 = replace(
-    MEGATRON_2021, name="Megatron 2022", tp_async=True, main_grads=4, fused_accumulation=True, reduce_bytes=4
-)
+    MEGATRON_2021, name="Megatron 2022", tp_async=True, main_grads=4, fused_accumulation=True, reduce_bytes=4,
+    step_copies=0,
+)  # fmt: skip
 # Megatron-Core with Transformer Engine: fused accumulation into fp32, distributed optimizer. Its own cross entropy
 # keeps the softmax, fused or not; a row that says "fused cross entropy" is SimuMax's, whose docs/strategy.md states
 # `--cross-entropy-fusion-impl te`. Megatron-Bridge's performance recipes have Transformer Engine's, too, and gradients
 # in bf16 (perf_recipes/_common.py: `cross_entropy_fusion_impl`, `grad_reduce_in_fp32 = False`).
 MEGATRON_CORE = Software(
     "Megatron-Core", HOST["transformer-engine"], "module", attention="cudnn", loss="softmax", fp8_inputs=True,
+    fp8_weights=True, p2p_split=False,
 )  # fmt: skip
 TORCHTITAN = Software(
     "torchtitan", HOST["torch"], "none", tp_async=False, main_grads=0, fused_accumulation=False, joined=False,
@@ -57,17 +60,19 @@ COMPOSER = replace(
 )  # fmt: skip
 HUGGING_FACE = Software(
     "Hugging Face eager", HOST["torch"], "none", main_grads=0, dp_overlap=True, fused_accumulation=False,
-    joined=False, vocab_parallel=False, tp_async=False, p2p_overlap=False, reduce_bytes=4,
+    joined=False, vocab_parallel=False, tp_async=False, p2p_overlap=False, reduce_bytes=4, autocast=True, ddp=True,
 )  # fmt: skip
 ONEFLOW = replace(
     MEGATRON_2021, name="OneFlow", host=HOST["static graph"], dp_overlap=True, p2p_overlap=True, norm_clip=False,
-    timed_passes=False, spelled_loss=False, softmax_keys=0,
+    timed_passes=False, spelled_loss=False, softmax_keys=0, step_copies=0,
 )  # fmt: skip
 DDP_2020 = Software(
     "torch DDP 2020", HOST["torch-2021"], "module", main_grads=0, fused_accumulation=False, vocab_parallel=False,
 )  # fmt: skip
 # Programs of today that are none of these: eager torch with its DistributedDataParallel, or XLA, which fuses.
-TORCH_DDP = replace(TORCHTITAN, name="torch DDP", fsdp_copies=False, fsdp_keeps_last=False)
+TORCH_DDP = replace(
+    TORCHTITAN, name="torch DDP", fsdp_copies=False, fsdp_keeps_last=False, autocast=True, ddp=True,
+)  # fmt: skip
 XLA = replace(TORCHTITAN, name="XLA", host=HOST["static graph"], fusion="chain", fused_loss=True, loss="logits",
               fsdp_copies=False, fsdp_keeps_last=False)  # fmt: skip
 TENSORFLOW = replace(DDP_2020, name="TensorFlow", host=HOST["static graph"], fusion="none", joined=False)  # without XLA
@@ -110,6 +115,14 @@ def software_of(case: Case) -> Software:
         found = replace(found, recompute_share=sum(again) / sum(every), recompute_shares=shares)
     if "mode pure" in notes:
         found = replace(found, reduce_bytes=2)
+    if found.name == "Megatron-Core" and case.degree("vpp") == 1:  # overlap_p2p_comm is for interleaved stages alone
+        found = replace(found, p2p_overlap=False)
+    if found.name == "Megatron 2021" and "bf16" in case.word("precision"):
+        found = replace(found, main_grads=4, reduce_bytes=4, step_copies=0)
+    if found.fsdp_copies and case.degree("pp") > 1:  # gradients that are not scattered yet are summed in float32
+        found = replace(found, main_grads=4)
+    if re.search(r"fp8[_ -]?(param|primary)", notes):
+        found = replace(found, fp8_weights=False)
     if case.number("vocab") == 0:  # a layer alone, not a training step
         found = replace(found, optimizer="none", timed_passes=False, host=replace(found.host, step=0.0))
     if re.search(FORWARD_AND_BACKWARD, f"{case.text('step_time_how')}; {notes}".lower()):

@@ -12,6 +12,15 @@ from planner.folded_pieces import TRACED_BLOCKS
 from planner.plan import DataParallel, ParallelPlan, Sharding, expert_parts
 from planner.software import Software
 from validation.cases import MOST_MICRO_BATCHES, MOST_PASSES, Case, CaseError
+from validation.cases_model import (
+    activation_of,
+    family_of,
+    fused_attention,
+    head_width_of,
+    is_gated,
+    is_tied,
+    kv_heads_of,
+)
 from validation.cases_software import is_per_op
 
 BLOCK_MODULES_SELECTIVE = ("attn.core",)
@@ -21,23 +30,6 @@ PER_OP = ("norm1", "attn.q", "attn.k", "attn.v", "attn.o", "attn.rope_q", "attn.
 ZERO: dict[str, DataParallel] = {"none": "ddp", "": "ddp", "0": "ddp", "zero0": "ddp", "ddp": "ddp", "1": "zero1",
                                  "zero1": "zero1", "2": "zero2", "zero2": "zero2", "3": "fsdp", "zero3": "fsdp",
                                  "fsdp": "fsdp"}  # fmt: skip
-FAMILIES = ("gpt", "mpt", "llama", "gpt_gqa_relu2", "bert", "moe_mla")
-ENCODERS = ("bert", "encoder", "electra")
-DECODERS = ("gpt", "llama", "opt", "bloom", "falcon", "neox", "pythia", "mistral", "mixtral", "qwen", "gemma", "yi",
-            "phi", "palm", "mpt", "glm", "olmo", "grok", "dbrx", "nemotron", "granite", "deepseek", "moe", "megatron",
-            "decoder", "dense", "transformer")  # fmt: skip
-# Families whose MLPs are gated, where the row does not say; so are nearly all published experts.
-GATED = ("llama", "mistral", "mixtral", "qwen", "gemma", "yi", "deepseek", "moe", "grok", "dbrx", "olmo", "granite",
-         "glm", "palm")  # fmt: skip
-# Words for attention by one kernel, and for products with a softmax between them; the latter are looked for first.
-FUSED = re.compile(
-    r"flash|fused|cudnn|sdpa|scaled.dot|xformers|mem(ory)?[- _]?eff|transformer[- _]?engine|\bte\b|\bfa[- ]?\d?\b"
-    r"|triton|splash|pallas|\bflex|aiter|\bck\b|^(true|yes|on|1)$"
-)
-UNFUSED = re.compile(
-    r"\bun-?fused|\b(no|not|non|without|w/o)[- ]+(flash|fused|te\b|fa\d?\b)|^(eager|none|no|off|false|0|core|plain|"
-    r"standard|vanilla|manual|softmax)\b|eager attention|\bmath\b|naive|\bbmm\b"
-)
 PRECISIONS = {"fp32": "fp32", "float32": "fp32", "tf32": "tf32", "fp16": "fp16", "float16": "fp16", "half": "fp16",
               "bf16": "bf16", "bfloat16": "bf16", "fp8": "fp8", "float8": "fp8", "mxfp8": "fp8",
               "amp": "fp16", "mixed": "fp16"}  # fmt: skip  # tables that say no more are from before bfloat16
@@ -71,8 +63,7 @@ def model_of(case: Case, software: Software, traces: Traces) -> FoldedModel:
     kv_heads = kv_heads_of(case)
     if seq % cp:
         raise CaseError(f"seq_len {seq} does not divide into cp = {cp} parts")
-    if hidden % heads:
-        raise CaseError(f"hidden {hidden} and heads {heads} must divide one by the other")
+    width = head_width_of(case, hidden, heads)
     fused = fused_attention(case)
     moe = case.whole("moe_experts", 0)
     experts = _experts(case, moe) if moe else None
@@ -83,13 +74,14 @@ def model_of(case: Case, software: Software, traces: Traces) -> FoldedModel:
     llama = family in ("llama", "moe_mla")
     shape = Shape(
         layers=TRACED_BLOCKS, hidden=hidden, heads=heads, kv_heads=kv_heads,
+        head_width=width if width * heads != hidden else 0,
         ffn=_ffn(case, hidden), seq=seq // cp,
         vocab=padded,
         norm="rms" if llama else "layer",
-        mlp=_activation(case),
+        mlp=activation_of(case),
         positions="rope" if llama or family == "gpt_gqa_relu2" else "learned",
         attention="sdpa" if fused else "math", causal=family != "bert",
-        bias=family in ("gpt", "mpt", "bert"), post_norm=family == "bert", tied=family in ("gpt", "mpt", "bert"),
+        bias=family in ("gpt", "mpt", "bert"), post_norm=family == "bert", tied=is_tied(case, family),
         joined=software.joined or family == "mpt", dropout=0.1 if old else 0.0,
         predicted=_predicted(case),
         latent=Latent() if family == "moe_mla" else None, experts=experts,
@@ -110,65 +102,6 @@ def _ffn(case: Case, hidden: int) -> int:
     if is_gated(case):
         raise CaseError(f"column ffn is {case.text('ffn')!r}; gated MLPs have no usual width, so a number is needed")
     return 4 * hidden
-
-
-def family_named(case: Case) -> str:
-    """The word for a row's family: the name of its model where the column says nothing."""
-    return case.word("family") or case.word("model")
-
-
-def family_of(case: Case) -> str:
-    """The family of the schema that a row's model is built as; other names count as what their layers are like."""
-    family = re.sub(r"[^a-z0-9]", "", family_named(case))
-    if found := next((known for known in FAMILIES if known.replace("_", "") == family), None):
-        return found
-    if "mla" in family or "deepseekv" in family:
-        return "moe_mla"
-    if any(word in family for word in ENCODERS):
-        return "bert"
-    if any(word in family for word in DECODERS):
-        return "llama" if is_gated(case) else "gpt"
-    raise CaseError(
-        f"family {family_named(case)!r} is none of {', '.join(FAMILIES)}; the columns do not tell what its layers are"
-    )
-
-
-def is_gated(case: Case) -> bool:
-    """Whether MLPs, of experts and others, are gated: as the row says, else as models of its family have them."""
-    usual = case.whole("moe_experts", 0) > 0 or any(word in family_named(case) for word in GATED)
-    return case.flag("gated_mlp", usual)
-
-
-def kv_heads_of(case: Case) -> int:
-    """Heads of keys and values of the model that is built: replicated where there are fewer than tensor-parallel ranks,
-    as Megatron-LM and Transformer Engine do."""
-    heads, tp = case.whole("heads", least=1), case.degree("tp")
-    kv_heads = case.whole("kv_heads", heads) or heads
-    if heads % kv_heads:
-        raise CaseError(f"heads {heads} and kv_heads {kv_heads} must divide one by the other")
-    if heads % tp or max(kv_heads, tp) % min(kv_heads, tp):
-        raise CaseError(
-            f"heads {heads} and kv_heads {kv_heads} do not divide among tp = {tp} ranks; each rank has whole heads, "
-            "and equally many"
-        )
-    return max(kv_heads, tp)
-
-
-def attention_named(case: Case) -> bool | None:
-    """Whether a row's words stand for attention by one kernel; None where they do not tell."""
-    kernel = case.word("attention")
-    if UNFUSED.search(kernel):
-        return False
-    return True if FUSED.search(kernel) else None
-
-
-def fused_attention(case: Case) -> bool:
-    """Whether one kernel computes attention: what the row says; where it does not tell, what its trainer does by
-    default (torch's `scaled_dot_product_attention` and Transformer Engine are fused, older programs are not)."""
-    if (said := attention_named(case)) is not None:
-        return said
-    old = ("megatron-deepspeed", "2022", "hugging face", "pytorch 1.", "tensorflow", "oneflow", "2021", "2020")
-    return not any(word in case.word("software") for word in old)
 
 
 def _experts(case: Case, count: int) -> Any:
@@ -199,18 +132,6 @@ def _dense_first(case: Case) -> int:
     if stated := re.search(r"(\d+) dense\b", case.text("notes")):
         return int(stated[1])
     return 0 if family_of(case) != "moe_mla" else 3 if re.search(r"v-?3|r1", case.text("model").lower()) else 1
-
-
-def _activation(case: Case) -> Any:
-    """What stands between the products of an MLP. Hugging Face's GPT-2 spells GELU out ("gelu_new", the default of its
-    configuration and the value in NeuSight's); its OPT has one kernel (ReLU), and Megatron's layers have their own."""
-    name, family = case.text("software").lower(), family_of(case)
-    if is_gated(case):
-        return "swiglu"
-    if family == "gpt_gqa_relu2":
-        return "relu2"
-    spelled = family == "gpt" and "hugging face" in name and "megatron" not in name
-    return "gelu_new" if spelled and case.text("model").lower().startswith("gpt") else "gelu"
 
 
 def _predicted(case: Case) -> int:

@@ -53,6 +53,7 @@ class Experts:
 @dataclass(frozen=True, slots=True)
 class Shape:
     """vocab 0: neither embedding nor logits. predicted: positions per sequence whose logits are made (0: all).
+    head_width: numbers of a head (0: an equal part of the hidden size).
     dtype: of parameters and activations ("float32", "bfloat16", "float16")."""
 
     layers: int
@@ -76,6 +77,11 @@ class Shape:
     latent: Latent | None = None
     experts: Experts | None = None
     dtype: str = "float32"
+    head_width: int = 0
+
+    @property
+    def width_of_head(self) -> int:
+        return self.head_width or self.hidden // self.heads
 
 
 def _norm(s: Shape, width: int) -> nn.Module:
@@ -127,15 +133,15 @@ class Rope(nn.Module):
 class Attention(nn.Module):
     def __init__(self, s: Shape):
         super().__init__()
-        self.head_dim, self.group, self.joined = s.hidden // s.heads, s.heads // s.kv_heads, s.joined
-        kv = s.kv_heads * self.head_dim
+        self.head_dim, self.group, self.joined = s.width_of_head, s.heads // s.kv_heads, s.joined
+        q, kv = s.heads * self.head_dim, s.kv_heads * self.head_dim
         if s.joined:
-            self.qkv = nn.Linear(s.hidden, s.hidden + 2 * kv, bias=s.bias)
+            self.qkv = nn.Linear(s.hidden, q + 2 * kv, bias=s.bias)
         else:
-            self.q, self.k, self.v = (nn.Linear(s.hidden, n, bias=s.bias) for n in (s.hidden, kv, kv))
+            self.q, self.k, self.v = (nn.Linear(s.hidden, n, bias=s.bias) for n in (q, kv, kv))
         self.rope_q, self.rope_k = Rope(), Rope()
         self.core = Core(s, self.head_dim)
-        self.o = nn.Linear(s.hidden, s.hidden, bias=s.bias)
+        self.o = nn.Linear(q, s.hidden, bias=s.bias)
 
     def forward(self, x: torch.Tensor, rotation: Rotation | None, mask: torch.Tensor | None) -> torch.Tensor:
         q, k, v = self._joined(x) if self.joined else (
@@ -330,7 +336,7 @@ class Transformer(nn.Module):
         x = self._embedded(ids) if s.vocab else ids
         rotation = mask = None
         if s.positions == "rope":
-            rotation = rotation_tables(s.seq, s.latent.rope if s.latent else s.hidden // s.heads, 1e4, x)
+            rotation = rotation_tables(s.seq, s.latent.rope if s.latent else s.width_of_head, 1e4, x)
         if s.attention == "math" and s.causal:
             mask = torch.full((s.seq, s.seq), -1e4, dtype=x.dtype, device=x.device).triu(1)
         for block in self.blocks:

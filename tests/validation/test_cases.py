@@ -15,12 +15,13 @@ from planner.folded_model import chunks_of
 from validation import cases_vision
 from validation.cases import TRANSFORMER, VISION, Case, CaseError, read_cases
 from validation.cases_cluster import cluster_of
+from validation.cases_model import activation_of, family_of
 from validation.cases_notes import notes_of
 from validation.cases_report import write_report
 from validation.cases_run import Outcome, run_cases
 from validation.cases_score import score, summary
 from validation.cases_software import software_of
-from validation.cases_transformer import Traces, _activation, family_of, model_of, plan_of
+from validation.cases_transformer import Traces, model_of, plan_of
 
 ROW = {
     "case_id": "a", "set": "s", "model": "GPT", "family": "gpt", "layers": "8", "hidden": "512", "heads": "8",
@@ -201,9 +202,9 @@ def test_gelu_of_hugging_faces_gpt2_is_spelled_out() -> None:
     spelled = Activation("gelu_new", True)(x)
     assert torch.allclose(spelled, torch.nn.functional.gelu(x, approximate="tanh"), atol=1e-6)
     eager = {"software": "PyTorch 2.1, Hugging Face eager", "family": "gpt"}
-    assert _activation(row(**eager, model="gpt2_large")) == "gelu_new"
-    assert _activation(row(**eager, model="opt_13")) == "gelu"
-    assert _activation(row(**{**eager, "software": "Hugging Face eager, Megatron via accelerate"})) == "gelu"
+    assert activation_of(row(**eager, model="gpt2_large")) == "gelu_new"
+    assert activation_of(row(**eager, model="opt_13")) == "gelu"
+    assert activation_of(row(**{**eager, "software": "Hugging Face eager, Megatron via accelerate"})) == "gelu"
 
 
 def test_tables_that_spreadsheets_wrote_are_read(tmp_path: Path) -> None:
@@ -660,5 +661,5 @@ def test_mlps_are_gated_as_the_family_has_them_where_the_row_does_not_say() -> N
         assert left.predicted_seconds and left.predicted_seconds == stated.predicted_seconds
         assert left.notes == stated.notes and left.allocated_bytes == stated.allocated_bytes
     assert family_of(row(family="mixtral", gated_mlp="")) == "llama"
-    assert {_activation(row(family=name, gated_mlp="")) for name in ("mixtral", "llama", "Qwen2.5")} == {"swiglu"}
-    assert _activation(row(family="gpt", gated_mlp="")) == "gelu" == _activation(row(family="llama", gated_mlp="0"))
+    assert {activation_of(row(family=name, gated_mlp="")) for name in ("mixtral", "llama", "Qwen2.5")} == {"swiglu"}
+    assert activation_of(row(family="gpt", gated_mlp="")) == "gelu" == activation_of(row(family="llama", gated_mlp="0"))

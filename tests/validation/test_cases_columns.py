@@ -15,10 +15,11 @@ from tests.validation.test_cases import row
 from validation import cases_vision
 from validation.cases import TRANSFORMER, VISION, Case, CaseError, read_cases
 from validation.cases_cluster import nodes_of
+from validation.cases_model import family_of
 from validation.cases_run import run_cases
 from validation.cases_software import software_of
 from validation.cases_transformer import Traces as Shapes
-from validation.cases_transformer import family_of, model_of, plan_of
+from validation.cases_transformer import model_of, plan_of
 
 BARE = {"layers": "4", "hidden": "512", "heads": "8", "seq_len": "128", "vocab": "1000", "gpu": "A100 SXM4 80GB",
         "num_gpus": "8", "global_batch": "16", "micro_batch": "2"}  # fmt: skip

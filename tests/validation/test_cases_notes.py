@@ -7,8 +7,8 @@ import pytest
 from costmodels.names import device_named
 from tests.validation.test_cases import outcome_of, row
 from validation import cases_notes
+from validation.cases_model import attention_named
 from validation.cases_notes import notes_of, notes_of_pictures
-from validation.cases_transformer import attention_named
 
 TITAN = {"software": "torchtitan", "zero_fsdp": "zero3", "tp": "1", "dp": "8", "pp": "1", "recompute": "selective",
          "family": "llama", "gated_mlp": "1", "precision": "bf16", "attention": "SDPA flash"}  # fmt: skip
