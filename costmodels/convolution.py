@@ -8,8 +8,9 @@ the same law with assumptions that are named here and there.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice, repeat
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -31,13 +32,18 @@ from costmodels.convolution_law import (
     packed,
 )
 from costmodels.device import Device
+from costmodels.families import family
 from costmodels.ops import OpShape
 from costmodels.price import Price, Source
 from costmodels.relatives import Found, find, relatives, vendor
+from opgraph.graph import DTYPE_BYTES
 
 SIDE = Conv._fields.index("side")
 # ASSUMPTIONS. Tensor cores run implicit GEMM alone, at this share of the rate of a plain product.
 TENSOR_SHARE, PLAIN_PRODUCT_SHARE = 0.75, 0.80
+# How compute and memory of implicit GEMM overlap on tensor cores: as in plain products there, whose exponents are 3.0
+# to 5.5 on nine devices; the constants of float32, where memory takes little of the time, were fitted as a sum.
+TENSOR_OVERLAP = 3.0
 TENSOR_CHANNELS = 8  # channels are padded to a multiple of it there
 TENSOR_ERROR = 0.35  # expected relative error of convolutions on tensor cores: no table has any
 # Expected relative error where FFT is chosen for filters that no table has: between the rate of a direct convolution
@@ -70,13 +76,37 @@ def conv_prices(device: Device, shapes: Sequence[OpShape]) -> list[Price | None]
         rows = rows_of([c for i in members for c in lists[i]])
         each = iter(fastest(pricing.law, rows).tolist())
         unseen = iter(beyond_tables(pricing.law, rows).tolist() if rows[:, SIDE].max() > FFT_SIDE else repeat(False))
-        for i in members:
-            seconds = sum(islice(each, len(lists[i])))
+        biases = _bias_seconds(device, [shapes[i] for i in members])
+        for i, bias in zip(members, biases):
+            seconds = sum(islice(each, len(lists[i]))) + bias
             if any(list(islice(unseen, len(lists[i])))):
                 prices[i] = Price(seconds, "extrapolated", max(pricing.error, FFT_ERROR))
             else:
                 prices[i] = Price(seconds, pricing.source, pricing.error)
     return prices
+
+
+def _bias_seconds(device: Device, shapes: Sequence[OpShape]) -> list[float]:
+    """What the biases of convolutions take, which cuDNN's kernels leave out: a pass that adds them to the result, and
+    one that sums the result's gradient (`_convolution` of torch's ATen/native/Convolution.cpp; `bias_add` and its
+    gradient in TensorFlow)."""
+    from costmodels.ops import OpShape, price_many
+
+    found, passes = [0.0] * len(shapes), dict[int, OpShape]()
+    for i, shape in enumerate(shapes):
+        backward = family(shape.name) == "conv_backward"
+        result = shape.in_shapes[0] if backward else shape.out_shapes[0]
+        size, own = prod(result), ((result,), (result,))
+        if backward and any(len(s) == 1 for s in shape.out_shapes):
+            moved = size * DTYPE_BYTES.get(shape.dtype, 4)
+            sums = (result, (result[1],))
+            passes[i] = OpShape("aten.sum.dim_IntList", shape.phase, sums[:1], sums[1:], shape.dtype, 0, moved, 0)
+        elif not backward and len(shape.in_shapes) > 2 and len(shape.in_shapes[2]) == 1:
+            moved = size * DTYPE_BYTES.get(shape.dtype, 4)
+            passes[i] = OpShape("aten.add_.Tensor", shape.phase, *own, shape.dtype, 0, moved, moved)
+    for i, price in zip(passes, price_many(device, list(passes.values()))):
+        found[i] = price.seconds
+    return found
 
 
 def beyond_tables(law: Array, rows: Array) -> NDArray[np.bool_]:
@@ -121,7 +151,7 @@ def _reached(device: Device, found: Found) -> Mapping[str, Any]:
         return found.constants
     share = min(best / device.peak_flops["float32"] / float(product["compute"]), 1.0)
     rates = ("implicit_rate", "product_rate", "fused_rate")
-    return {k: v * share if k in rates else v for k, v in found.constants.items()}
+    return {k: v * share if k in rates else v for k, v in found.constants.items()} | {"reached": share}
 
 
 def algorithm_of(device: Device, shape: OpShape) -> Algorithm | None:
@@ -167,19 +197,21 @@ def seconds_by_algorithm(constants: Mapping[str, Any], device: Device, dtype: st
 def _packed(constants: Mapping[str, Any], device: Device, dtype: str) -> Array:
     """Winograd and FFT are run where a library has them: not in bfloat16 (cuDNN's API reference lists implicit GEMM
     alone for it, and FFT and Winograd for float32 and float16; from memory), and not on Apple's GPUs (ASSUMPTION)."""
+    hardware = hardware_of(device, dtype)
     known = {name: value for name, value in constants.items() if name in IMPLICIT_CONSTANTS}
     if on_tensor_cores(device, dtype):
-        share = device.kernels.get("gemm", {}).get("bfloat16", {}).get("compute", PLAIN_PRODUCT_SHARE)
-        constants = {**known, "implicit_rate": TENSOR_SHARE * float(share)}
+        product = device.kernels.get("gemm", {}).get("bfloat16", {})
+        hardware = replace(hardware, overlap=float(product.get("overlap", TENSOR_OVERLAP)))
+        rate = TENSOR_SHARE * float(product.get("compute", PLAIN_PRODUCT_SHARE))
+        constants = {**known, "implicit_rate": rate}
     elif dtype == "bfloat16" or vendor(device) == "Apple":
         constants = known
-    return packed(constants, hardware_of(device, dtype))
+    return packed(constants, replace(hardware, reached=float(constants.get("reached", 1.0))))
 
 
 def hardware_of(device: Device, dtype: str) -> Hardware:
     """What the law needs of a device."""
     from costmodels.ops import peak_of
-    from opgraph.graph import DTYPE_BYTES
 
     peak, multiple = peak_of(device, dtype), TENSOR_CHANNELS if on_tensor_cores(device, dtype) else 1
     plain, size = min(peak, peak_of(device, "float32")), DTYPE_BYTES.get(dtype, 4)

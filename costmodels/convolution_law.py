@@ -63,7 +63,8 @@ TILES = (  # of implicit GEMM, of the products between transforms
 @dataclass(frozen=True, slots=True)
 class Hardware:
     """What the law needs of a device for one dtype: units, FLOP/s of one unit, bytes/s, bytes of an element, FLOP/s of
-    all units outside tensor cores, and the multiple in which channels are taken."""
+    all units outside tensor cores, the multiple in which channels are taken, the exponent with which implicit GEMM's
+    compute and memory overlap (1: their sum), and the share of the peak that products reach over the lender's."""
 
     units: float
     unit: float
@@ -71,6 +72,8 @@ class Hardware:
     size: float
     plain: float
     multiple: float
+    overlap: float = 1.0
+    reached: float = 1.0
 
 
 # Places in what `packed` makes: the constants of the two kinds of product, those of the fused kernel, the hardware.
@@ -80,6 +83,7 @@ _PRODUCTS = _EACH  # where those between transforms begin
 (
     _FUSED_RATE, _FUSED_SMOOTH, _FUSED_NARROW, _FUSED_DEPTH, _FUSED_STREAM,
     _UNITS, _UNIT, _BANDWIDTH, _SIZE, _PLAIN, _MULTIPLE,
+    _OVERLAP, _REACHED,
 ) = range(2 * _EACH, 2 * _EACH + len(FUSED_CONSTANTS) + len(fields(Hardware)))  # fmt: skip
 
 # Places in the row of a convolution.
@@ -151,7 +155,7 @@ def fastest(p: Array, rows: Array) -> Array:
         if which[i] == FFT and rows[i, _SIDE] > FFT_SIDE:
             c = rows[i]
             direct = 2.0 * c[_BATCH] * c[_OUT_PIXELS] * c[_FILTERS] * c[_CHANNELS] * c[_TAPS]
-            found[i] = max(found[i], direct / (FFT_MOST * p[_UNIT] * p[_UNITS]))
+            found[i] = max(found[i], direct / (FFT_MOST * p[_REACHED] * p[_UNIT] * p[_UNITS]))
     return found
 
 
@@ -179,7 +183,11 @@ def _implicit(p: Array, c: Array) -> float:
     # fitted rates may exceed the data sheet's, whose clock some boards pass (V100: 1.16); no prediction counts on that
     compute = max(compute, 2.0 * pixels * c[_FILTERS] * inner * c[_GROUPS] / (p[_UNIT] * p[_UNITS]))
     read, weights = c[_BATCH] * c[_IN_PIXELS] * c[_CHANNELS], c[_CHANNELS] * c[_FILTERS] * c[_TAPS]
-    return compute + _moved(p, 0, read, pixels * c[_FILTERS], weights, c[_GROUPS])
+    memory = _moved(p, 0, read, pixels * c[_FILTERS], weights, c[_GROUPS])
+    if p[_OVERLAP] == 1 or min(compute, memory) <= 0:
+        return compute + memory
+    larger, smaller = max(compute, memory), min(compute, memory)
+    return larger * (1 + (smaller / larger) ** p[_OVERLAP]) ** (1 / p[_OVERLAP])
 
 
 @compiled
@@ -215,9 +223,10 @@ def _fused(p: Array, c: Array) -> float:
 @compiled
 def _fft(p: Array, c: Array) -> float:
     """FFT in tiles of 32x32 that overlap by the filter: a complex product per point (8 FLOP), transforms through
-    memory. The constants of the Winograd steps serve, which are the same two kinds of kernel."""
+    memory. The constants of the Winograd steps serve, which are the same two kinds of kernel. Gradients of weights sum
+    over the tiles (cuDNN has `CONVOLUTION_BWD_FILTER_ALGO_FFT` since its third version, `_FFT_TILING` since 5.1)."""
     best = np.inf
-    if np.isnan(p[_PRODUCTS + _RATE]) or c[_UNIT_STRIDE] == 0 or c[_WEIGHT] > 0 or c[_SIDE] <= 1 or c[_GROUPS] != 1:
+    if np.isnan(p[_PRODUCTS + _RATE]) or c[_UNIT_STRIDE] == 0 or c[_SIDE] <= 1 or c[_GROUPS] != 1:
         return best
     rate = p[_UNIT] * p[_PRODUCTS + _RATE]
     for edge in FFT_TILES:
@@ -225,7 +234,11 @@ def _fft(p: Array, c: Array) -> float:
             step = max(edge - (c[_SIDE] - 1), 1.0)
             tiles = c[_BATCH] * np.ceil(c[_HEIGHT] / step) * np.ceil(c[_WIDTH] / step)
             points = float(edge * (edge // 2 + 1))
-            compute = _tiled(p, 1, rate, tiles, c[_FILTERS], 4 * c[_CHANNELS], points, False)
+            if c[_WEIGHT] > 0:
+                share = rate * WEIGHT_GRADIENT_SHARE
+                compute = _tiled(p, 1, share, c[_CHANNELS], c[_FILTERS], 4 * tiles, points, True)
+            else:
+                compute = _tiled(p, 1, rate, tiles, c[_FILTERS], 4 * c[_CHANNELS], points, False)
             read, written = 2.0 * points * (tiles * c[_CHANNELS]), 2.0 * points * (tiles * c[_FILTERS])
             weights = 2.0 * points * (c[_CHANNELS] * c[_FILTERS])
             best = min(best, compute + _moved(p, 1, read, written, weights, 1.0))

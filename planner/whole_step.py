@@ -13,7 +13,7 @@ from typing import Literal
 
 from costmodels.cluster import Cluster
 from costmodels.collectives import collective_price
-from costmodels.ops import OpShape, price
+from costmodels.ops import OpShape, price, price_many
 from costmodels.overlap import beside
 from costmodels.rounding import in_precision
 from costmodels.variability import synchronous
@@ -30,6 +30,7 @@ from planner.plan import ParallelPlan
 from planner.predict import NINE_IN_TEN, STEP_ERROR
 from planner.software import Software
 from planner.stages import StageOps, stage_ops, within
+from planner.whole_around import NOTHING, Around, image_kernels, laid_out, of_rank, passes
 from planner.whole_memory import is_divided, whole_memory
 from simulator import ProgramBuilder, breakdown, overall, simulate
 
@@ -59,10 +60,16 @@ class _Whole:
     software: Software
     sharing: Sharing
     kernels: Kernels
+    around: Around
     tally: Tally = field(default_factory=Tally)
 
     def runs(self, ops: Sequence[Op], backward: bool, times: int = 1) -> Priced:
         launches = self.kernels.backward(ops) if backward else self.kernels.forward(ops)
+        if self.sharing.divided:
+            weights = [t.shape for n, t in self.graph.parameters.items() if self._divided(n) and len(t.shape) > 1]
+            launches = [of_rank(x, weights, self.plan.dp, self.sharing.sampled) for x in launches]
+        if self.around.channels_first:
+            launches = list(laid_out(launches, self.cluster.device))
         found = priced(launches, self.cluster, Groups(self.plan))
         self.tally.merge(found, times)
         return found
@@ -77,16 +84,23 @@ class _Whole:
         return is_divided(name, self.sharing.divided)
 
     def update_seconds(self, names: Iterable[str], ranks: int, times: int = 1) -> float:
-        """The optimizer on these parameters of a rank: reads parameter, gradient and momentum, writes two of them."""
-        total = 0.0
+        """The optimizer on these parameters of a rank, and what else passes over their gradients once a step."""
+        sizes = []
         for name in names:
             size = self.graph.parameters[name].bytes
-            total += size / ranks * self.sharing.sampled if self._divided(name) else size
-        shape = OpShape("aten._fused_sgd_.default", "optimizer", ((int(total / 4),),), ((int(total / 4),),), "float32",
-                        0, int(3 * total), int(2 * total))  # fmt: skip
-        cost = price(self.cluster.device, shape)
-        self.tally.add("optimizer", cost.seconds * times, cost.source, cost.error)
-        return cost.seconds
+            sizes.append(size / ranks * self.sharing.sampled if self._divided(name) else size)
+        around = self.around
+        counts = (0 if self.sharing.exchange == "server" else around.update_passes, around.gradient_passes)
+        shapes = [shape for count in counts for shape in passes(sizes, count, around.apart)]
+        return self.kernel_seconds(shapes, "optimizer", times)
+
+    def kernel_seconds(self, shapes: Sequence[OpShape], what: str, times: int = 1) -> float:
+        """Seconds of kernels, which the step runs so many times."""
+        total = 0.0
+        for cost in price_many(self.cluster.device, shapes):
+            self.tally.add(what, cost.seconds * times, cost.source, cost.error)
+            total += cost.seconds
+        return total
 
     def accumulation_seconds(self, names: Iterable[str], times: int) -> float:
         """Adding a micro-batch's gradients of these parameters to those of the ones before it."""
@@ -124,12 +138,13 @@ class _Whole:
 
 
 def predict_whole(
-    graph: OpGraph, plan: ParallelPlan, cluster: Cluster, software: Software, sharing: Sharing = Sharing()
-) -> FoldedPrediction:
+    graph: OpGraph, plan: ParallelPlan, cluster: Cluster, software: Software, sharing: Sharing = Sharing(),
+    around: Around = NOTHING,
+) -> FoldedPrediction:  # fmt: skip
     """Predicts one step of `graph`, which is at the plan's micro-batch; `device` is of the first stage."""
     kernels = Kernels(local_step(graph, plan, 1, 0, False), software)
     cluster = synchronous(in_precision(cluster, plan.precision), plan.world_size)
-    whole = _Whole(graph, plan, cluster, software, sharing, kernels)
+    whole = _Whole(graph, plan, cluster, software, sharing, kernels, around)
     tasks = ProgramBuilder()
     if plan.pp > 1 or plan.recompute:
         _pipeline(whole, tasks)
@@ -166,8 +181,10 @@ def _replicas(w: _Whole, tasks: ProgramBuilder) -> None:
     adding = w.accumulation_seconds(w.graph.parameters, count - 1) if count > 1 else 0.0
     if served and w.sharing.barrier:
         lane.busy("fetch", "server", w.message("all_reduce", total))
+    images = w.kernel_seconds(image_kernels(w.graph, w.around.image_passes), "pointwise", count)
     handed = []
     for micro in range(count):
+        lane.busy("images", "forward", images)
         for run in ahead:
             early = served and not w.sharing.barrier and micro == 0
             waits = [lane.message("fetch", "server", w.message("all_reduce", total / PARTS))] if early else []
@@ -180,7 +197,7 @@ def _replicas(w: _Whole, tasks: ProgramBuilder) -> None:
             lane.run("B", "backward", part_run.run)
             if size and micro == count - 1:
                 handed.append(_hand_over(w, lane, size, [part for part, _ in parts[i + 1 :]]))
-    update = 0.0 if served else w.update_seconds(w.graph.parameters, w.plan.dp)
+    update = w.update_seconds(w.graph.parameters, w.plan.dp)
     lane.busy("optimizer", "optimizer", update, handed)
     lane.busy("host of the step", "host", w.software.host.step)
 

@@ -144,7 +144,7 @@ class _Runner:
         cluster = self.cluster(case)
         precision = plan.precision if plan.precision in ("fp16", "bf16") else "fp32"
         graph = self.pictures.graph(vision.model_name(case), precision, plan.micro_batch)
-        p = predict_whole(graph, plan, cluster, software, sharing)
+        p = predict_whole(graph, plan, cluster, software, sharing, vision.around_of(case, plan))
         found = Outcome(
             case, p.step_seconds, p.interval, p.allocated_bytes, None, p.device, p.shares, plan.label, software.name,
             (*cluster.notes, *notes_of_pictures(case, plan.precision, cluster.device)),

@@ -9,6 +9,7 @@ from typing import Any
 
 from planner.plan import ParallelPlan
 from planner.software import HOST, Software
+from planner.whole_around import Around
 from planner.whole_step import Sharing
 from validation.cases import Case, CaseError
 from validation.cases_transformer import precision_of
@@ -40,8 +41,10 @@ class Traces:
 
 def _workload(name: str) -> Any:
     from opgraph.models import load_workload
-    from opgraph.zoo import faceresnet, inception, residual
+    from opgraph.zoo import faceresnet, inception, residual, tf_cnn
 
+    if name.startswith("tf "):
+        return tf_cnn.workload(name[3:], batch=2)
     if name == "face":
         return faceresnet.workload(batch=2)
     if name == "inception3":
@@ -61,6 +64,9 @@ KNOWN = {
 }  # fmt: skip
 
 
+OF_TENSORFLOW = ("alexnet", "resnet50", "resnet101", "resnet152")  # that tf_cnn_benchmarks builds otherwise
+
+
 def model_name(case: Case) -> str:
     """The name of a row's model among those that can be built."""
     if "face recognition" in case.text("model").lower():
@@ -69,7 +75,8 @@ def model_name(case: Case) -> str:
     plain = re.sub(r"[^a-z0-9]", "", text)
     for begin in sorted(KNOWN, key=len, reverse=True):
         if plain.startswith(begin) and re.fullmatch(_settings(begin), plain[len(begin) :]):
-            return KNOWN[begin]
+            own = "tf_cnn_benchmarks" in case.text("software").lower() and KNOWN[begin] in OF_TENSORFLOW
+            return f"tf {KNOWN[begin]}" if own else KNOWN[begin]
     there = ", ".join(sorted(set(KNOWN.values())))
     raise CaseError(f"the zoo has no {case.text('model')!r} that can be built; it has face, {there}")
 
@@ -87,6 +94,26 @@ def software_of(case: Case) -> Software:
     return STATIC if any(w in name for w in ("tensorflow", "oneflow", "convnet")) else TORCH
 
 
+def around_of(case: Case, plan: ParallelPlan) -> Around:
+    """What the row's program runs around its network.
+
+    tf_cnn_benchmarks at 9165a70: images are scaled, moved, scaled and turned around on the GPU; plain SGD; half the
+    square of every variable is summed, its gradient made and added (weight decay of 4e-5). PyTorch before 2.0: SGD with
+    weight decay and momentum is four kernels of a variable (torch/optim/sgd.py), gradients are zeroed and added to;
+    DistributedDataParallel (and apex's) copies them into buckets and back.
+    """
+    name, said = case.text("software").lower(), f"{case.text('software')}; {case.text('notes')}".lower()
+    first = not re.search(r"nhwc|channels[_ -]?last|\bjax\b|\bxla\b|mxnet", said)
+    if "tf_cnn_benchmarks" in name:
+        return Around(5 if "momentum" in said else 3, 6, True, 8, first)
+    if software_of(case) is STATIC:
+        return Around(channels_first=first)
+    copies = 4 if plan.dp > 1 else 0
+    if re.search(r"torch\s*(v?2\.|2\b)", name):
+        return Around(11, copies, channels_first=first)
+    return Around(11, 4 + copies, True, channels_first=first)
+
+
 def sharing_of(case: Case) -> Sharing:
     """How the replicas of a row agree."""
     kind, notes = case.word("parallelism"), case.text("notes").lower()
@@ -96,7 +123,7 @@ def sharing_of(case: Case) -> Sharing:
         return Sharing("copies")
     if kind == "dp+mp_fc":
         return Sharing(divided=("head",), sampled=0.1 if "sample ratio 0.1" in notes else 1.0)
-    if kind == "owt" and model_name(case) == "alexnet":
+    if kind == "owt" and model_name(case).removeprefix("tf ") == "alexnet":
         return Sharing(divided=("blocks.5", "blocks.6", "head"))
     if kind in ("", "none", "dp", "ddp", "horovod", "single", "gpipe"):
         return Sharing()
@@ -119,8 +146,10 @@ def plan_of(case: Case) -> ParallelPlan:
             f"per_gpu_batch {case.text('per_gpu_batch')} x dp {dp} = {each * dp:g} differs from global_batch {batch}; "
             f"per_gpu_batch would be {batch / dp:g}, or global_batch {each * dp:g}"
         )
-    if gpipe and batch // chunks * chunks != batch:
-        batch = batch // chunks * chunks
+    if gpipe:  # parts of equal size but for the last, which is predicted as large as the others (`torch.chunk`)
+        size = -(-batch // chunks)
+        chunks = -(-batch // size)
+        batch = size * chunks
     if batch % (dp * chunks):
         raise CaseError(f"global_batch {batch} is no multiple of dp x chunks = {dp} x {chunks}")
     try:
@@ -168,7 +197,7 @@ def _cuts(case: Case, pp: int) -> tuple[str, ...]:
         raise CaseError(f"balance is {case.text('balance')!r}; a list of layers per partition is needed")
     if len(balance) != pp:
         raise CaseError(f"balance {balance} is a list of {len(balance)}, but pp is {pp}; every partition needs one")
-    deep = DEEP.get(model_name(case), 0)
+    deep = DEEP.get(model_name(case).removeprefix("tf "), 0)
     layers = LAYERS_BEFORE + deep * LAYERS_OF_A_BLOCK + LAYERS_AFTER
     if deep and sum(balance) != layers:
         raise CaseError(

@@ -22,6 +22,7 @@ from costmodels.convolution import (
     seconds_by_algorithm,
     workspace_bytes,
 )
+from costmodels.convolution_law import ALGORITHMS, FFT, FFT_MOST, by_algorithm, chosen
 from costmodels.device import Device, load_device
 from costmodels.ops import OpShape, price
 from costmodels.relatives import relatives
@@ -233,3 +234,54 @@ def test_fft_of_3x3_is_as_it_was_fitted() -> None:
         found = convolution_law.fastest(law.law, rows)[0]
         assert (found > free) == bound and (found == free) != bound
     assert conv_price(A100, small).error < 0.5  # type: ignore[union-attr]
+
+
+def test_biases_are_passes_of_their_own() -> None:
+    """Read and written forward, read backward, at most at the memory's rate."""
+    device = load_device("p100-sxm2")
+    image, weight, out = (64, 64, 56, 56), (64, 64, 3, 3), (64, 64, 56, 56)
+    names = "aten.convolution.default", "aten.convolution_backward.default"
+    plain = OpShape(names[0], "forward", (image, weight), (out,), "float32", 0, 0, 0)
+    biased = OpShape(names[0], "forward", (image, weight, (64,)), (out,), "float32", 0, 0, 0)
+    pairs = [(plain, biased, 2)]
+    plain = OpShape(names[1], "backward", (out, image, weight), (image, weight), "float32", 0, 0, 0)
+    biased = OpShape(names[1], "backward", (out, image, weight), (image, weight, (64,)), "float32", 0, 0, 0)
+    for without, with_bias, times in [*pairs, (plain, biased, 1)]:
+        a, b = (conv_price(device, shape) for shape in (without, with_bias))
+        assert a is not None and b is not None
+        least = times * 4 * 64 * 64 * 56 * 56 / device.memory_bandwidth
+        assert least < b.seconds - a.seconds < 2 * least
+
+
+def test_gradients_of_weights_have_fft_too() -> None:
+    """As many products between transforms as forward; no more is claimed of them than of forward."""
+    device = load_device("p100-sxm2")
+    image, weight, out = (512, 64, 27, 27), (192, 64, 5, 5), (512, 192, 27, 27)
+    both = (out, image, weight)
+    backward = OpShape("aten.convolution_backward.default", "backward", both, (weight,), "float32", 0, 0, 0)
+    forward = OpShape("aten.convolution.default", "forward", (image, weight), (out,), "float32", 0, 0, 0)
+    pricing = pricing_of(device, "float32")
+    assert pricing is not None
+    times = [by_algorithm(pricing.law, rows_of(convs_of(shape)))[FFT, 0] for shape in (forward, backward)]
+    assert 0.8 < times[1] / times[0] < 1.5
+    assert ALGORITHMS[int(chosen(by_algorithm(pricing.law, rows_of(convs_of(backward))))[0])] == "fft"
+
+
+def test_compute_and_memory_overlap_on_tensor_cores_as_in_products() -> None:
+    """A 1x1 convolution that memory bounds takes little longer than its bytes; in float32 the two are added."""
+    device = load_device("v100-sxm2-16gb")
+    image, weight, out = (256, 64, 56, 56), (256, 64, 1, 1), (256, 256, 56, 56)
+    shape = OpShape("aten.convolution.default", "forward", (image, weight), (out,), "float16", 0, 0, 0)
+    found = conv_price(device, shape)
+    assert found is not None
+    moved = 2 * 256 * 56 * 56 * (64 + 256) / device.memory_bandwidth
+    assert moved < found.seconds < 1.5 * moved
+
+
+def test_fft_of_a_slow_board_is_held_to_what_its_products_reach() -> None:
+    device = load_device("k80")
+    image, weight, out = (512, 64, 27, 27), (192, 64, 5, 5), (512, 192, 27, 27)
+    shape = OpShape("aten.convolution.default", "forward", (image, weight), (out,), "float32", 0, 0, 0)
+    found = conv_price(device, shape)
+    assert found is not None
+    assert direct_flops(shape) / found.seconds < FFT_MOST * 1.05 * device.best_flops["float32"]

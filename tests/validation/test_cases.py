@@ -502,7 +502,7 @@ def test_pictures_that_would_not_fit_are_predicted_with_a_note() -> None:
 
 def test_convolutions_of_pictures_run_in_tf32_unasked_and_faster_still_in_16_bits() -> None:
     """Products, which torch rounds only where it is asked to, are 1 % of VGG-16's FLOP."""
-    changes = {"model": "VGG-16", "gpu": "A100 SXM4 80GB", "interconnect": "NVLink3"}
+    changes = {"model": "VGG-16", "gpu": "A100 SXM4 80GB", "interconnect": "NVLink3", "notes": "NHWC"}
     rows = [picture(precision=p, **changes) for p in ("fp32", "tf32", "fp16 (AMP)")]
     found = run_cases(rows, lambda what, share: None)
     seconds = [o.predicted_seconds or 0.0 for o in found]
