@@ -49,10 +49,7 @@ def _events(c: Context, stage: int, memory: Memory) -> Iterator[tuple[int, int]]
     remade = _recomputed_blocks(c, own)
     ids = count()
     each = state_bytes(c.software, plan).at_step
-    sizes = [
-        each * prod(c.parts.local.parameter(name))
-        for chunk in own for w, n in chunk.parts for name in c.parts.pieces.parameters[w] * n
-    ]  # fmt: skip
+    sizes = [each * size for chunk in own for w, n in chunk.parts for size in _parameter_sizes(c, w) * n]
     for size in (memory.parameters, memory.gradients, memory.optimizer, memory.gathered):
         if size:
             yield next(ids), size
@@ -81,6 +78,16 @@ def _events(c: Context, stage: int, memory: Memory) -> Iterator[tuple[int, int]]
         copies = [(next(ids), size) for size in sizes if memory.at_step]
         yield from copies
         yield from ((name, -size) for name, size in copies)
+
+
+def _parameter_sizes(c: Context, where: Where) -> list[int]:
+    """Elements of a part's parameters on one rank; tied ones belong to the first part where one stage has both. Where
+    optimizers are sharded, each is copied by its share."""
+    plan, names = c.plan, c.parts.pieces.parameters[where]
+    if where == "last" and plan.pp == 1:
+        names = tuple(n for n in names if n not in c.parts.pieces.parameters["first"])
+    ranks = plan.dp * plan.cp if plan.data_parallel in ("zero1", "zero2") else 1
+    return [prod(c.parts.local.parameter(name)) // ranks for name in names]
 
 
 def _replayed_micro_batches(plan: ParallelPlan) -> int:

@@ -8,6 +8,7 @@ micro-batch that is in flight.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
 
 from opgraph.graph import Op
 from planner.folded_lifetimes import events_of, leaves, sizes_of
@@ -18,7 +19,7 @@ from planner.folded_parts import recomputed
 from planner.folded_pieces import WHERES, Where
 from planner.folded_step import SIXTEEN, Context
 from planner.plan import ParallelPlan
-from planner.software import Software
+from planner.software import Software, is_autocast
 from planner.stages import within
 
 
@@ -61,7 +62,8 @@ def memory_of(c: Context, stage: int) -> Memory:
         root = sum(c.parts.by_where[w].elements for chunk in own for w, _ in chunk.parts if not w.startswith("block"))
         gathered = (2 * max(blocks) + root) * (2 if plan.precision in SIXTEEN else 4)
     parts = [(w, n) for chunk in own for w, n in chunk.parts if _is_cast(w, plan)]
-    casts = state.casts * sum(c.parts.by_where[w].elements * n for w, n in parts)
+    weights = {w: sum(prod(c.parts.local.parameter(name)) for name in c.parts.pieces.parameters[w]) for w, _ in parts}
+    casts = state.casts * sum(weights[w] * n for w, n in parts)  # of a tied head, too
     return Memory(
         int((shard if fsdp else whole) * state.parameter + casts),
         int((shard if fsdp or plan.data_parallel == "zero2" else whole) * state.gradient),
@@ -69,7 +71,7 @@ def memory_of(c: Context, stage: int) -> Memory:
         int(activations),
         int(last + gathered),
         int(gathered),
-        int(whole * state.at_step),
+        int((shard if sharded else whole) * state.at_step),
     )
 
 
@@ -88,12 +90,13 @@ class State:
 def state_bytes(software: Software, plan: ParallelPlan) -> State:
     """What a trainer holds of a parameter."""
     sixteen, replicas = plan.precision in SIXTEEN, plan.dp * plan.cp
-    cast = software.autocast and plan.data_parallel == "ddp" and sixteen
+    cast = is_autocast(software, plan)
     own = 4 if plan.data_parallel == "fsdp" or cast or not sixteen else 2
     moments = {"adam": 8, "sgd": 4, "none": 0}[software.optimizer]
     master = 4 if own == 2 and software.optimizer != "none" else 0
     gradient, at_step = software.main_grads or own, software.step_copies if own == 2 else 0
-    casts = 2 if cast or (plan.precision == "fp8" and software.fp8_weights) else 0
+    eight = plan.precision == "fp8" and software.fp8_weights and plan.data_parallel != "fsdp"  # FSDP frees weights
+    casts = 2 if cast or eight else 0
     if software.ddp and plan.data_parallel == "ddp":
         if plan.micro_batches == 1:  # freed after each step, made while activations go
             gradient, at_step = 0, gradient
@@ -102,8 +105,8 @@ def state_bytes(software: Software, plan: ParallelPlan) -> State:
 
 
 def _is_cast(where: Where, plan: ParallelPlan) -> bool:
-    """Whether weights of a part have copies in fewer bits: in fp8 those of blocks alone."""
-    return plan.precision != "fp8" or where.startswith("block")
+    """Whether weights of a part have copies in fewer bits: in fp8 those of blocks alone, else all but embeddings'."""
+    return where.startswith("block") or (where == "last" and plan.precision != "fp8")
 
 
 def _in_flight(

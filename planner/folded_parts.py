@@ -17,7 +17,7 @@ from planner.folded_kernels import Kernels, Launch, Message, Priced, priced
 from planner.folded_local import Local, element_bytes
 from planner.folded_pieces import WHERES, Pieces, Where
 from planner.plan import ParallelPlan
-from planner.software import Software
+from planner.software import Software, is_autocast
 from planner.stages import within
 
 
@@ -59,7 +59,7 @@ def parts_of(local: Local, pieces: Pieces, software: Software, cluster: Cluster)
         if regions:
             b.insert(0, Launch(software.recompute_share * software.host.checkpoint))
         names = pieces.parameters[where]
-        if software.autocast and local.plan.data_parallel == "ddp":
+        if is_autocast(software, local.plan) and where != "first":
             casts = _weight_casts(local, names, software)
             f, b = [*casts, *f], [*b, *(replace(x, host=software.host.backward) for x in casts)]
         if where == "last" and local.plan.pp == 1:  # tied weights are one parameter of one stage
@@ -109,9 +109,9 @@ def _until_saved(
 
 def _weight_casts(local: Local, names: Sequence[str], software: Software) -> list[Launch]:
     """autocast's copies of a part's weights in 16 bits, once a forward; backward casts their gradients, which moves as
-    many bytes. Vectors stay as they are, but for biases, which are few."""
+    many bytes. Vectors stay as they are, but for biases, which are few; so do tables that are looked up."""
     found = []
-    for shape in (local.parameter(name) for name in names) if local.plan.precision in ("fp16", "bf16") else ():
+    for shape in (local.parameter(name) for name in names):
         if len(shape) > 1:
             size = prod(shape)
             cast = OpShape("aten._to_copy.default", "forward", (shape,), (shape,), "float32", 0, 4 * size, 2 * size)
@@ -122,8 +122,8 @@ def _weight_casts(local: Local, names: Sequence[str], software: Software) -> lis
 def _accumulation(local: Local, names: Sequence[str], software: Software, device: Device) -> list[Launch]:
     """Summing gradients over micro-batches: into a buffer of `main_grads` bytes, or into .grad after the first."""
     elements = local.parameter_elements(tuple(names))
-    whole = software.autocast and local.plan.data_parallel == "ddp"
-    own = 2 if local.plan.precision in ("fp16", "bf16", "fp8") and not whole else 4
+    sixteen = local.plan.precision in ("fp16", "bf16", "fp8") and not is_autocast(software, local.plan)
+    own = 2 if sixteen else 4
     if not elements or local.plan.data_parallel == "fsdp":
         return []
     if software.main_grads:

@@ -21,7 +21,7 @@ from planner.folded_overlap import lost
 from planner.folded_parts import Part, Parts
 from planner.host_queue import EMPTY, Run, joined, repeated
 from planner.plan import ParallelPlan
-from planner.software import Software
+from planner.software import Software, is_autocast
 from simulator import Program, ProgramBuilder
 
 SIXTEEN = ("fp16", "bf16", "fp8")
@@ -348,7 +348,7 @@ def optimizer(c: Context, lane: Lane, dense: int, waits: Sequence[int], experts:
     shared = plan.data_parallel in ("zero1", "zero2", "fsdp")
     elements = dense + experts
     share = dense / (plan.dp * plan.cp) + experts / plan.expert_replicas if shared else elements
-    sixteen = plan.precision in SIXTEEN and plan.data_parallel != "fsdp"
+    sixteen = plan.precision in SIXTEEN and plan.data_parallel != "fsdp" and not is_autocast(software, plan)
     seconds = 0.0
     if software.norm_clip:
         seconds += c.kernel("aten.norm.default", 4 * share, 0, share)

@@ -6,7 +6,10 @@ Nothing here is fitted to a training run that is predicted. Every number is an A
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from planner.plan import ParallelPlan
 
 Fusion = Literal["none", "module", "chain"]
 
@@ -107,7 +110,7 @@ class Software:
     came in (`get_weight_workspace` of Transformer Engine pytorch/module/base.py, which Megatron has it cache).
     autocast: parameters and gradients are in 32 bits, and weights are cast once a forward (torch.autocast), where data
     parallelism shards nothing.
-    ddp: torch's DistributedDataParallel reduces gradients, in buckets that stay beside them
+    ddp: torch's DistributedDataParallel of version 2 reduces gradients, in buckets that stay beside them
     (`gradient_as_bucket_view=False`); they are freed after every step (`zero_grad(set_to_none=True)`).
     step_copies: bytes per parameter of gradients that exist only while the optimizer runs.
     fsdp_keeps_last: the last block stays whole from forward to backward.
@@ -156,3 +159,8 @@ class Software:
 
     def __post_init__(self) -> None:
         assert not (self.fused_loss and self.loss == "traced"), "one kernel does not keep what many ops keep"
+
+
+def is_autocast(software: Software, plan: ParallelPlan) -> bool:
+    """Whether a plan's products are in 16 bits by casts of float32 weights."""
+    return software.autocast and plan.data_parallel == "ddp" and plan.precision in ("fp16", "bf16")

@@ -92,9 +92,9 @@ def of_rank(launch: Launch, weights: Iterable[tuple[int, ...]], ranks: int, samp
     shape = launch.shape
     if shape is None:
         return launch
-    for weight in weights:
-        if family(shape.name) != "gemm" and weight in (*shape.in_shapes, *shape.out_shapes):
-            return replace(launch, share=launch.share * sampled / ranks)
-        if any(weight[0] in s for s in (*shape.in_shapes, *shape.out_shapes)):
-            return replace(launch, share=launch.share * sampled)
+    weights, shapes = list(weights), (*shape.in_shapes, *shape.out_shapes)
+    if family(shape.name) != "gemm" and any(weight in shapes for weight in weights):
+        return replace(launch, share=launch.share * sampled / ranks)
+    if any(weight[0] in s for weight in weights for s in shapes):
+        return replace(launch, share=launch.share * sampled)
     return launch

@@ -129,10 +129,16 @@ def _fabric(device: Device, intra: Link, text: str) -> Fabric:
 
 def _grid(count: int, axes: int) -> tuple[int, ...]:
     """The sides of a torus of so many chips, as equal as they can be."""
+    if axes == 3 and count % CUBE_SIDE**3 == 0:  # whole cubes
+        return tuple(CUBE_SIDE * n for n in _divided(count // CUBE_SIDE**3, axes))
+    return _divided(count, axes)
+
+
+def _divided(count: int, axes: int) -> tuple[int, ...]:
     if axes == 1:
         return (count,)
     side = next(n for n in range(max(round(count ** (1 / axes)), 1), 0, -1) if count % n == 0)
-    return (side, *_grid(count // side, axes - 1))
+    return (side, *_divided(count // side, axes - 1))
 
 
 def _closed(dims: tuple[int, ...], device: Device) -> tuple[bool, ...]:

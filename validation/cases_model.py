@@ -96,7 +96,7 @@ def fused_attention(case: Case) -> bool:
     if (said := attention_named(case)) is not None:
         return said
     if re.search(r"hugging ?face|\btransformers\b", case.word("software")):
-        dated = re.search(r"\b20(1\d|2[0-3])\b", case.word("software"))
+        dated = re.search(r"\b20(1\d|2[0-3])\b|torch[ =(v-]*1\.", case.word("software"))
         return not dated and transformers_version(case) >= SDPA_SINCE
     old = ("megatron-deepspeed", "2022", "pytorch 1.", "tensorflow", "oneflow", "2021", "2020")
     return not any(word in case.word("software") for word in old)
@@ -104,7 +104,7 @@ def fused_attention(case: Case) -> bool:
 
 def transformers_version(case: Case) -> tuple[int, int]:
     """The version of Hugging Face's transformers that a row names; the latest where it names none."""
-    named = re.search(r"(?:hugging ?face|transformers)\D{0,24}?(\d+)\.(\d+)", case.word("software"))
+    named = re.search(r"(?:hugging ?face|transformers)[ =(v-]*([2-9])\.(\d+)", case.word("software"))
     return (int(named[1]), int(named[2])) if named else (99, 0)
 
 

@@ -36,7 +36,7 @@ MEGATRON_CORE = Software(
 )  # fmt: skip
 TORCHTITAN = Software(
     "torchtitan", HOST["torch"], "none", tp_async=False, main_grads=0, fused_accumulation=False, joined=False,
-    fsdp_copies=True, fsdp_keeps_last=True, early_stop=True,
+    fsdp_copies=True, fsdp_keeps_last=True, early_stop=True, autocast=True, ddp=True,
 )  # fmt: skip
 # Its checkpoints are torch's `checkpoint_wrapper`, which does not reenter autograd, and `apply_fsdp` does not reshard
 # the last block after forward (torchtitan parallelisms/parallelize_llama.py, 2024).
@@ -71,10 +71,10 @@ DDP_2020 = Software(
 )  # fmt: skip
 # Programs of today that are none of these: eager torch with its DistributedDataParallel, or XLA, which fuses.
 TORCH_DDP = replace(
-    TORCHTITAN, name="torch DDP", fsdp_copies=False, fsdp_keeps_last=False, autocast=True, ddp=True,
+    TORCHTITAN, name="torch DDP", fsdp_copies=False, fsdp_keeps_last=False,
 )  # fmt: skip
 XLA = replace(TORCHTITAN, name="XLA", host=HOST["static graph"], fusion="chain", fused_loss=True, loss="logits",
-              fsdp_copies=False, fsdp_keeps_last=False)  # fmt: skip
+              fsdp_copies=False, fsdp_keeps_last=False, autocast=False, ddp=False)  # fmt: skip
 TENSORFLOW = replace(DDP_2020, name="TensorFlow", host=HOST["static graph"], fusion="none", joined=False)  # without XLA
 # What was timed, where that is less than a step with its optimizer.
 FORWARD_AND_BACKWARD = r"forward (\+|and|&) backward(?! (\+|and|&) optimi)|no optimizer|without (the )?optimizer"
@@ -166,7 +166,8 @@ def _named(case: Case, name: str) -> Software:
         return MEGATRON_2022
     if re.search(r"hugging ?face|\btransformers\b", name):
         # Where Megatron runs the layers, they are its own, and it splits embedding and logits, too.
-        return replace(HUGGING_FACE, vocab_parallel="megatron" in name, joined="megatron" in name)
+        own = "megatron" in name
+        return replace(HUGGING_FACE, vocab_parallel=own, joined=own, autocast=not own, ddp=not own)
     if "composer" in name or "llm-foundry" in name:
         return COMPOSER
     if "torchtitan" in name:

@@ -91,7 +91,7 @@ def _settings(name: str) -> str:
 
 def software_of(case: Case) -> Software:
     name = case.text("software").lower()
-    return STATIC if any(w in name for w in ("tensorflow", "oneflow", "convnet")) else TORCH
+    return STATIC if re.search(r"tensorflow|oneflow|convnet|mxnet|\b(jax|flax|xla)\b", name) else TORCH
 
 
 def around_of(case: Case, plan: ParallelPlan) -> Around:
@@ -106,10 +106,10 @@ def around_of(case: Case, plan: ParallelPlan) -> Around:
     first = not re.search(r"nhwc|channels[_ -]?last|\bjax\b|\bxla\b|mxnet", said)
     if "tf_cnn_benchmarks" in name:
         return Around(5 if "momentum" in said else 3, 6, True, 8, first)
-    if software_of(case) is STATIC:
+    if software_of(case) is STATIC:  # one kernel updates a variable
         return Around(channels_first=first)
     copies = 4 if plan.dp > 1 else 0
-    if re.search(r"torch\s*(v?2\.|2\b)", name):
+    if re.search(r"torch[ =(v-]*2(\.|\b)", name):
         return Around(11, copies, channels_first=first)
     return Around(11, 4 + copies, True, channels_first=first)
 

@@ -77,6 +77,8 @@ def test_a_rank_has_its_part_of_passes_over_a_divided_weight() -> None:
     assert of_rank(norm, [weight], 8, 1.0).share == pytest.approx(1 / 8)
     assert of_rank(norm, [weight], 8, 0.1).share == pytest.approx(0.1 / 8)
     assert of_rank(product, [weight], 8, 1.0) == product and of_rank(product, [weight], 8, 0.1).share == 0.1
+    several = [(4096, 9216), weight]
+    assert of_rank(norm, several, 4, 1.0).share == pytest.approx(1 / 4)
     assert of_rank(other, [weight], 8, 0.1) == other
 
 
@@ -88,6 +90,8 @@ def test_programs_run_what_their_sources_say() -> None:
         11, 4, True, channels_first=True
     )
     assert around(software="PyTorch 2.4", notes="channels_last") == Around(11, 4)
+    assert around(software="PyTorch (2.1)") == around(software="torch==2.1") == Around(11, 4, channels_first=True)
+    assert around(software="JAX") == NOTHING == around(software="MXNet 1.6, NHWC")
     assert around(software="OneFlow 0.3.4") == replace(NOTHING, channels_first=True)
     assert model_name(picture(**tensorflow)) == "tf resnet50" and model_name(picture()) == "resnet50"
     assert model_name(picture(model="Inception v3", **tensorflow)) == "inception3"

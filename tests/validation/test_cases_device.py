@@ -63,6 +63,7 @@ def test_a_torus_needs_no_network_between_hosts() -> None:
     [
         ("TPU v4", 64, (True, True, True)), ("TPU v5p", 8, (False, False, False)), ("TPU v5e", 16, (False, False)),
         ("TPU v5e", 256, (True, True)), ("TPU v3", 256, (False, False)), ("TPU v3", 1024, (True, True)),
+        ("TPU v4", 384, (True, True, True)), ("TPU v4", 192, (True, True, True)),
     ],
 )  # fmt: skip
 def test_slices_close_along_whole_sides_of_pods_and_in_whole_cubes(

@@ -7,13 +7,15 @@ from typing import Any
 import pytest
 
 from costmodels.names import device_named
-from planner.folded_memory import State, state_bytes
+from planner.folded import context_of, predict_folded
+from planner.folded_memory import State, memory_of, state_bytes
 from planner.plan import ParallelPlan
 from validation.cases import Case, CaseError
+from validation.cases_cluster import cluster_of
 from validation.cases_model import fused_attention, head_width_of, is_tied
 from validation.cases_notes import notes_of
 from validation.cases_software import software_of
-from validation.cases_transformer import Traces, model_of
+from validation.cases_transformer import Traces, model_of, plan_of
 
 LLAMA_1B = {"model": "Llama-3.2-1B", "family": "llama", "layers": "16", "hidden": "2048", "heads": "32",
             "kv_heads": "8", "ffn": "8192", "vocab": "128256"}  # fmt: skip
@@ -65,7 +67,9 @@ def test_widths_of_heads_and_tied_weights_are_read_from_the_row_first() -> None:
     ("software", "fused"),
     [
         ("Hugging Face transformers 4.45", True), ("Hugging Face transformers 4.30", False),
-        ("transformers 4.36", True), ("Hugging Face", True), ("Hugging Face (2022)", False),
+        ("transformers 4.36", True), ("Hugging Face", True), ("Hugging Face Transformers, PyTorch 2.1", True),
+        ("HuggingFace Trainer, torch 2.4.0", True), ("Hugging Face + DeepSpeed 0.14", True),
+        ("PyTorch 1.13, Hugging Face", False), ("HuggingFace==4.30.2", False), ("Hugging Face (2022)", False),
         ("Megatron-LM 2022", False), ("torchtitan", True),
     ],
 )  # fmt: skip
@@ -114,4 +118,34 @@ def test_bytes_that_trainers_hold_of_a_parameter() -> None:
     assert held("PyTorch DDP", dp="1") == State(4, 4, 8, casts=2)
     assert held("PyTorch DDP", "zero1") == State(2, 2, 12)
     assert held("torchtitan", "fsdp", zero_fsdp="zero3") == State(4, 4, 8)
+    assert held("Megatron-Core", "fsdp", precision="fp8") == State(4, 4, 8)
+    assert held("Composer") == held("torchtitan") == held("PyTorch DDP")
+    assert held("JAX") == State(2, 2, 12) == held("Hugging Face, Megatron layers")
+    assert held("PyTorch DDP", precision="fp8") == State(2, 4, 12)
     assert held("torchtitan", "zero1", zero_fsdp="zero3", pp="2") == State(2, 4, 12)
+
+
+@pytest.mark.parametrize("software", ["PyTorch DDP", "Megatron-LM (2021)"])
+@pytest.mark.parametrize("dp", ["1", "8"])
+def test_the_replay_holds_at_the_step_what_the_closed_form_does(software: str, dp: str) -> None:
+    """A tied embedding is one parameter; the optimizer's step decides where activations are few."""
+    case = row(model="GPT-2", family="gpt", layers="12", hidden="768", heads="12", kv_heads="12", ffn="3072",
+               vocab="50257", seq_len="128", software=software, precision="fp16", dp=dp, num_gpus=dp, global_batch=dp,
+               attention="flash")  # fmt: skip
+    trainer = software_of(case)
+    plan = plan_of(case, trainer)
+    model, cluster = model_of(case, trainer, Traces()), cluster_of(case, {})
+    found = [predict_folded(model, plan, cluster, trainer, replay) for replay in (False, True)]
+    assert found[0].memory.at_step
+    assert found[1].allocated_bytes == pytest.approx(found[0].allocated_bytes, rel=0.02)
+
+
+def test_autocast_casts_no_tables() -> None:
+    """Of GPT-2 in one stage: the blocks' weights and the head's, which is the embedding's."""
+    case = row(model="GPT-2", family="gpt", layers="12", hidden="768", heads="12", kv_heads="12", ffn="3072",
+               vocab="50257", software="PyTorch DDP", dp="1", num_gpus="1", global_batch="1")  # fmt: skip
+    trainer = software_of(case)
+    context = context_of(model_of(case, trainer, Traces()), plan_of(case, trainer), cluster_of(case, {}), trainer)
+    blocks = 12 * 12 * 768 * 768
+    held, elements = memory_of(context, 0).parameters, sum(context.elements(context.chunks[0]))
+    assert held - 4 * elements == pytest.approx(2 * (blocks + 50257 * 768), rel=2e-3)
