@@ -86,7 +86,7 @@ def _parameter_sizes(c: Context, where: Where) -> list[int]:
     plan, names = c.plan, c.parts.pieces.parameters[where]
     if where == "last" and plan.pp == 1:
         names = tuple(n for n in names if n not in c.parts.pieces.parameters["first"])
-    ranks = plan.dp * plan.cp if plan.data_parallel in ("zero1", "zero2") else 1
+    ranks = plan.dp * plan.cp if plan.data_parallel in ("zero1", "zero2", "fsdp") else 1
     return [prod(c.parts.local.parameter(name)) // ranks for name in names]
 
 

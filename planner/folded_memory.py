@@ -94,12 +94,14 @@ def state_bytes(software: Software, plan: ParallelPlan) -> State:
     own = 4 if plan.data_parallel == "fsdp" or cast or not sixteen else 2
     moments = {"adam": 8, "sgd": 4, "none": 0}[software.optimizer]
     master = 4 if own == 2 and software.optimizer != "none" else 0
-    gradient, at_step = software.main_grads or own, software.step_copies if own == 2 else 0
+    gradient, at_step = software.main_grads or own, 0
+    if (own == 2) != bool(software.adam_passes):  # Adam in several kernels is that of float32 parameters
+        at_step = software.step_copies
     eight = plan.precision == "fp8" and software.fp8_weights and plan.data_parallel != "fsdp"  # FSDP frees weights
     casts = 2 if cast or eight else 0
     if software.ddp and plan.data_parallel == "ddp":
         if plan.micro_batches == 1:  # freed after each step, made while activations go
-            gradient, at_step = 0, gradient
+            gradient, at_step = 0, gradient + at_step
         gradient += own if replicas > 1 else 0  # buckets
     return State(own, gradient, moments + master, casts, at_step)
 

@@ -357,6 +357,9 @@ def optimizer(c: Context, lane: Lane, dense: int, waits: Sequence[int], experts:
         seconds += c.kernel("aten.zero_.default", 0, software.main_grads * elements, elements)
     moments = 2 if software.optimizer == "adam" else 1
     read, written = 4 * (2 + moments), 4 * (1 + moments) + (2 if sixteen else 0)
+    if software.optimizer == "adam" and software.adam_passes and not sixteen:
+        read = 4 * round(0.6 * software.adam_passes)
+        written = 4 * software.adam_passes - read
     name = "aten._fused_adam_.default" if software.optimizer == "adam" else "aten._fused_sgd_.default"
     seconds += c.kernel(name, read * share, written * share, share)
     lane.busy("optimizer", "optimizer", seconds, waits)

@@ -112,7 +112,9 @@ class Software:
     parallelism shards nothing.
     ddp: torch's DistributedDataParallel of version 2 reduces gradients, in buckets that stay beside them
     (`gradient_as_bucket_view=False`); they are freed after every step (`zero_grad(set_to_none=True)`).
-    step_copies: bytes per parameter of gradients that exist only while the optimizer runs.
+    adam_passes: of Adam as kernels of a few operands each, over float32 parameters, gradients and moments: 20 of
+    torch's `foreach` implementation, its default on GPUs (reads 12, writes 8: torch/optim/adam.py). 0: one kernel.
+    step_copies: bytes per parameter that exist only while the optimizer runs (copies of gradients, square roots).
     fsdp_keeps_last: the last block stays whole from forward to backward.
     softmax_keys: of Megatron's kernel for a scaled, masked softmax, the most keys that it takes; it also asks for heads
     times samples that 4 divides, and torch's operators stand in for it elsewhere. 0: a kernel that takes everything.
@@ -150,6 +152,7 @@ class Software:
     fp8_weights: bool = False
     autocast: bool = False
     ddp: bool = False
+    adam_passes: int = 0
     step_copies: int = 0
     fsdp_copies: bool = False
     fsdp_keeps_last: bool = False

@@ -36,8 +36,9 @@ MEGATRON_CORE = Software(
 )  # fmt: skip
 TORCHTITAN = Software(
     "torchtitan", HOST["torch"], "none", tp_async=False, main_grads=0, fused_accumulation=False, joined=False,
-    fsdp_copies=True, fsdp_keeps_last=True, early_stop=True, autocast=True, ddp=True,
+    fsdp_copies=True, fsdp_keeps_last=True, early_stop=True, autocast=True, ddp=True, adam_passes=20, step_copies=4,
 )  # fmt: skip
+# Its AdamW is torch's `foreach` one unless `optimizer.fused` is set, which its train_configs of 2024 do not.
 # Its checkpoints are torch's `checkpoint_wrapper`, which does not reenter autograd, and `apply_fsdp` does not reshard
 # the last block after forward (torchtitan parallelisms/parallelize_llama.py, 2024).
 # Its runs of April 2024 (docs/performance.md, FSDP2 in eager mode) have Triton's norm, which keeps its input alone
@@ -54,13 +55,15 @@ PER_OP_MATMULS, LAYERS_AGAIN = 0.5, 0.5
 # two metrics, LanguageCrossEntropy and LanguagePerplexity, of which the benchmarks' scripts know nothing; Composer
 # updates them after every micro-batch (trainer.py, `_train_microbatch`). Checkpoints do not reenter
 # autograd, and torch is 2.1.0 (scripts/train/yamls/pretrain and benchmarking/sweep.sh of October 2023).
+# Its DecoupledAdamW is nine kernels a parameter (composer/optim/decoupled_weight_decay.py).
 COMPOSER = replace(
     TORCHTITAN, name="Composer", fsdp_copies=False, fsdp_keeps_last=False, attention_speed=0.53, fused_loss=True,
-    loss="logits", metrics=2,
+    loss="logits", metrics=2, adam_passes=22, step_copies=0,
 )  # fmt: skip
 HUGGING_FACE = Software(
     "Hugging Face eager", HOST["torch"], "none", main_grads=0, dp_overlap=True, fused_accumulation=False,
     joined=False, vocab_parallel=False, tp_async=False, p2p_overlap=False, reduce_bytes=4, autocast=True, ddp=True,
+    adam_passes=20, step_copies=4,
 )  # fmt: skip
 ONEFLOW = replace(
     MEGATRON_2021, name="OneFlow", host=HOST["static graph"], dp_overlap=True, p2p_overlap=True, norm_clip=False,
@@ -74,7 +77,8 @@ TORCH_DDP = replace(
     TORCHTITAN, name="torch DDP", fsdp_copies=False, fsdp_keeps_last=False,
 )  # fmt: skip
 XLA = replace(TORCHTITAN, name="XLA", host=HOST["static graph"], fusion="chain", fused_loss=True, loss="logits",
-              fsdp_copies=False, fsdp_keeps_last=False, autocast=False, ddp=False)  # fmt: skip
+              fsdp_copies=False, fsdp_keeps_last=False, autocast=False, ddp=False,
+              adam_passes=0, step_copies=0)  # fmt: skip
 TENSORFLOW = replace(DDP_2020, name="TensorFlow", host=HOST["static graph"], fusion="none", joined=False)  # without XLA
 # What was timed, where that is less than a step with its optimizer.
 FORWARD_AND_BACKWARD = r"forward (\+|and|&) backward(?! (\+|and|&) optimi)|no optimizer|without (the )?optimizer"
