@@ -9,6 +9,7 @@ import ctypes
 import datetime
 import gc
 import importlib
+import io
 import json
 import logging
 import os
@@ -166,6 +167,8 @@ def main() -> None:
     _die_with_parent(parent)
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever libraries print goes to stderr; stdout carries only replies
+    if isinstance(sys.stdout, io.TextIOWrapper):  # at once, so that what a failed rank printed is there with its error
+        sys.stdout.reconfigure(line_buffering=True)
     tasks: queue.Queue[str] = queue.Queue()
 
     def read() -> None:
