@@ -114,6 +114,7 @@ def test_bytes_that_trainers_hold_of_a_parameter() -> None:
     assert held("Megatron-LM (2021)") == State(2, 4, 12)
     assert held("Megatron-LM 2022") == State(2, 4, 12)
     assert held("PyTorch DDP") == State(4, 8, 8, casts=2, at_step=4) == held("Hugging Face")
+    assert held("PyTorch DDP", notes="no optimizer") == State(4, 8, 0, casts=2)
     assert held("PyTorch DDP", precision="fp32") == State(4, 8, 8, at_step=4)
     assert held("PyTorch DDP", micro_batches="1") == State(4, 4, 8, casts=2, at_step=8)
     assert held("PyTorch DDP", dp="1") == State(4, 4, 8, casts=2, at_step=4)
