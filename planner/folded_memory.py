@@ -95,8 +95,8 @@ def state_bytes(software: Software, plan: ParallelPlan) -> State:
     moments = {"adam": 8, "sgd": 4, "none": 0}[software.optimizer]
     master = 4 if own == 2 and software.optimizer != "none" else 0
     gradient, at_step = software.main_grads or own, 0
-    if software.optimizer != "none" and (own == 2) != bool(software.adam_passes):  # Adam in several kernels is that of float32 parameters
-        at_step = software.step_copies
+    if software.optimizer != "none" and (own == 2) != bool(software.adam_passes):
+        at_step = software.step_copies  # Adam in several kernels is that of float32 parameters
     eight = plan.precision == "fp8" and software.fp8_weights and plan.data_parallel != "fsdp"  # FSDP frees weights
     casts = 2 if cast or eight else 0
     if software.ddp and plan.data_parallel == "ddp":
